@@ -1,0 +1,717 @@
+"""Tests of sgo_sae.py against independent truth; no network. `python -m pytest` runs them."""
+
+import ast
+import dataclasses
+import gzip
+import http.server
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sgo_sae
+from sgo_sae import SAE, InputError, coactivation_weights, sgo_penalty, sgo_penalty_decoder, sgo_penalty_reference
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "sgo_sae.py"
+
+
+def sparse_latents(B, N, K, seed=0, skew=2.0, dtype=torch.float64):
+    """Top-k latents with ties, inactive slots, all-zero rows and, for large N, latents that never fire."""
+    generator = torch.Generator().manual_seed(seed)
+    pre_BN = torch.randn(B, N, generator=generator, dtype=dtype) - skew * torch.linspace(0, 1, N, dtype=dtype)
+    pre_BN = (pre_BN * 4).round() / 4
+    pre_BN[:: max(2, B // 3)] = -1
+    vals_BK, idx_BK = pre_BN.topk(K, dim=1)
+    return vals_BK.relu(), idx_BK
+
+
+def dense(vals_BK, idx_BK, N):
+    return vals_BK.new_zeros(len(vals_BK), N).scatter(1, idx_BK, vals_BK)
+
+
+def definition(f_BN):
+    """Ω, w and ∂Ω/∂f pair by pair, from Eq. 2 and 3 with Python sets and floats."""
+    f = f_BN.tolist()
+    B, N = f_BN.shape
+    M = [{b for b in range(B) if f[b][i] > 0} for i in range(N)]
+    w = [[len(M[i] & M[j]) / min(len(M[i]), len(M[j])) if M[i] and M[j] else 0.0 for j in range(N)] for i in range(N)]
+    gram = [[sum(f[b][i] * f[b][j] for b in range(B)) / B for j in range(N)] for i in range(N)]
+    omega = sum(w[i][j] * gram[i][j] ** 2 for i in range(N) for j in range(N) if i != j)
+    grad = [[4 / B * sum(f[b][j] * w[i][j] * gram[i][j] for j in range(N) if j != i) for i in range(N)] for b in range(B)]
+    return omega, torch.tensor(w, dtype=torch.float64), torch.tensor(grad, dtype=torch.float64)
+
+
+SHAPES = [(7, 5, 1), (16, 12, 12), (40, 30, 6), (1, 9, 3), (33, 64, 2), (64, 100, 8), (3, 200, 200)]
+
+
+# ------------------------------------------------------------------------------------------------ method
+
+
+@pytest.mark.parametrize("B, N, K", SHAPES[:5])
+def test_reference_is_the_definition(B, N, K):
+    f_BN = dense(*sparse_latents(B, N, K), N)
+    omega, w_NN, _ = definition(f_BN)
+    assert torch.allclose(coactivation_weights(f_BN), w_NN, atol=1e-12, rtol=0)
+    assert math.isclose(sgo_penalty_reference(f_BN).item(), omega, rel_tol=1e-12, abs_tol=1e-15)
+
+
+def test_weights_of_a_case_worked_by_hand():
+    f_BN = torch.tensor([[1.0, 2, 0, 0], [3, 0, 1, 0], [1, 1, 0, 0], [0, 0, 2, 0]])
+    expected = [[1, 1, 0.5, 0], [1, 1, 0, 0], [0.5, 0, 1, 0], [0, 0, 0, 0]]  # fourth latent never fires
+    assert coactivation_weights(f_BN).tolist() == expected
+    # ⟨f0,f1⟩ = (2 + 1)/4, ⟨f0,f2⟩ = 3/4, each pair counted in both orders
+    assert sgo_penalty_reference(f_BN).item() == pytest.approx(2 * (1 * 0.75**2 + 0.5 * 0.75**2))
+
+
+@pytest.mark.parametrize("tile", [1, 300, 1 << 19])
+@pytest.mark.parametrize("B, N, K", SHAPES)
+def test_penalty_and_gradient_match_the_definition(B, N, K, tile, monkeypatch):
+    monkeypatch.setattr(sgo_sae, "TILE", tile)
+    vals_BK, idx_BK = sparse_latents(B, N, K)
+    omega, w_NN, grad_BN = definition(dense(vals_BK, idx_BK, N)) if N <= 64 else reference_by_autograd(vals_BK, idx_BK, N)
+    vals_BK.requires_grad_()
+    value = sgo_penalty(vals_BK, idx_BK, N)
+    (grad_BK,) = torch.autograd.grad(value, vals_BK)
+    assert math.isclose(value.item(), omega, rel_tol=1e-12, abs_tol=1e-15)
+    expected_BK = grad_BN.gather(1, idx_BK) * (vals_BK > 0)  # only active entries receive a gradient
+    assert torch.allclose(grad_BK, expected_BK, rtol=1e-10, atol=1e-14)
+    rivals_N = w_NN.clone().fill_diagonal_(0).amax(1)
+    assert torch.allclose(sgo_sae.max_coactivation(vals_BK.detach(), idx_BK, N), rivals_N, atol=1e-12, rtol=0)
+
+
+def reference_by_autograd(vals_BK, idx_BK, N):
+    f_BN = dense(vals_BK, idx_BK, N).requires_grad_()
+    omega = sgo_penalty_reference(f_BN)
+    return omega.item(), coactivation_weights(f_BN.detach()), torch.autograd.grad(omega, f_BN)[0]
+
+
+def test_penalty_passes_gradcheck():
+    vals_BK, idx_BK = sparse_latents(12, 10, 4)
+    vals_BK = torch.where(vals_BK > 0, vals_BK + 0.1, vals_BK)  # away from 0, where w jumps
+    active = vals_BK > 0
+    values_A = vals_BK[active].requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda v: sgo_penalty(torch.zeros_like(vals_BK).masked_scatter(active, v), idx_BK, 10), values_A
+    )
+
+
+def test_penalty_does_not_depend_on_the_order_of_tokens_or_slots():
+    vals_BK, idx_BK = sparse_latents(50, 40, 6)
+    rows, slots = torch.randperm(50), torch.randperm(6)
+    same = sgo_penalty(vals_BK[rows][:, slots], idx_BK[rows][:, slots], 40)
+    assert torch.allclose(same, sgo_penalty(vals_BK, idx_BK, 40), rtol=1e-12)
+    f_BN = dense(vals_BK, idx_BK, 40)
+    assert torch.equal(coactivation_weights(f_BN), coactivation_weights(f_BN[rows]))
+
+
+@pytest.mark.parametrize("tile", [1, 1 << 19])
+def test_decoder_penalty_matches_its_definition(tile, monkeypatch):
+    monkeypatch.setattr(sgo_sae, "TILE", tile)
+    vals_BK, idx_BK = sparse_latents(40, 30, 5)
+    W_ND = F.normalize(torch.randn(30, 7, dtype=torch.float64), dim=1).requires_grad_()
+    value = sgo_penalty_decoder(vals_BK, idx_BK, W_ND)
+    w_NN = definition(dense(vals_BK, idx_BK, 30))[1].fill_diagonal_(0)
+    expected = (w_NN * (W_ND @ W_ND.T) ** 2).sum()
+    assert torch.allclose(value, expected, rtol=1e-12)
+    assert torch.allclose(*(torch.autograd.grad(v, W_ND)[0] for v in (value, expected)), rtol=1e-10)
+
+
+def test_penalty_is_the_same_in_float32():
+    vals_BK, idx_BK = sparse_latents(512, 256, 16)
+    exact = sgo_penalty(vals_BK, idx_BK, 256)
+    assert torch.allclose(sgo_penalty(vals_BK.float(), idx_BK, 256).double(), exact, rtol=1e-5)
+
+
+def plain_topk(sae, x_BD):
+    """Dense top-k latents, written independently: everything under the k-th largest pre-activation is 0."""
+    pre_BN = ((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+    return torch.where(pre_BN >= pre_BN.sort(dim=1, descending=True).values[:, sae.k - 1 : sae.k], pre_BN, 0)
+
+
+def test_sae_and_its_gradients_match_a_dense_one():
+    torch.manual_seed(0)
+    sae = SAE(6, 20, 4).double()
+    for p in sae.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x_BD = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
+    f_BN = plain_topk(sae, x_BD)
+    assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-14)
+    assert torch.allclose(sae(x_BD), f_BN @ sae.W_dec + sae.b_dec, atol=1e-12)
+    inputs = [x_BD, *sae.parameters()]
+    ours = torch.autograd.grad((sae(x_BD) - x_BD).square().sum() + sae.encode(x_BD).sum(), inputs)
+    expected = torch.autograd.grad((f_BN @ sae.W_dec + sae.b_dec - x_BD).square().sum() + f_BN.sum(), inputs)
+    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(ours, expected, strict=True))
+
+
+def test_encode_takes_any_leading_shape():
+    sae, x = SAE(6, 20, 4), torch.randn(2, 3, 5, 6)
+    assert sae.encode(x).shape == (2, 3, 5, 20) and sae(x).shape == x.shape
+    assert torch.allclose(sae.encode(x)[1, 2, 4], sae.encode(x[1, 2, 4]), atol=1e-6)
+    assert torch.allclose(sae.decode(sae.encode(x)), sae(x), atol=1e-6)
+
+
+def test_decoder_constraint():
+    torch.manual_seed(0)
+    sae = SAE(16, 64, 4)
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    cfg = sgo_sae.Config(dict=64, k=4)
+    for _ in range(5):
+        sgo_sae.training_step(sae, adam, torch.randn(128, 16), cfg, 0.05, 1e-2)
+        assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
+        sae.zero_grad()
+        (sae(torch.randn(128, 16)) ** 2).sum().backward()
+        before_N = (sae.W_dec.grad * sae.W_dec).sum(1)
+        sae.project_decoder_gradient()
+        along_N = (sae.W_dec.grad * sae.W_dec).sum(1)
+        assert before_N.abs().max() > 1 and along_N.abs().max() < 1e-5 * before_N.abs().max()
+
+
+def test_schedules_at_their_corners():
+    assert sgo_sae.alpha_at(0) == pytest.approx(0.01)
+    assert sgo_sae.alpha_at(999) == pytest.approx(0.01 + 0.065 * 0.999)
+    assert sgo_sae.alpha_at(1000) == sgo_sae.alpha_at(4881) == pytest.approx(0.075)
+    assert sgo_sae.alpha_at(0, alpha=0) == sgo_sae.alpha_at(500, alpha=0) == 0
+    assert sgo_sae.lr_at(0) == sgo_sae.lr_at(4270) == sgo_sae.lr_at(4271) == pytest.approx(3e-4)
+    assert sgo_sae.lr_at(4272) == pytest.approx(3e-4 * 610 / 611)
+    assert sgo_sae.lr_at(4881) == pytest.approx(3e-4 / 611)
+
+
+def test_defaults_are_the_papers_run_4():
+    cfg = sgo_sae.parse_args([])
+    assert (cfg.dict, cfg.k, cfg.alpha, cfg.l1, cfg.lr) == (18432, 320, 0.075, 0.04, 3e-4)
+    steps = cfg.tokens // cfg.batch
+    assert steps == 4882 and int(cfg.decay_start * steps) == 4271
+
+
+def test_geometric_median_meets_its_optimality_condition():
+    torch.manual_seed(0)
+    x_BD = torch.randn(501, 8, dtype=torch.float64).exp()
+    median_D = sgo_sae.geometric_median(x_BD, iterations=1000, tol=1e-12)
+    assert F.normalize(x_BD - median_D, dim=1).sum(0).norm() < 1e-6  # the unit vectors to the points cancel
+    assert torch.equal(sgo_sae.geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).round(), torch.zeros(1))
+
+
+def test_alpha_zero_is_a_separate_plain_topk_step():
+    torch.manual_seed(0)
+    x_BD = torch.randn(256, 16) * 3
+    sae = SAE(16, 64, 4)
+    plain = SAE(16, 64, 4)
+    plain.load_state_dict(sae.state_dict())
+    ours = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    theirs = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    for _ in range(10):
+        sgo_sae.training_step(sae, ours, x_BD, sgo_sae.Config(dict=64, k=4, alpha=0.0), 0.0, 1e-3)
+        f_BN = plain_topk(plain, x_BD)
+        loss = (x_BD - plain.decode(f_BN)).square().sum(1).mean() + 0.04 * f_BN.sum(1).mean()
+        theirs.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            W_ND, g_ND = plain.W_dec, plain.W_dec.grad
+            g_ND -= (g_ND * W_ND).sum(1, keepdim=True) * W_ND
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            theirs.step()
+            W_ND /= W_ND.norm(dim=1, keepdim=True)
+    for a, b in zip(sae.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_planted_features_are_recovered():
+    torch.manual_seed(0)
+    D, N, active = 32, 48, 3
+    true_ND = F.normalize(torch.randn(N, D), dim=1)
+    sae = SAE(D, 2 * N, active)
+    cfg = sgo_sae.Config(dict=2 * N, k=active, l1=0.0)
+    adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    for step in range(1000):
+        slots_BK = torch.rand(1024, N).topk(active, dim=1).indices
+        f_BN = torch.zeros(1024, N).scatter(1, slots_BK, torch.rand(1024, active) + 0.5)
+        alpha = sgo_sae.alpha_at(step, 0.075, warmup=300)
+        sgo_sae.training_step(sae, adam, f_BN @ true_ND, cfg, alpha, sgo_sae.lr_at(step, 3e-3, 800, 1000))
+    matched_N = (true_ND @ sae.W_dec.T).amax(1)
+    assert (matched_N > 0.9).float().mean() > 0.95
+
+
+def test_penalty_lowers_competition_in_training():
+    shares = {}
+    for alpha in (0.0, 0.5):
+        torch.manual_seed(0)
+        sae, cfg = SAE(16, 64, 8), sgo_sae.Config(dict=64, k=8)
+        adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+        for _ in range(200):
+            x_BD = torch.randn(512, 16) * 2
+            sgo_sae.training_step(sae, adam, x_BD, cfg, alpha, 3e-3)
+        shares[alpha] = sgo_penalty_reference(sae.encode(x_BD).detach()).item()
+    assert shares[0.5] < 0.8 * shares[0.0]
+
+
+def test_method_needs_torch_alone(tmp_path):
+    program = (
+        "import sys\n"
+        "for name in ('transformers', 'datasets', 'numpy', 'tqdm', 'safetensors', 'tokenizers'): sys.modules[name] = None\n"
+        "import torch, sgo_sae\n"
+        "sae = sgo_sae.SAE(8, 32, 4)\n"
+        "vals, idx = sae.topk(torch.randn(64, 8))\n"
+        "sgo_sae.sgo_penalty(vals, idx, 32).backward()\n"
+        "assert sae.W_enc.grad.abs().sum() > 0\n"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_method_section_stands_alone():
+    """The method part, copied with the imports of torch alone, runs."""
+    source = SCRIPT.read_text()
+    section = re.search(r"# -+ method\n(.*?)# -+ activations\n", source, re.S).group(1)
+    names = {}
+    exec("import torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
+         "from torch.autograd.function import once_differentiable\n" + section, names)  # fmt: skip
+    vals_BK, idx_BK = names["SAE"](8, 32, 4).topk(torch.randn(64, 8))
+    assert names["sgo_penalty"](vals_BK, idx_BK, 32) > 0
+    assert len(section.splitlines()) < 250
+
+
+# ------------------------------------------------------------------------------------------- activations
+
+
+TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps near a warm stone by the river . "
+
+
+def make_model(folder, bos=True, layers=4, vocab=80):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False)
+    names = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>") if bos else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names)
+    torch.manual_seed(0)
+    lm = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=64,
+    )).eval()  # fmt: skip
+    with torch.no_grad():  # random layers that change their input visibly
+        for p in lm.parameters():
+            p.mul_(8)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return lm, tokenizer
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return str(folder), *make_model(folder)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} {TEXT * (i % 3 + 1)}"}) + "\n" for i in range(60)))
+    return str(path)
+
+
+def flags(language_model, texts, out, **other):
+    settings = dict(model=language_model[0], dataset=texts, layer=1, dict=64, k=4, batch=64, tokens=64 * 12, ctx=16, buffer=16,
+                    lm_batch=4, log_every=5, out=out, device="cpu") | other  # fmt: skip
+    return [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def loaded(model, layer):
+    cfg = sgo_sae.Config(model=model[0], layer=layer)
+    return sgo_sae.load_lm(cfg, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_hook_reads_the_hidden_states_of_the_full_model(model, layer):
+    _, full, tokenizer = model
+    ids_BL = torch.randint(3, len(tokenizer), (3, 20))
+    lm, module = loaded(model, layer)
+    assert len(lm.layers) == layer + 1 and not hasattr(lm, "lm_head")
+    with torch.inference_mode():
+        x_BLD = sgo_sae.hooked(lm, module, ids_BL)
+        assert torch.equal(x_BLD, full(ids_BL, output_hidden_states=True).hidden_states[layer + 1])
+        assert torch.equal(x_BLD, sgo_sae.hooked(full, full.model.layers[layer], ids_BL))
+    assert not module._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_other_architectures_load(tmp_path, kind):
+    import transformers
+
+    sizes = dict(vocab_size=40, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if kind == "gpt2":
+        full = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, **sizes))
+    else:
+        config = transformers.BertConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, **sizes)
+        full = transformers.BertForMaskedLM(config)
+    full.eval().save_pretrained(tmp_path)
+    lm, module = sgo_sae.load_lm(sgo_sae.Config(model=str(tmp_path), layer=1), torch.device("cpu"), torch.float32)
+    ids_BL = torch.randint(3, 40, (2, 9))
+    with torch.inference_mode():
+        expected = full(ids_BL, output_hidden_states=True).hidden_states[2]
+        assert torch.equal(sgo_sae.hooked(lm, module, ids_BL), expected)
+
+
+def test_packing_loses_and_repeats_no_token(model):
+    _, _, tokenizer = model
+    documents = [f"{TEXT[: 7 * i]} {i}" for i in range(1, 30)]
+    contexts = list(sgo_sae.token_contexts([documents[:10], documents[10:11], documents[11:]], tokenizer, 12))
+    assert all(len(c) == 12 and c[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in c[1:] for c in contexts)
+    stream = [i for c in contexts for i in c[1:]]
+    whole = [i for d in documents for i in tokenizer(d, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]]
+    assert stream == whole[: len(stream)] and len(whole) - len(stream) < 11
+
+
+def test_packing_without_bos(tmp_path):
+    _, tokenizer = make_model(tmp_path, bos=False)
+    contexts = list(sgo_sae.token_contexts([[TEXT] * 4], tokenizer, 8))
+    assert sum(contexts, []) == (tokenizer(TEXT)["input_ids"] * 4)[: 8 * len(contexts)]
+
+
+def test_special_tokens_never_reach_the_autoencoder(model):
+    """A text that spells special tokens gives ordinary ones, and positions of BOS and EOS are left out."""
+    cfg = sgo_sae.Config(model=model[0], layer=1)
+    _, tokenizer = sgo_sae.load_tokenizer(cfg)
+    special = sgo_sae.special_ids(tokenizer)
+    contexts = list(sgo_sae.token_contexts([["a <bos> b <eos><pad> c"] * 20], tokenizer, 8))
+    inner = [i for c in contexts for i in c[1:]]
+    assert tokenizer.bos_token_id not in inner and tokenizer.pad_token_id not in inner
+    lm, module = loaded(model, 1)
+    rows = torch.cat(list(sgo_sae.activations(lm, module, iter(contexts), special, 10**6, lm_batch=3)))
+    with torch.inference_mode():
+        x_BLD = sgo_sae.hooked(lm, module, torch.tensor(contexts))
+    kept = [x_BLD[i, j] for i, c in enumerate(contexts) for j, token in enumerate(c) if token not in special]
+    assert torch.allclose(rows, torch.stack(kept), atol=1e-5) and len(rows) < 7 * len(contexts)
+
+
+@pytest.mark.parametrize("chunk, capacity, batch", [(7, 40, 8), (64, 40, 16), (5, 16, 16), (300, 100, 7)])
+def test_buffer_delivers_each_activation_exactly_once(chunk, capacity, batch):
+    rows_ND = torch.arange(500.0)[:, None].expand(-1, 3)
+    buffer = sgo_sae.ShuffleBuffer(rows_ND.split(chunk), capacity, 3, "cpu", torch.float32, seed=0)
+    served, sizes = [], []
+    while len(x_BD := buffer.batch(batch)):
+        served += x_BD[:, 0].tolist()
+        sizes.append(len(x_BD))
+    assert sorted(served) == list(range(500)) and served != sorted(served)
+    assert set(sizes[:-1]) <= {batch}
+
+
+FORMATS = {
+    "txt": lambda rows: "\n\n".join(rows),
+    "jsonl": lambda rows: "".join(json.dumps({"text": row, "n": 1}) + "\n" for row in rows),
+    "json": lambda rows: json.dumps([{"text": row, "n": 1} for row in rows]),
+    "csv": lambda rows: "text,n\n" + "".join(f'"{row}",1\n' for row in rows),
+}
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "txt.gz", "folder"])
+def test_local_texts_are_read(tmp_path, form):
+    rows = [f"document {i}: {TEXT}" for i in range(30)]
+    kind, _, packed = form.partition(".")
+    path = tmp_path / f"texts.{form}"
+    if form == "folder":
+        path = tmp_path / "texts"
+        path.mkdir()
+        (path / "a.jsonl").write_text(FORMATS["jsonl"](rows[:15]))
+        (path / "b.jsonl").write_text(FORMATS["jsonl"](rows[15:]))
+    elif form == "parquet":
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path)
+    else:
+        import zstandard
+
+        compress = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}[packed]
+        path.write_bytes(compress(FORMATS[kind](rows).encode()))
+    stream = sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
+    batches = sgo_sae.text_batches(stream, "text", rows=8)
+    read = []
+    while len(read) < 60:
+        read += next(batches)
+    assert sorted(t.strip() for t in read[:30]) == sorted(t.strip() for t in rows)
+    assert sorted(read[30:60]) == sorted(read[:30]) and read[30:60] != read[:30]  # second pass: all again, reshuffled
+
+
+def test_odd_documents_are_passed_over(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ["", None, "  ", "good one", None, "another"]))
+    stream = sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
+    assert sorted(next(sgo_sae.text_batches(stream, "text"))) == ["another", "good one"]
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def test_run_is_complete_and_repeatable(model, texts, tmp_path, capsys):
+    weights = []
+    for name in ("a", "b"):
+        assert sgo_sae.main(flags(model, texts, tmp_path / name)) == 0
+        weights.append((tmp_path / name / "sae_weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    captured = capsys.readouterr()
+    for word in ("explained variance", "MSE per element", "L0", "dead latents", "saved in"):
+        assert word in captured.out
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    keys = {"reconstruction", "l1", "omega", "penalty_share", "explained_variance", "cosine", "l0", "dead",
+            "mean_max_w", "lr", "alpha", "tokens", "tokens_per_s", "memory_gb"}  # fmt: skip
+    assert keys <= set(lines[0]) and all(math.isfinite(v) for line in lines for v in line.values())
+    assert lines[-1]["alpha"] == pytest.approx(sgo_sae.alpha_at(11))
+    assert lines[0]["penalty_share"] == pytest.approx(lines[0]["alpha"] * lines[0]["omega"] / lines[0]["reconstruction"])
+    settings = json.loads((tmp_path / "a" / "settings.json").read_text())
+    assert settings["settings"]["k"] == 4 and settings["versions"]["torch"].startswith("2.13.0")
+
+
+@pytest.mark.parametrize("option", [["--penalty", "mean"], ["--penalty", "decoder"], ["--normalize"], ["--alpha", "0"],
+                                    ["--dtype", "bfloat16"]])  # fmt: skip
+def test_options_train(model, texts, tmp_path, option):
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run") + option) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["omega"] == 0) == (option == ["--alpha", "0"])
+
+
+def test_starting_over_is_said_once(model, texts, tmp_path, capsys):
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run", tokens=64 * 200)) == 0
+    assert capsys.readouterr().err.count("starting over") == 1
+
+
+def test_normalize_folds_back_into_the_saved_weights(tmp_path):
+    torch.manual_seed(0)
+    sae, x_BD = SAE(8, 32, 4), torch.randn(100, 8)
+    sae.b_dec.data.normal_(), sae.b_enc.data.normal_()
+    scale = 0.37
+    sgo_sae.save_sae(sae, sgo_sae.Config(), tmp_path, scale)
+    folded = sgo_sae.load_sae(tmp_path)
+    assert torch.allclose(folded(x_BD), sae(x_BD * scale) / scale, atol=1e-5)
+    assert torch.allclose(folded.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
+
+
+def test_saved_and_loaded_outputs_are_identical(tmp_path):
+    torch.manual_seed(0)
+    sae, x_BD = SAE(8, 32, 4), torch.randn(100, 8)
+    sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
+    again = sgo_sae.load_sae(tmp_path)
+    assert torch.equal(again(x_BD), sae(x_BD)) and torch.equal(again.encode(x_BD), sae.encode(x_BD))
+    assert again.cfg["architecture"] == "topk" and again.cfg["metadata"]["hook_name"] == "blocks.12.hook_resid_post"
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "sae_weights.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    assert shapes == {"W_enc": [8, 32], "b_enc": [32], "W_dec": [32, 8], "b_dec": [8]}
+
+
+def test_saelens_loads_the_folder(tmp_path):
+    sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
+    torch.manual_seed(0)
+    sae, x_BD = SAE(8, 32, 4), torch.randn(100, 8)
+    sae.b_dec.data.normal_(), sae.b_enc.data.normal_()
+    sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    assert torch.allclose(theirs.encode(x_BD), sae.encode(x_BD), atol=1e-4)
+    assert torch.allclose(theirs(x_BD), sae(x_BD), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def refused(argv, capsys):
+    """The one line with which a command line is refused."""
+    assert sgo_sae.main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sgo_sae.py: error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("bad, words", [
+    ("--k 65", "65 is more than the 64 latents"),
+    ("--k 0", "--k must be at least 1"),
+    ("--dict 0", "--dict must be at least 1"),
+    ("--alpha -0.1", "--alpha must be 0 or more"),
+    ("--alpha nan", "--alpha must be 0 or more"),
+    ("--alpha inf", "--alpha must be 0 or more"),
+    ("--alpha x", "invalid float value: 'x'"),
+    ("--lr -1", "--lr must be 0 or more"),
+    ("--l1 nan", "--l1 must be 0 or more"),
+    ("--decay-start 2", "--decay-start is a share"),
+    ("--ctx 1", "--ctx must be at least 2"),
+    ("--tokens 10", "less than one batch"),
+    ("--log-every 0", "--log-every must be at least 1"),
+    ("--penalty max", "invalid choice"),
+    ("--nonsense 1", "unrecognized arguments"),
+    ("--device cuda:7", "--device cuda:7"),
+    ("--device toaster", "--device toaster"),
+    ("--layer 4", "the layers of"),
+    ("--layer -1", "--layer must be 0 or more"),
+    ("--text-column body", "the columns of"),
+    ("--split test", "train"),
+    ("--model /nowhere/at/all", "/nowhere/at/all"),
+    ("--dataset /nowhere/at/all.jsonl", "/nowhere/at/all.jsonl"),
+])  # fmt: skip
+def test_bad_settings_are_refused_in_one_line(model, texts, tmp_path, capsys, monkeypatch, bad, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert words in refused(flags(model, texts, tmp_path / "run") + bad.split(), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("empty.jsonl", b"", "empty.jsonl"),
+    ("empty.txt", b"", "holds no text"),
+    ("broken.jsonl", b'{"text": "a"}\n{"text', "can't be loaded"),
+    ("broken.jsonl.gz", b"this is not gzip", "can't be loaded"),
+    ("broken.parquet", b"PAR1 but not really", "can't be loaded"),
+    ("blank.jsonl", b'{"text": ""}\n{"text": null}\n', "holds no text"),
+    ("numbers.jsonl", b'{"text": 1}\n{"text": 2}\n', "holds no text"),
+    ("picture.png", b"\x89PNG", "is needed"),
+])  # fmt: skip
+def test_bad_files_are_refused_in_one_line(model, tmp_path, capsys, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    line = refused(flags(model, str(tmp_path / name), tmp_path / "run"), capsys)
+    assert words in line and name in line
+    assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
+
+
+def test_bad_models_are_refused_in_one_line(model, texts, tmp_path, capsys):
+    def folder(name, *files):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes((Path(model[0]) / file).read_bytes())
+        return refused(flags((tmp_path / name,), texts, tmp_path / "run"), capsys)
+
+    assert "nothing" in folder("nothing")
+    assert "no-tokenizer" in folder("no-tokenizer", "config.json", "model.safetensors")
+    assert "no-weights" in folder("no-weights", "config.json", "tokenizer.json", "tokenizer_config.json")
+    other = tmp_path / "other"
+    make_model(other, layers=1)
+    (other / "config.json").write_text((Path(model[0]) / "config.json").read_text())
+    assert "lack" in refused(flags((other,), texts, tmp_path / "run"), capsys)
+    make_model(tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    assert "tokens in the tokenizer, 50 in the model" in refused(flags((tmp_path / "small",), texts, tmp_path / "run"), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_finished_run_is_not_overwritten(model, texts, tmp_path, capsys):
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert "already holds a finished run" in refused(flags(model, texts, tmp_path / "run"), capsys)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_non_finite_loss_names_step_and_last_good_state(model, texts, tmp_path, capsys, monkeypatch):
+    real, calls = sgo_sae.training_step, []
+
+    def poisoned(sae, adam, x_BD, *rest):
+        calls.append({name: p.detach().clone() for name, p in sae.named_parameters()})
+        return real(sae, adam, x_BD * (float("nan") if len(calls) == 4 else 1), *rest)
+
+    monkeypatch.setattr(sgo_sae, "training_step", poisoned)
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite at step 3" in message and str(tmp_path / "run" / "last_good") in message
+    good = sgo_sae.load_sae(tmp_path / "run" / "last_good")
+    assert all(torch.equal(p, calls[3][name]) for name, p in good.named_parameters())
+    assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A Hub on this machine that answers every request as the real one answers for a gated or missing repository."""
+
+    def answer(self):
+        gated = "gated" in self.path
+        body = b'{"error": "no"}'
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "Access to this resource is restricted." if gated else "Repository not found")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = answer
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def command(argv, **environment):
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], capture_output=True, text=True,
+                          env={k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | environment)  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(model="some/gated-model"), "accept its licence at https://huggingface.co/some/gated-model"),
+    (dict(model="some/missing-model"), "neither a local path nor a public repository"),
+    (dict(dataset="some/missing-data"), "neither a local path nor a public repository"),
+])  # fmt: skip
+def test_what_the_hub_refuses_is_explained(model, texts, tmp_path, hub, settings, words):
+    result = command(flags(model, texts, tmp_path / "run", **settings), HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
+    assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_network_is_explained(model, texts, tmp_path):
+    def run(settings):  # the Hub's libraries try again for half a minute: both cases at once
+        return command(flags(model, texts, tmp_path / "run", **settings), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+
+    with ThreadPoolExecutor() as pool:
+        for result in pool.map(run, [dict(model="some/model"), dict(dataset="some/data")]):
+            assert result.returncode == 2 and "can't be reached" in result.stderr, result.stderr
+            assert "--demo" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------------------- demo and files
+
+
+def test_demo_flags_override_the_demo():
+    cfg = sgo_sae.parse_args(["--demo", "--k", "8"])
+    assert cfg.k == 8 and cfg.dict == sgo_sae.DEMO["dict"] and cfg.layer == sgo_sae.DEMO["layer"]
+
+
+def test_demo_texts_are_split_by_document():
+    names = [name for name, _ in sgo_sae.library_texts()]
+    assert len(names) == len(set(names)) > 500 and "argparse.py" in names and any(n.startswith("help/") for n in names)
+
+
+def test_demo_language_model_learns(tmp_path, capsys):
+    documents = [TEXT * 30 for _ in range(20)]
+    sgo_sae.train_demo_lm(documents, documents[:2], tmp_path, steps=40, batch=4)
+    bits = float(re.search(r"([\d.]+) bits per byte", capsys.readouterr().out).group(1))
+    assert bits < 1  # a text that repeats itself; a model that learned nothing needs about 4
+    cfg = sgo_sae.Config(model=str(tmp_path), layer=1)
+    assert sgo_sae.load_tokenizer(cfg)[0].hidden_size == 128
+    assert len(loaded((tmp_path,), 1)[0].layers) == 2
+
+
+def test_help_shows_every_setting_with_its_default():
+    text = " ".join(command(["--help"]).stdout.split())
+    for field in dataclasses.fields(sgo_sae.Config):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "(default: 18432)" in text and "(default: 0.075)" in text
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in HERE.glob("*_sae.py") if not p.name.startswith("test_")))
+def test_script_metadata_equal_requirements(script):
+    block = re.search(r"# dependencies = (\[.*?\])", (HERE / script).read_text(), re.S).group(1)
+    inline = ast.literal_eval(re.sub(r"^#", "", block, flags=re.M))
+    required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert inline == required and "torch==2.13.0" in required
