@@ -26,6 +26,7 @@ E entries of a (B, K) array, T latents of a tile. Equation and section numbers a
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
@@ -140,6 +141,7 @@ class SAE(nn.Module):
     def __init__(self, d_in: int, d_sae: int, k: int):
         super().__init__()
         self.k = k
+        self.register_buffer("threshold", None)  # others' SAEs: (N,), active are pre-activations above it, not the top k
         W_dec_ND = F.normalize(torch.randn(d_sae, d_in), dim=1)
         # The encoder starts as the decoder's transpose, and lies in memory like it: latent by latent.
         self.W_enc = nn.Parameter(W_dec_ND.clone().T)
@@ -157,6 +159,9 @@ class SAE(nn.Module):
 
     def encode(self, x):
         """Dense latents (..., N) of x (..., D)."""
+        if self.threshold is not None:
+            pre = ((x - self.b_dec) @ self.W_enc + self.b_enc).relu()
+            return pre * (pre > self.threshold)
         vals_BK, idx_BK = self.topk(x.reshape(-1, x.shape[-1]))
         f_BN = vals_BK.new_zeros(len(vals_BK), len(self.b_enc)).scatter(1, idx_BK, vals_BK)
         return f_BN.view(*x.shape[:-1], -1)
@@ -167,6 +172,8 @@ class SAE(nn.Module):
 
     def forward(self, x):
         """Reconstruction of x (..., D)."""
+        if self.threshold is not None:
+            return self.decode(self.encode(x))
         return self.decode_topk(*self.topk(x.reshape(-1, x.shape[-1]))).view(x.shape)
 
     @torch.no_grad()
@@ -361,10 +368,14 @@ def load_lm(cfg, device, dtype):
         )
     if missing := [name for name in report["missing_keys"] if "pooler" not in name]:
         raise InputError(f"{cfg.model}: its files lack {len(missing)} of the model's tensors, {missing[0]} among them")
-    lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == cfg.layer + 1]
-    layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
     lm.config.use_cache = False
-    return lm.eval().to(device), layers[cfg.layer]
+    return lm.eval().to(device), layer_list(lm, cfg.layer + 1)[cfg.layer]
+
+
+def layer_list(lm, n_layers):
+    """The language model's layers: the largest of its lists of `n_layers` modules, whatever it is called."""
+    lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -672,20 +683,42 @@ def save_sae(sae, cfg, folder, scale=1.0):
     os.replace(folder / "sae_weights.safetensors.part", folder / "sae_weights.safetensors")
 
 
-def load_sae(folder, device="cpu"):
-    """The autoencoder of a folder that save_sae or SAELens wrote; its `cfg` is the content of cfg.json."""
+def load_sae(path, device="cpu"):
+    """The autoencoder of a folder in SAELens's format, or of a Gemma Scope params.npz; its `cfg` is cfg.json's content.
+
+    path: on disk, or REPOSITORY_OWNER/NAME/PATH on the Hugging Face Hub. Architectures topk, standard, jumprelu.
+    """
+    import numpy
     from safetensors.torch import load_file
 
-    folder = Path(folder)
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        if not (folder / name).exists():
-            raise InputError(f"{folder} holds no trained autoencoder: {name} is missing")
-    content = json.loads((folder / "cfg.json").read_text())
-    if content["architecture"] != "topk":
-        raise InputError(f"{folder}: architecture {content['architecture']} is not topk")
-    sae = SAE(content["d_in"], content["d_sae"], content["k"])
-    sae.load_state_dict(load_file(folder / "sae_weights.safetensors"))
-    sae.cfg = content
+    path = Path(path)
+    if not path.exists() and len(path.parts) > 2:
+        from huggingface_hub import snapshot_download
+
+        repository, inside = "/".join(path.parts[:2]), "/".join(path.parts[2:])
+        with loading(repository):
+            path = Path(snapshot_download(repository, allow_patterns=[inside, f"{inside}/*"])) / inside
+    path = path / "params.npz" if (path / "params.npz").exists() else path
+    with loading(str(path)):
+        if path.suffix == ".npz":
+            cfg = dict(architecture="jumprelu", apply_b_dec_to_input=False, metadata={})
+            weights = {name: torch.from_numpy(array).float() for name, array in numpy.load(path).items()}
+        else:
+            for name in ("cfg.json", "sae_weights.safetensors"):
+                if not (path / name).exists():
+                    raise InputError(f"{path} holds no trained autoencoder: {name} is missing")
+            cfg = json.loads((path / "cfg.json").read_text())
+            weights = {name: tensor.float() for name, tensor in load_file(path / "sae_weights.safetensors").items()}
+        if cfg["architecture"] not in ("topk", "standard", "jumprelu"):
+            raise InputError(f"{path}: an autoencoder of architecture {cfg['architecture']} can't be read")
+        N, D = weights["W_dec"].shape
+        sae = SAE(D, N, cfg.get("k", N))
+        if cfg["architecture"] != "topk":
+            sae.threshold = weights.setdefault("threshold", torch.zeros(N))
+        if not cfg.get("apply_b_dec_to_input", True):  # encode() subtracts b_dec: add what that takes away
+            weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
+        sae.load_state_dict(weights)
+    sae.cfg = cfg
     return sae.to(device)
 
 
@@ -799,6 +832,16 @@ def parse_args(argv):
     return Config(**vars(parser.parse_args(argv)))
 
 
+def find_device(name):
+    """The device of that name; auto is cuda where there is one, else cpu."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
 def check(cfg):
     """Complete the settings that depend on others and refuse those that can't work; returns the device."""
     for name in ("dict", "k", "tokens", "batch", "lm_batch", "buffer", "log_every"):
@@ -815,12 +858,7 @@ def check(cfg):
         raise InputError(f"--ctx must be at least 2, BOS and a token, but is {cfg.ctx}")
     if cfg.tokens < cfg.batch:
         raise InputError(f"--tokens {cfg.tokens} is less than one batch of {cfg.batch}")
-    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    device = find_device(cfg.device)
     model = "demo" if cfg.demo else Path(cfg.model).name
     cfg.out = cfg.out or f"runs/{model}-l{cfg.layer}-n{cfg.dict}-a{cfg.alpha:g}-s{cfg.seed}"
     if (Path(cfg.out) / "sae_weights.safetensors").exists():
@@ -847,13 +885,13 @@ def summary(cfg, m, seconds):
 
 
 def quiet_libraries():
-    """Errors are reported by us, in one line; and a bar for each file that is read says nothing."""
+    """Errors are reported by us, in one line, and files are read without a progress bar each."""
     import datasets
     import huggingface_hub
     import transformers
 
     for library in (datasets, huggingface_hub, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
 

@@ -1,4 +1,4 @@
-"""Tests of sgo_sae.py against independent truth; no network. `python -m pytest` runs them."""
+"""Tests of sgo_sae.py and eval_sae.py against independent truth; no network. `python -m pytest` runs them."""
 
 import ast
 import dataclasses
@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval_sae
 import sgo_sae
 from sgo_sae import SAE, InputError, coactivation_weights, sgo_penalty, sgo_penalty_decoder, sgo_penalty_reference
 
@@ -677,6 +678,297 @@ def test_no_network_is_explained(model, texts, tmp_path):
         for result in pool.map(run, [dict(model="some/model"), dict(dataset="some/data")]):
             assert result.returncode == 2 and "can't be reached" in result.stderr, result.stderr
             assert "--demo" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+def planted_sae(W_dec_ND, W_enc_DN=None, k=None):
+    """An autoencoder with a given dictionary, whose encoder reads each direction's coefficient."""
+    N, D = W_dec_ND.shape
+    sae = SAE(D, N, k or N)
+    sae.W_dec.data = W_dec_ND.clone()
+    sae.W_enc.data = (W_dec_ND.T if W_enc_DN is None else W_enc_DN).clone()
+    return sae
+
+
+def test_reconstruction_of_constructed_cases():
+    x_TD = torch.randn(500, 8)
+    perfect = planted_sae(torch.cat([torch.eye(8), -torch.eye(8)]))  # x = Σ relu(±x_i) ±e_i
+    figures = eval_sae.reconstruction(perfect, x_TD)
+    assert figures["explained_variance"] == pytest.approx(1, abs=1e-10) and figures["cosine"] == pytest.approx(1)
+    assert figures["l0"] == 8 and figures["l1"] == pytest.approx(x_TD.abs().sum(1).mean().item(), rel=1e-5)
+    assert figures["norm_ratio"] == pytest.approx(1) and figures["never_fire"] == 0 and figures["dense"] == 1
+    half = planted_sae(torch.cat([torch.eye(8)[:4], -torch.eye(8)[:4]]))  # the first 4 of 8 dimensions
+    figures = eval_sae.reconstruction(half, x_TD, ctx=65)
+    error = x_TD[:, 4:].double().square().sum().item()
+    assert figures["mse"] == pytest.approx(error / 4000, rel=1e-6)
+    assert figures["mse_benchmark"] == pytest.approx(error / 500 / (16 * 64), rel=1e-6)
+    assert figures["cosine"] == pytest.approx((x_TD[:, :4].norm(dim=1) / x_TD.norm(dim=1)).mean().item(), rel=1e-5)
+    variance = (x_TD.double() - x_TD.double().mean(0)).square().sum().item()
+    assert figures["explained_variance"] == pytest.approx(1 - error / variance, rel=1e-6)
+    assert figures["reconstruction_bias"] == pytest.approx(1, rel=1e-6)  # a projection has ‖x̂‖² = ⟨x, x̂⟩
+
+
+def test_reconstruction_does_not_depend_on_batch_size():
+    torch.manual_seed(0)
+    sae, x_TD = SAE(8, 32, 4), torch.randn(300, 8)
+    whole, parts = (eval_sae.reconstruction(sae, x_TD, chunk=c) for c in (300, 7))
+    assert all(whole[key] == pytest.approx(parts[key], rel=1e-6) for key in whole)
+
+
+def test_cross_entropy_and_kl_by_hand():
+    logits_BLV = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1 / 3] * 3]]))
+    ids_BL = torch.tensor([[0, 1, 2]])  # predicts 1 with 0.25, then 2 with 0.1
+    assert eval_sae.next_token_loss(logits_BLV, ids_BL) == pytest.approx(-math.log(0.25) - math.log(0.1))
+    uniform = torch.zeros(1, 3, 3)
+    expected = sum(p * math.log(p * 3) for p in (0.5, 0.25, 0.25, 0.1, 0.8, 0.1))
+    assert eval_sae.kl(logits_BLV, uniform) == pytest.approx(expected, rel=1e-5)
+
+
+class Exact(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+class Zero(torch.nn.Module):
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+def test_splicing_the_exact_activation_changes_nothing_and_zeroing_is_the_ablation(model):
+    _, full, tokenizer = model
+    ids_TL = torch.randint(3, len(tokenizer), (5, 12))
+    ids_TL[:, 0] = tokenizer.bos_token_id
+    layer = full.model.layers[1]
+    with torch.inference_mode():
+        clean = full(ids_TL).logits
+        assert torch.equal(eval_sae.spliced_logits(full, layer, ids_TL, lambda x: x), clean)
+        exact, zero = eval_sae.behaviour(full, layer, [Exact(), Zero()], ids_TL, sgo_sae.special_ids(tokenizer))
+        by_hand = F.cross_entropy(clean[:, :-1].flatten(0, 1), ids_TL[:, 1:].flatten()).item()
+        handle = layer.register_forward_hook(lambda m, a, x: torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1))
+        zeroed = full(ids_TL).logits
+        handle.remove()
+    assert exact["ce_clean"] == exact["ce_sae"] == pytest.approx(by_hand, rel=1e-5)
+    assert exact["ce_score"] == 1 and exact["kl_score"] == pytest.approx(1) and exact["kl_sae"] == pytest.approx(0, abs=1e-6)
+    ablated = F.cross_entropy(zeroed[:, :-1].flatten(0, 1), ids_TL[:, 1:].flatten()).item()
+    assert zero["ce_sae"] == zero["ce_zero"] == pytest.approx(ablated, rel=1e-5)
+    assert zero["ce_score"] == 0 and zero["kl_score"] == 0
+
+
+@pytest.mark.parametrize("separable", [True, False])
+def test_logistic_regression_meets_its_optimality_conditions(separable):
+    torch.manual_seed(0)
+    x_PTS = torch.randn(3, 200, 5, dtype=torch.float64) * torch.tensor([0.01, 1, 1, 30, 5]) + 3
+    y_PT = x_PTS[:, :, 1] + x_PTS[:, :, 2] + (0 if separable else 2 * torch.randn(3, 200)) > 6
+    weight_PT = (torch.rand(3, 200) > 0.2).double()
+    w_PS, b_P = eval_sae.logistic_regression(x_PTS, y_PT, weight_PT, C=0.7)
+    residual_PT = weight_PT * (torch.sigmoid((x_PTS @ w_PS[:, :, None])[..., 0] + b_P[:, None]) - y_PT.double())
+    assert (w_PS + 0.7 * (residual_PT[:, None] @ x_PTS)[:, 0]).abs().max() < 1e-4
+    assert residual_PT.sum(1).abs().max() < 1e-4
+    right = eval_sae.accuracy(x_PTS, y_PT, weight_PT, w_PS, b_P)
+    assert right > 0.97 if separable else 0.6 < right < 0.95
+    shared = eval_sae.logistic_regression(x_PTS[0], y_PT[:1], weight_PT[:1], C=0.7)
+    assert torch.allclose(shared[0][0], w_PS[0], atol=1e-5)
+
+
+def test_probing_finds_the_planted_latent():
+    torch.manual_seed(0)
+    labels = torch.arange(900) % 3
+    f_TN = torch.rand(900, 40)
+    for c in range(3):
+        f_TN[:, 7 * c] = (labels == c) + 0.1 * torch.rand(900)
+    f_TN[:, 30] *= 3  # large, and tells nothing
+    found = eval_sae.sparse_probing(f_TN[::2], labels[::2], f_TN[1::2], labels[1::2], ks=(1, 2), train=200, test=200)
+    assert found[1] == found[2] == 1 and found["all"] > 0.99
+    noise = eval_sae.sparse_probing(torch.rand(450, 40), labels[::2], torch.rand(450, 40), labels[1::2], train=200, test=200)
+    assert all(abs(v - 0.5) < 0.15 for v in noise.values())
+
+
+def planted_attributes(T=1200):
+    """Activations in which one direction carries attribute a, weakly, and another attribute b, strongly."""
+    torch.manual_seed(0)
+    a_T, b_T = torch.arange(T) % 2, torch.arange(T) // 2 % 2
+    f_TN = torch.rand(T, 8) * 0.05
+    f_TN[:, 0] += a_T
+    f_TN[:, 1] += 10.0 * b_T
+    return f_TN, a_T, b_T
+
+
+def test_scr_of_a_planted_dictionary():
+    f_TN, a_T, b_T = planted_attributes()
+    W_ND = torch.eye(8)
+    x_TD = f_TN @ W_ND
+    halves = [slice(0, 600), slice(600, 1200)]
+    (xa, fa, aa, ba), (xb, fb, ab, bb) = ((x_TD[h], f_TN[h], a_T[h], b_T[h]) for h in halves)
+    probes = eval_sae.scr_probes(xa, aa, ba, xb, ab, bb)
+    assert probes["a"][2] == 1
+    assert eval_sae.probe_accuracy(xb, ab, *probes["biased"][:2]) < 0.9  # it took b for a
+    one = eval_sae.scr(probes, fa, aa, ba, xb, fb, ab, bb, W_ND, counts=(1,))
+    assert one[1] == pytest.approx(1, abs=0.02)
+    nothing = eval_sae.scr(probes, fa, aa, ba, xb, fb, ab, bb, torch.zeros(8, 8), counts=(1, 2))
+    assert nothing == {1: 0, 2: 0}
+
+
+def test_absorption_of_planted_words():
+    direction_D = F.one_hot(torch.tensor(0), 6).float()
+    W_ND = torch.eye(6)
+    W_ND[3] = F.normalize(torch.tensor([0.6, 0, 0, 0.8, 0, 0]), dim=0)  # an absorber, cosine 0.6 with the letter
+    f_TN = torch.tensor([[2.0, 0, 0, 0, 0, 0],     # the letter's latent carries all of it
+                         [0, 0, 0, 2.5, 0, 0],     # absorbed: 1.5 of 1.5 by latent 3
+                         [0.5, 0, 0, 2.5, 0, 0],   # 0.5 by the letter, 1.5 by latent 3
+                         [1.6, 0, 0, 0.5, 0, 0]])  # latent 3 carries 0.3 of 1.9: under 40 %
+    share_T, full_T = eval_sae.absorbed_share(f_TN, f_TN @ W_ND, W_ND, direction_D, torch.tensor([0]))
+    assert torch.allclose(share_T, torch.tensor([0, 1, 0.75, 0]))
+    assert full_T.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("absorbing", [False, True])
+def test_absorption_from_planted_letters_to_the_mean(absorbing):
+    torch.manual_seed(0)
+    letters, words = torch.arange(26).repeat(200), torch.arange(5200) // 26
+    W_ND = torch.eye(60)[:53]
+    f_TN = torch.zeros(5200, 53)
+    f_TN[torch.arange(5200), letters] = 4 + torch.rand(5200)
+    f_TN[torch.arange(5200), 26 + torch.randint(26, (5200,))] = 0.5
+    W_ND[52] = F.normalize(torch.eye(60)[0] + torch.eye(60)[58], dim=0)
+    taken = (letters == 0) & (words % 25 == 0)
+    if absorbing:  # of one A word in 25, too few to split the letter, latent 52 takes the letter over
+        f_TN[taken] = 0
+        f_TN[taken, 52] = 6
+    x_TD, decode = f_TN @ W_ND, torch.linalg.pinv(W_ND)
+    sae = SAE(60, 53, 53)
+    sae.W_dec.data = W_ND
+    sae.encode = lambda x: (x @ decode).clamp(min=0)
+    test = words >= 150
+    probe = (20 * torch.eye(60)[:26], torch.full((26,), -20.0))
+    found = eval_sae.absorption(sae, x_TD[~test], letters[~test], x_TD[test], letters[test], probe)
+    share = 2 / 50 / 26 if absorbing else 0
+    assert found["full_absorption"] == pytest.approx(share, abs=1e-6)
+    assert found["absorption"] == pytest.approx(share, abs=1e-6)
+
+
+def test_absorption_refuses_a_model_that_cannot_spell():
+    x_TD, y_T = torch.randn(200, 6), torch.randint(26, (200,))
+    with pytest.raises(InputError, match="spells .* of 26 letters, 20 are needed"):
+        eval_sae.absorption(SAE(6, 20, 4), x_TD, y_T, x_TD, y_T, eval_sae.multi_probe(x_TD, F.one_hot(y_T, 26), epochs=2))
+
+
+def test_competition_is_that_of_the_definitions():
+    torch.manual_seed(0)
+    sae, x_TD = SAE(8, 32, 4), torch.randn(256, 8)
+    figures = eval_sae.competition(sae, x_TD, alpha=0.1)
+    f_BN = sae.encode(x_TD).detach()
+    w_NN = coactivation_weights(f_BN).fill_diagonal_(0)
+    assert figures["w_mean"] == pytest.approx(w_NN[w_NN > 0].mean().item(), rel=1e-5)
+    assert figures["pairs_over_half"] == (w_NN.triu(1) > 0.5).sum().item()
+    assert figures["mean_max_w"] == pytest.approx(w_NN.amax(1)[f_BN.any(0)].mean().item(), rel=1e-5)
+    cosine_NN = F.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).abs().fill_diagonal_(0)
+    assert figures["mean_max_cos"] == pytest.approx(cosine_NN.amax(1).mean().item(), rel=1e-5)
+    error = (x_TD - sae(x_TD)).square().sum(1).mean()
+    assert figures["penalty_share"] == pytest.approx((0.1 * sgo_penalty_reference(f_BN) / error).item(), rel=1e-5)
+
+
+def test_mean_latents_do_not_depend_on_batch_size_or_padding(model):
+    _, full, tokenizer = model
+    lm, module = loaded(model, 1)
+    sae, texts = SAE(16, 64, 4), [TEXT[: 5 + 3 * i] for i in range(20)]
+    read = torch.inference_mode()(lambda ids_BL: sgo_sae.hooked(lm, module, ids_BL))
+    one, many = (eval_sae.mean_latents(read, tokenizer, [sae], texts, 12, "cpu", batch=b) for b in (1, 8))
+    assert torch.allclose(one[0], many[0], atol=1e-4) and torch.allclose(one[1][0], many[1][0], atol=1e-3)
+    ids = [tokenizer.bos_token_id] + tokenizer(texts[3])["input_ids"][:11]
+    alone = read(torch.tensor([ids]))[0, 1:]
+    assert torch.allclose(one[0][3], alone.mean(0), atol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def run(model, texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        assert sgo_sae.main(flags(model, texts, folder / f"s{seed}", seed=seed)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def probe_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("probe") / "words.csv"
+    rows = [f"{w} {i} {v},{w},{v}" for i in range(400) for w in ("fox", "dog") for v in ("warm", "lazy")]
+    path.write_text("text,label,attribute\n" + "\n".join(rows) + "\n")
+    return str(path)
+
+
+def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, capsys):
+    argv = [str(run / "s0"), str(run / "s1"), "--text", texts, "--probe", probe_file, "--contexts", "40", "--paper",
+            "--train", "400", "--test", "200", "--words", "200"]  # fmt: skip
+    assert eval_sae.main(argv) == 0
+    first = capsys.readouterr().out
+    assert eval_sae.main(argv) == 0
+    assert capsys.readouterr().out == first
+    rows = first.splitlines()
+    assert "2 seeds" in rows[0] and "as reported" in rows[0]
+    for label in ("MSE per element ↓", "CE score ↑", "mean max w_ij ↓", "probing, 1 latent ↑", "SCR, 2 latents ↑"):
+        assert any(row.startswith(label) for row in rows), label
+    assert any("±" in row for row in rows)
+    assert any(row.startswith("absorption: not measured, the model spells") for row in rows)
+    content = json.loads((run / "s0" / "eval.json").read_text())
+    assert content["core"]["l0"] == pytest.approx(4, abs=0.2) and content["settings"]["k"] == 4
+    assert content["samples"]["tokens"] > 0 and content["versions"]["torch"]
+    assert eval_sae.main([*argv, "--markdown", "--metrics", "core"]) == 0
+    assert all(row.startswith("|") and row.endswith("|") for row in capsys.readouterr().out.splitlines())
+
+
+def test_table_means_and_deviations_are_over_seeds_alone():
+    runs = [dict(settings=dict(alpha=a, dict=8, seed=s, out=str(s)), notes=[], core=dict(mse=m))
+            for a, s, m in ((0.0, 0, 1.0), (0.0, 1, 3.0), (0.1, 0, 9.0))]  # fmt: skip
+    rows = eval_sae.table(["a", "b", "c"], runs).splitlines()
+    assert rows[1].split() == ["MSE", "per", "element", "↓", "1.000", "3.000", "9.000", "2.000", "±", "1.414"]
+
+
+def test_gemma_scope_file_is_read(tmp_path):
+    import numpy
+
+    torch.manual_seed(0)
+    shapes = dict(W_enc=(8, 32), b_enc=(32,), W_dec=(32, 8), b_dec=(8,), threshold=(32,))
+    arrays = {name: torch.randn(shape).numpy() for name, shape in shapes.items()}
+    arrays["threshold"] = abs(arrays["threshold"])
+    numpy.savez(tmp_path / "params.npz", **arrays)
+    sae, x_BD = sgo_sae.load_sae(tmp_path / "params.npz"), torch.randn(50, 8)
+    p = {name: torch.from_numpy(a) for name, a in arrays.items()}
+    pre_BN = x_BD @ p["W_enc"] + p["b_enc"]
+    f_BN = pre_BN.relu() * (pre_BN > p["threshold"])
+    assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-4)
+    assert torch.allclose(sae(x_BD), f_BN @ p["W_dec"] + p["b_dec"], atol=1e-3)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["/nowhere"], "holds no trained autoencoder"),
+    (["RUN", "--metrics", "core,beauty"], "the families are"),
+    (["RUN", "--model", "/nowhere"], "/nowhere"),
+    (["RUN", "--layer", "9"], "are 0 to 3"),
+    (["RUN"], "give --text"),
+    (["RUN", "--text", "TEXTS", "--probe", "TEXTS"], "lacks the column label; its columns are text"),
+    (["RUN", "--text", "TEXTS", "--probe", "FEW"], "texts, 20 are needed"),
+    (["NARROW", "--layer", "1", "--text", "TEXTS", "--model", "MODEL"], "is for 8 dimensions"),
+    (["RUN", "--contexts", "0"], "--contexts must be at least 1"),
+])  # fmt: skip
+def test_bad_evaluations_are_refused_in_one_line(model, run, texts, tmp_path, capsys, argv, words):
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": f"{t}{i}", "label": t}) + "\n" for t in "ab" for i in range(4)))
+    sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(), tmp_path / "narrow")
+    names = {"RUN": run / "s0", "TEXTS": texts, "FEW": tmp_path / "few.jsonl", "NARROW": tmp_path / "narrow", "MODEL": model[0]}
+    assert eval_sae.main([str(names.get(a, a)) for a in argv]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert words in lines[-1] and lines[-1].startswith("eval_sae.py: error: "), lines
+
+
+def test_library_tasks_keep_documents_apart():
+    pieces = list(eval_sae.library_pieces())
+    assert {p["kind"] for p in pieces} == {"window", "docstring", "comment", "body", "prose"}
+    tasks, spurious = eval_sae.library_tasks(600, 400, seed=0)
+    assert len(tasks) == 8 and len(spurious) == 2
+    for task in tasks + spurious:
+        assert len(task.texts) == len(task.labels) == len(task.test) and 200 < task.test.sum() <= 400, task.name
+    cells = spurious[0].labels * 2 + spurious[0].attribute
+    assert all(torch.bincount(cells[part]).unique().numel() == 1 for part in (spurious[0].test, ~spurious[0].test))
 
 
 # ----------------------------------------------------------------------------------------- demo and files
