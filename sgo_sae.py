@@ -87,10 +87,13 @@ class Config:
     out: str = setting(None, "folder of the result (default: runs/MODEL-lLAYER-nDICT-aALPHA-sSEED)")
     log_every: int = setting(50, "steps between lines of metrics.jsonl")
     demo: bool = setting(False, "small Gemma-2 and text made on this machine, other settings scaled to them")
+    bench: bool = setting(False, "time a step's parts at --dict, --k, --batch and --width, train nothing", "benchmark")
+    width: int = setting(2304, "hidden size D for --bench")
+    json: bool = setting(False, "print the benchmark as one JSON object")
     cache: str = setting(None, "folder that keeps the demo's model (default: $SGO_CACHE, else ~/.cache/sgo_sae)")
 
 
-DEMO = dict(dict=1024, k=16, layer=1, tokens=1_228_800, alpha_warmup=120, buffer=1024, log_every=20, lr=1e-3)
+DEMO = dict(dict=1024, k=16, layer=1, tokens=1_228_800, alpha_warmup=120, buffer=1024, log_every=20, lr=1e-3, width=128)
 
 
 class InputError(Exception):
@@ -201,7 +204,9 @@ def sgo_penalty_reference(f_BN):
     return (w_NN * gram_NN**2).sum()
 
 
-TILE = 1 << 19  # cells of the N × N plane held at a time: what fits in a core's cache
+def tile_rows(d_sae, device):
+    """Latents of a tile of (T, N + 1) cells: on a CPU what fits its cache, on a GPU what keeps it busy."""
+    return max(1, (1 << (23 if device.type == "cuda" else 18)) // (d_sae + 1))
 
 
 @torch.no_grad()
@@ -220,7 +225,7 @@ def coactive_pairs(vals_BK, idx_BK, d_sae):
     size_N = size_N.to(vals_BK.dtype).clamp_(min=1)
     size_BK = size_N[idx_BK]
 
-    T = max(1, TILE // (d_sae + 1))
+    T = tile_rows(d_sae, vals_BK.device)
     both_TN = vals_BK.new_zeros(T, d_sae + 1)
     one = vals_BK.new_ones(())
     for lo in range(0, d_sae, T):
@@ -232,33 +237,74 @@ def coactive_pairs(vals_BK, idx_BK, d_sae):
         pair_EK = idx_BK[e_E // K].add_((i_E - lo)[:, None] * (d_sae + 1))
         both_TN.view(-1).scatter_add_(0, pair_EK.flatten(), one.expand(pair_EK.numel()))  # |M_i ∩ M_j|
         both_TN[:, d_sae] = 0
-        if pair_EK.numel() * 8 > both_TN.numel():  # most cells are touched: Eq. 3 on all of them is the cheaper way
-            w_TN = both_TN[: hi - lo].div_(torch.minimum(size_N[lo:hi, None], size_N))
-            w_EK = w_TN.take(pair_EK)
-            both_TN.zero_()
+        if pair_EK.numel() * 4 > both_TN.numel():  # most cells are touched: dividing cells is cheaper than dividing pairs
+            w_EK = both_TN[: hi - lo].div_(torch.minimum(size_N[lo:hi, None], size_N)).take(pair_EK)
         else:
             w_EK = both_TN.take(pair_EK).div_(torch.minimum(size_N[i_E][:, None], size_BK[e_E // K]))
-            both_TN.view(-1).scatter_(0, pair_EK.flatten(), 0)
-        w_EK.scatter_(1, (e_E % K)[:, None], 0)
+        clear(both_TN.view(-1), pair_EK)
+        w_EK.scatter_(1, (e_E % K)[:, None], 0)  # i = j
         yield lo, hi, e_E, pair_EK, w_EK
 
 
+def clear(cells, touched):
+    """Set the touched cells to 0: all of them at once, where that writes less."""
+    if touched.numel() * 16 > cells.numel():
+        cells.zero_()
+    else:
+        cells.scatter_(0, touched.flatten(), 0)
+
+
+@torch.no_grad()
+def penalty_gradient_sparse(vals_BK, idx_BK, d_sae):
+    """∂Ω/∂f on the active entries, (B, K), pair by co-active pair: O(B K²) time, a tile's pairs of memory."""
+    B, K = vals_BK.shape
+    grad_E = vals_BK.new_zeros(B * K)
+    gram = vals_BK.new_zeros(tile_rows(d_sae, vals_BK.device) * (d_sae + 1))
+    for _, _, e_E, pair_EK, w_EK in coactive_pairs(vals_BK, idx_BK, d_sae):
+        f_EK = vals_BK[e_E // K]
+        gram.scatter_add_(0, pair_EK.flatten(), (vals_BK.flatten()[e_E][:, None] * f_EK).flatten())  # B ⟨f_i, f_j⟩
+        grad_E[e_E] = torch.linalg.vecdot(w_EK.mul_(gram.take(pair_EK)), f_EK)
+        clear(gram, pair_EK)
+    return grad_E.view(B, K) * (4 / B**2)
+
+
+@torch.no_grad()
+def penalty_gradient_tiled(vals_BK, idx_BK, d_sae, tile=2048):
+    """The same by dense products on square tiles of the N × N plane: O(B N²) time, O(B N + tile²) memory.
+
+    The plane is symmetric: tiles above the diagonal serve both sides.
+    """
+    f_BN = vals_BK.new_zeros(len(vals_BK), d_sae).scatter_(1, idx_BK, vals_BK)
+    m_BN = (f_BN > 0).to(f_BN.dtype)
+    size_N = m_BN.sum(0).clamp_(min=1)
+    grad_BN = torch.zeros_like(f_BN)
+    tiles = [slice(lo, lo + tile) for lo in range(0, d_sae, tile)]
+    for n, i in enumerate(tiles):
+        for j in tiles[n:]:
+            w_TT = (m_BN[:, i].T @ m_BN[:, j]).div_(torch.minimum(size_N[i, None], size_N[j]))  # Eq. 3
+            wgram_TT = w_TT.mul_(f_BN[:, i].T @ f_BN[:, j])
+            if i is j:
+                wgram_TT.fill_diagonal_(0)
+            else:
+                grad_BN[:, j].addmm_(f_BN[:, i], wgram_TT)
+            grad_BN[:, i].addmm_(f_BN[:, j], wgram_TT.T)
+    return grad_BN.gather(1, idx_BK) * (vals_BK > 0) * (4 / len(vals_BK) ** 2)
+
+
+# The pairwise way is the faster one where N is over this many times K. Measured on a CPU (README); for a GPU an
+# estimate from its rates of dense products and of scattered additions.
+CROSSOVER = {"cpu": 15, "cuda": 300}
+
+
 def sgo_penalty(vals_BK, idx_BK, d_sae):
-    """Eq. 2's Ω from sparse latents: exactly sgo_penalty_reference, in O(B K²) time and O(BK + TILE) memory.
+    """Eq. 2's Ω from sparse latents: exactly sgo_penalty_reference, by the cheaper of the two ways above.
 
     vals_BK: activations, at least 0; idx_BK: their latents, no latent twice on a token. Differentiable once, in vals.
     ∂Ω/∂f_bi = (4/B) Σ_j f_bj w_ij ⟨f_i, f_j⟩, and Ω is homogeneous of degree 4 in f, so Ω = ¼ Σ f ∂Ω/∂f (Euler).
     """
-    B, K = vals_BK.shape
     f_BK = vals_BK.detach()
-    grad_E = f_BK.new_zeros(B * K)
-    gram = f_BK.new_zeros(max(TILE, d_sae + 1))
-    for _, _, e_E, pair_EK, w_EK in coactive_pairs(f_BK, idx_BK, d_sae):
-        f_EK = f_BK[e_E // K]
-        gram.scatter_add_(0, pair_EK.flatten(), (f_BK.flatten()[e_E][:, None] * f_EK).flatten())
-        grad_E[e_E] = torch.linalg.vecdot(w_EK.mul_(gram.take(pair_EK)), f_EK)
-        gram.scatter_(0, pair_EK.flatten(), 0)
-    grad_BK = grad_E.view(B, K) * (4 / B**2)
+    pairwise = d_sae > CROSSOVER.get(f_BK.device.type, 15) * f_BK.shape[1]
+    grad_BK = (penalty_gradient_sparse if pairwise else penalty_gradient_tiled)(f_BK, idx_BK, d_sae)
     return with_gradient((f_BK * grad_BK).sum() / 4, vals_BK, grad_BK)
 
 
@@ -533,21 +579,19 @@ def training_step(sae, adam, x_BD, cfg, alpha, lr):
     adam.param_groups[0]["lr"] = lr
     adam.step()
     sae.normalize_decoder()
-    return dict(vals_BK=vals_BK.detach(), idx_BK=idx_BK, error_BD=error_BD.detach(), loss=loss.item(),
-                reconstruction=reconstruction.item(), l1=l1.item(), omega=omega.item())  # fmt: skip
+    parts = dict(vals_BK=vals_BK, error_BD=error_BD, loss=loss, reconstruction=reconstruction, l1=l1, omega=omega)
+    return {name: part.detach() for name, part in parts.items()} | dict(idx_BK=idx_BK)
 
 
 def batch_metrics(x_BD, part, cfg, alpha):
     """The figures of a line of metrics.jsonl that come from one step's batch; reconstruction and L1 as in Eq. 2."""
     vals_BK, error_BD = part["vals_BK"], part["error_BD"]
+    terms = {name: part[name].item() for name in ("loss", "reconstruction", "l1", "omega")}
     competition_N = max_coactivation(vals_BK, part["idx_BK"], cfg.dict)
     return dict(
-        loss=part["loss"],
-        reconstruction=part["reconstruction"],
-        mse=part["reconstruction"] / x_BD.shape[1],
-        l1=part["l1"],
-        omega=part["omega"],
-        penalty_share=alpha * part["omega"] / part["reconstruction"],
+        **terms,
+        mse=terms["reconstruction"] / x_BD.shape[1],
+        penalty_share=alpha * terms["omega"] / terms["reconstruction"],
         explained_variance=1 - (error_BD.square().sum() / (x_BD - x_BD.mean(0)).square().sum()).item(),
         cosine=F.cosine_similarity(x_BD, x_BD - error_BD, dim=1).mean().item(),
         l0=(vals_BK > 0).sum(1).float().mean().item(),
@@ -640,6 +684,74 @@ def train(cfg, device):
             bar.update()
     save_sae(sae, cfg, out, scale)
     return metrics
+
+
+def median_ms(device, run, *args, times=5, **kwargs):
+    """Median milliseconds of `times` calls after one that is not counted."""
+    seconds = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        run(*args, **kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * sorted(seconds[1:])[times // 2]
+
+
+def bench(cfg, device):
+    """Median milliseconds of a step and of its parts, with and without the penalty, on Gaussian activations.
+
+    Twice: with latents equally popular, and with a popularity that falls with the latent's rank as on real activations.
+    """
+    torch.set_float32_matmul_precision("high")
+    results = {}
+    for kind in ("gaussian", "skewed"):
+        torch.manual_seed(cfg.seed)
+        sae = SAE(cfg.width, cfg.dict, cfg.k).to(device)
+        if kind == "skewed":
+            sae.b_enc.data = 5 - 0.5 * (1 + torch.randperm(cfg.dict, device=device)).log()
+        adam = torch.optim.Adam(sae.parameters(), lr=0.0, fused=True)  # the weights stay: every step is the same work
+        x_BD = torch.randn(cfg.batch, cfg.width, device=device)
+        step_ms = {
+            "without_penalty": median_ms(device, training_step, sae, adam, x_BD, cfg, 0.0, 0.0),
+            "with_penalty": median_ms(device, training_step, sae, adam, x_BD, cfg, cfg.alpha or 0.075, 0.0),
+        }
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=x_BD.is_cuda):
+            pre_BN = torch.addmm(sae.b_enc, x_BD, sae.W_enc)
+            vals_BK, idx_BK = sae.topk(x_BD)
+            parts_ms = {
+                "encoder product": median_ms(device, torch.addmm, sae.b_enc, x_BD, sae.W_enc),
+                "top-k": median_ms(device, pre_BN.topk, cfg.k, sorted=False),
+                "decoder": median_ms(device, sae.decode_topk, vals_BK, idx_BK),
+            }
+        with torch.no_grad():
+            parts_ms |= {
+                "penalty and its gradient": median_ms(device, sgo_penalty, vals_BK, idx_BK, cfg.dict),
+                "gradient projection": median_ms(device, sae.project_decoder_gradient),
+                "gradient clipping": median_ms(device, nn.utils.clip_grad_norm_, list(sae.parameters()), 1.0),
+                "Adam": median_ms(device, adam.step),
+                "decoder normalisation": median_ms(device, sae.normalize_decoder),
+            }
+        parts_ms["other gradients and the loss"] = step_ms["with_penalty"] - sum(parts_ms.values())
+        results[kind] = dict(
+            step_ms=step_ms,
+            parts_ms=parts_ms,
+            tokens_per_s=cfg.batch / step_ms["with_penalty"] * 1000,
+            peak_gb=peak_memory_gb(device),
+            run_s=cfg.tokens // cfg.batch * step_ms["with_penalty"] / 1000,
+        )
+    shape = dict(batch=cfg.batch, width=cfg.width, dict=cfg.dict, k=cfg.k, device=str(device))
+    if cfg.json:
+        return json.dumps(shape | results["gaussian"] | dict(skewed=results["skewed"]))
+    lines = [f"batch {cfg.batch}, D {cfg.width}, N {cfg.dict}, k {cfg.k}, {device}", f"{'ms':<40}{'gaussian':>12}{'skewed':>12}"]
+    table = {"step without the penalty": "without_penalty", "step with the penalty": "with_penalty"}
+    rows = {label: [r["step_ms"][name] for r in results.values()] for label, name in table.items()}
+    rows |= {"  " + name: [r["parts_ms"][name] for r in results.values()] for name in parts_ms}
+    rows["tokens per second"] = [r["tokens_per_s"] for r in results.values()]
+    rows[f"minutes for {cfg.tokens:,} tokens, SAE alone"] = [r["run_s"] / 60 for r in results.values()]
+    rows["peak memory, GB"] = [r["peak_gb"] for r in results.values()]
+    lines += [f"{name:<40}" + "".join(f"{v:>12,.1f}" for v in values) for name, values in rows.items()]
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -844,7 +956,7 @@ def find_device(name):
 
 def check(cfg):
     """Complete the settings that depend on others and refuse those that can't work; returns the device."""
-    for name in ("dict", "k", "tokens", "batch", "lm_batch", "buffer", "log_every"):
+    for name in ("dict", "k", "tokens", "batch", "lm_batch", "buffer", "log_every", "width"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(cfg, name)}")
     for name in ("alpha", "alpha_start", "alpha_warmup", "l1", "layer", "lr"):
@@ -901,6 +1013,9 @@ def main(argv):
     try:
         cfg = parse_args(argv)
         device = check(cfg)
+        if cfg.bench:
+            print(bench(cfg, device))
+            return 0
         quiet_libraries()
         if cfg.demo:
             cache = Path(cfg.cache or os.environ.get("SGO_CACHE") or Path.home() / ".cache" / "sgo_sae")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,12 @@ def test_weights_of_a_case_worked_by_hand():
     assert sgo_penalty_reference(f_BN).item() == pytest.approx(2 * (1 * 0.75**2 + 0.5 * 0.75**2))
 
 
-@pytest.mark.parametrize("tile", [1, 300, 1 << 19])
+@pytest.mark.parametrize("way, rows", [("pairs", 1), ("pairs", 7), ("pairs", 1000), ("tiles", 1), ("tiles", 7), ("tiles", 1000)])
 @pytest.mark.parametrize("B, N, K", SHAPES)
-def test_penalty_and_gradient_match_the_definition(B, N, K, tile, monkeypatch):
-    monkeypatch.setattr(sgo_sae, "TILE", tile)
+def test_penalty_and_gradient_match_the_definition(B, N, K, way, rows, monkeypatch):
+    monkeypatch.setattr(sgo_sae, "tile_rows", lambda d_sae, device: rows)
+    monkeypatch.setattr(sgo_sae, "penalty_gradient_tiled", partial(sgo_sae.penalty_gradient_tiled, tile=rows))
+    monkeypatch.setitem(sgo_sae.CROSSOVER, "cpu", 0 if way == "pairs" else math.inf)
     vals_BK, idx_BK = sparse_latents(B, N, K)
     omega, w_NN, grad_BN = definition(dense(vals_BK, idx_BK, N)) if N <= 64 else reference_by_autograd(vals_BK, idx_BK, N)
     vals_BK.requires_grad_()
@@ -115,9 +118,9 @@ def test_penalty_does_not_depend_on_the_order_of_tokens_or_slots():
     assert torch.equal(coactivation_weights(f_BN), coactivation_weights(f_BN[rows]))
 
 
-@pytest.mark.parametrize("tile", [1, 1 << 19])
-def test_decoder_penalty_matches_its_definition(tile, monkeypatch):
-    monkeypatch.setattr(sgo_sae, "TILE", tile)
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_decoder_penalty_matches_its_definition(rows, monkeypatch):
+    monkeypatch.setattr(sgo_sae, "tile_rows", lambda d_sae, device: rows)
     vals_BK, idx_BK = sparse_latents(40, 30, 5)
     W_ND = F.normalize(torch.randn(30, 7, dtype=torch.float64), dim=1).requires_grad_()
     value = sgo_penalty_decoder(vals_BK, idx_BK, W_ND)
@@ -131,6 +134,18 @@ def test_penalty_is_the_same_in_float32():
     vals_BK, idx_BK = sparse_latents(512, 256, 16)
     exact = sgo_penalty(vals_BK, idx_BK, 256)
     assert torch.allclose(sgo_penalty(vals_BK.float(), idx_BK, 256).double(), exact, rtol=1e-5)
+
+
+def test_training_is_the_same_with_either_way_of_the_penalty(monkeypatch):
+    losses = {}
+    for way, crossover in (("pairs", 0), ("tiles", math.inf)):
+        monkeypatch.setitem(sgo_sae.CROSSOVER, "cpu", crossover)
+        torch.manual_seed(0)
+        sae, cfg = SAE(16, 64, 8).double(), sgo_sae.Config(dict=64, k=8)
+        adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+        steps = [torch.randn(256, 16, dtype=torch.float64) * 2 for _ in range(30)]
+        losses[way] = [sgo_sae.training_step(sae, adam, x_BD, cfg, 0.5, 3e-3)["loss"].item() for x_BD in steps]
+    assert losses["pairs"] == pytest.approx(losses["tiles"], rel=1e-9)
 
 
 def plain_topk(sae, x_BD):
@@ -278,7 +293,6 @@ def test_method_section_stands_alone():
          "from torch.autograd.function import once_differentiable\n" + section, names)  # fmt: skip
     vals_BK, idx_BK = names["SAE"](8, 32, 4).topk(torch.randn(64, 8))
     assert names["sgo_penalty"](vals_BK, idx_BK, 32) > 0
-    assert len(section.splitlines()) < 250
 
 
 # ------------------------------------------------------------------------------------------- activations
@@ -992,6 +1006,17 @@ def test_demo_language_model_learns(tmp_path, capsys):
     cfg = sgo_sae.Config(model=str(tmp_path), layer=1)
     assert sgo_sae.load_tokenizer(cfg)[0].hidden_size == 128
     assert len(loaded((tmp_path,), 1)[0].layers) == 2
+
+
+def test_benchmark_prints_a_table_and_json(capsys):
+    shape = ["--bench", "--dict", "256", "--k", "8", "--batch", "64", "--width", "16"]
+    assert sgo_sae.main(shape) == 0
+    assert "step with the penalty" in capsys.readouterr().out
+    assert sgo_sae.main([*shape, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for part in (found, found["skewed"]):
+        assert part["step_ms"]["with_penalty"] > 0 and part["tokens_per_s"] > 0 and part["peak_gb"] > 0
+        assert sum(part["parts_ms"].values()) == pytest.approx(part["step_ms"]["with_penalty"])
 
 
 def test_help_shows_every_setting_with_its_default():
