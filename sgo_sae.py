@@ -87,10 +87,10 @@ class Config:
     out: str = setting(None, "folder of the result (default: runs/MODEL-lLAYER-nDICT-aALPHA-sSEED)")
     log_every: int = setting(50, "steps between lines of metrics.jsonl")
     demo: bool = setting(False, "small Gemma-2 and text made on this machine, other settings scaled to them")
+    cache: str = setting(None, "folder that keeps the demo's model (default: $SGO_CACHE, else ~/.cache/sgo_sae)")
     bench: bool = setting(False, "time a step's parts at --dict, --k, --batch and --width, train nothing", "benchmark")
     width: int = setting(2304, "hidden size D for --bench")
     json: bool = setting(False, "print the benchmark as one JSON object")
-    cache: str = setting(None, "folder that keeps the demo's model (default: $SGO_CACHE, else ~/.cache/sgo_sae)")
 
 
 DEMO = dict(dict=1024, k=16, layer=1, tokens=1_228_800, alpha_warmup=120, buffer=1024, log_every=20, lr=1e-3, width=128)
@@ -930,6 +930,8 @@ def parse_args(argv):
     for field in dataclasses.fields(Config):
         options = dict(field.metadata)
         title = options.pop("group")
+        if field.default is None:
+            options["help"] += "%(default).0s"  # keeps the formatter from adding "(default: None)"
         group = parser.add_argument_group(title) if title else group
         if isinstance(field.default, bool):
             options["action"] = "store_true"
