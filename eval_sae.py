@@ -249,11 +249,10 @@ def sparse_probing(f_train, labels_train, f_test, labels_test, ks=KS, train=4000
     with the largest |mean difference| between the classes on the training texts, and on all of them."""
     generator = torch.Generator().manual_seed(seed)
     classes = sorted(set(labels_train.tolist()))
-    classes = classes[1:] if len(classes) == 2 else classes  # of two classes, one probe tells them apart
-    every = sorted(set(labels_train.tolist()))
-    y_PT, chosen_PT = one_vs_rest(labels_train, every, train, generator)
-    y_PU, chosen_PU = one_vs_rest(labels_test, every, test, generator)
-    y_PT, chosen_PT, y_PU, chosen_PU = (a[-len(classes) :] for a in (y_PT, chosen_PT, y_PU, chosen_PU))
+    y_PT, chosen_PT = one_vs_rest(labels_train, classes, train, generator)
+    y_PU, chosen_PU = one_vs_rest(labels_test, classes, test, generator)
+    if len(classes) == 2:  # one probe tells them apart
+        y_PT, chosen_PT, y_PU, chosen_PU = (a[1:] for a in (y_PT, chosen_PT, y_PU, chosen_PU))
     positive_PT, negative_PT = chosen_PT * y_PT, chosen_PT * ~y_PT
     difference_PN = (positive_PT / positive_PT.sum(1, keepdim=True) - negative_PT / negative_PT.sum(1, keepdim=True)) @ f_train.double()
     result = {}
@@ -652,7 +651,7 @@ def file_tasks(path, train, test, seed):
 
 
 @torch.no_grad()
-def mean_latents(read, tokenizer, saes, texts, length, device, batch=64, bar=None):
+def mean_latents(read, tokenizer, saes, texts, length, device, batch=64):
     """Mean over each text's tokens, special ones left out, of the activations (T, D) and of each SAE's latents (T, N).
 
     read: token ids (B, L) -> activations (B, L, D). Texts are cut at `length` tokens; batches are of like length.
@@ -662,7 +661,8 @@ def mean_latents(read, tokenizer, saes, texts, length, device, batch=64, bar=Non
     ids = [bos + i[: length - len(bos)] for i in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     pad = tokenizer.pad_token_id or 0
     order = sorted(range(len(ids)), key=lambda t: len(ids[t]))
-    means = None
+    encoders = [lambda x: x, *(sae.encode for sae in saes)]
+    means = [torch.zeros(len(ids), width) for width in (len(saes[0].b_dec), *(len(sae.b_enc) for sae in saes))]
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
         longest = max(len(ids[t]) for t in rows)
@@ -671,22 +671,15 @@ def mean_latents(read, tokenizer, saes, texts, length, device, batch=64, bar=Non
         keep_BL = real_BL & ~torch.isin(ids_BL, special)
         x_ED, text_E = read(ids_BL)[keep_BL].float(), keep_BL.nonzero()[:, 0]
         count_B1 = keep_BL.sum(1, keepdim=True).clamp(min=1)
-        parts = [x_ED] + [None] * len(saes)
-        for i in range(len(parts)):
-            part_EN = x_ED if i == 0 else saes[i - 1].encode(x_ED)
+        for encode, mean_TN in zip(encoders, means, strict=True):
+            part_EN = encode(x_ED)
             mean_BN = part_EN.new_zeros(len(rows), part_EN.shape[1]).index_add_(0, text_E, part_EN) / count_B1
-            if means is None:
-                means = [None] * len(parts)
-            if means[i] is None:
-                means[i] = torch.zeros(len(ids), part_EN.shape[1])
-            means[i][rows] = mean_BN.cpu()
-        if bar:
-            bar.update(len(rows))
+            mean_TN[rows] = mean_BN.cpu()
     return means[0], means[1:]
 
 
 @torch.no_grad()
-def word_activations(read, tokenizer, device, count, seed, bar=None):
+def word_activations(read, tokenizer, device, count, seed):
     """Activations at the last word of prompts that name first letters, its letter (0 to 25) and whether it is for testing.
 
     Words are the tokenizer's alphabetic tokens. Prompts are put together from token ids, so that the word is one token.
@@ -714,8 +707,6 @@ def word_activations(read, tokenizer, device, count, seed, bar=None):
         ids_BL = torch.tensor([r + [pad] * (longest - len(r)) for r in batch], device=device)
         last_B = torch.tensor([len(r) - 1 for r in batch], device=device)
         x.append(read(ids_BL)[torch.arange(len(batch), device=device), last_B].float())
-        if bar:
-            bar.update(len(batch))
     letters = torch.tensor([ord(text[0].upper()) - ord("A") for _, text in words], device=device)
     return torch.cat(x), letters, torch.arange(len(words), device=device) >= cut_at
 
@@ -876,7 +867,7 @@ def evaluate(args, device, saes, model, layer, settings):
     """Results of autoencoders of one model and layer: a dict {family: {key: value} or the reason why not} for each."""
     from tqdm import tqdm
 
-    dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    dtype = sgo_sae.find_dtype(args.dtype, device)
     demo = bool(settings[0].get("demo"))
     train, test = args.train or (1500 if demo else 4000), args.test or (2000 if demo else 1000)
     length = args.length or (64 if demo else 128)
@@ -935,10 +926,8 @@ def evaluate(args, device, saes, model, layer, settings):
             return sgo_sae.hooked(lm, layers[layer], ids_BL)
 
     if {"core", "competition"} & set(text_families):
-        chunks = []
-        for ids_BL in tqdm(ids_TL.split(32), desc="activations", unit="batch"):
-            chunks.append(read(ids_BL)[~torch.isin(ids_BL, torch.tensor(special, device=device))].clone())
-        x_TD = torch.cat(chunks)
+        source = sgo_sae.activations(lm, layers[layer], iter(ids_TL.tolist()), special, ids_TL.numel())
+        x_TD = torch.cat([chunk.clone() for chunk in tqdm(source, desc="activations", unit="batch")])
         x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(args.seed)).to(device)]
         for sae, result, s in zip(tqdm(saes, desc="reconstruction", unit="SAE"), results, settings):
             result["samples"]["tokens"] = len(x_TD)
@@ -946,7 +935,7 @@ def evaluate(args, device, saes, model, layer, settings):
                 result["core"] = reconstruction(sae, x_TD, ctx)
             if "competition" in args.metrics:
                 result["competition"] = competition(sae, x_TD[: 8 * 2048], s.get("alpha"))
-        del x_TD, chunks
+        del x_TD
 
     sources = {"probe": PROBING, "scr": SPURIOUS}
     for family, tasks in (("probe", probing), ("scr", spurious)):

@@ -612,7 +612,7 @@ def train(cfg, device):
     """Train an autoencoder as `cfg` says, save it in cfg.out and return its last metrics."""
     from tqdm import tqdm
 
-    dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    dtype = find_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
 
@@ -954,6 +954,11 @@ def find_device(name):
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return torch.device(name)
+
+
+def find_dtype(name, device):
+    """The dtype of that name; auto is bfloat16 on cuda, else float32."""
+    return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
 
 
 def check(cfg):
