@@ -18,7 +18,6 @@ A RUN is a folder that sgo_sae.py or SAELens wrote, or a Gemma Scope params.npz,
 the names as in sgo_sae.py, and T texts, S selected latents, P probes.
 """
 
-import argparse
 import ast
 import dataclasses
 import json
@@ -121,7 +120,7 @@ def behaviour(lm, layer, saes, ids_TL, special, bar=None):
     """
     special = torch.tensor(special, device=ids_TL.device)
     sums = torch.zeros(len(saes) + 2, 2, dtype=torch.float64)  # CE, KL of: clean, zero, each SAE
-    rows = max(1, 2**26 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
+    rows = max(1, 2**23 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
     for ids_BL in ids_TL.split(rows):
         keep_BL1 = ~torch.isin(ids_BL, special)[..., None]
         clean = spliced_logits(lm, layer, ids_BL)
@@ -761,34 +760,40 @@ ROWS = [  # family, key in eval.json, name in the table, direction
 PAPER = {"mse_benchmark": 1.41, "cosine": 0.93, "top_1": 0.961, "top_20": 0.959, "scr_2": 0.172, "absorption": 0.025}
 
 
-def table(names, results, paper=False, markdown=False):
-    """The table of results {family: {key: value} or reason}, a list per run; mean ± standard deviation over seeds."""
+def table(names, results, paper=False, markdown=False, means=False):
+    """The table of results {family: {key: value} or reason}: a column per run, and mean ± standard deviation over seeds.
+
+    With `means`, a column per setting, whatever its number of seeds, takes the place of the runs'.
+    """
     def of(result):
         return lambda family, key: result[family].get(key) if isinstance(result.get(family), dict) else None
 
-    columns = [(name, of(result)) for name, result in zip(names, results, strict=True)]
+    columns = [] if means else [(name, of(result)) for name, result in zip(names, results, strict=True)]
     groups = {}
     for name, r in zip(names, results, strict=True):
-        if r["settings"]:
-            same = {k: v for k, v in r["settings"].items() if k not in ("seed", "out", "cache")}
-            groups.setdefault(json.dumps(same, sort_keys=True), []).append(r)
+        same = {k: v for k, v in r["settings"].items() if k not in ("seed", "out", "cache")} or name
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append((name, r))
     for group in groups.values():
         if len(group) > 1:
 
             def spread(family, key, group=group):
-                values = [value for r in group if (value := of(r)(family, key)) is not None]
+                values = [value for _, r in group if (value := of(r)(family, key)) is not None]
                 if len(values) > 1:
                     values = torch.tensor(values, dtype=torch.double)
-                    return f"{number(values.mean().item())} ± {number(values.std().item())}"
+                    mean, deviation = values.mean().item(), values.std().item()
+                    return f"{number(mean)} ± {number(deviation, mean)}"
 
-            settings = group[0]["settings"]
-            columns.append((f"α {settings['alpha']:g}, N {settings['dict']}, {len(group)} seeds", spread))
+            settings = group[0][1]["settings"]
+            name = "{}, α {:g}, N {}, {} seeds".format(*(settings.get(n) for n in ("arch", "alpha", "dict")), len(group))
+            columns.append((name, spread))
+        elif means:
+            columns.append((group[0][0], of(group[0][1])))
     if paper:
         columns.append(("the paper's, as reported", lambda family, key: PAPER.get(key)))
     lines = [["", *(name for name, _ in columns)]]
     for family, key, label, direction in ROWS:
         values = [value(family, key) for _, value in columns]
-        if any(value is not None for value in values[: len(results)]):
+        if any(of(result)(family, key) is not None for result in results):
             cells = ["" if v is None else v if isinstance(v, str) else number(v) for v in values]
             lines.append([f"{label} {direction}".strip(), *cells])
     notes = [f"{family}: not measured, {r[family]}" for family in FAMILIES for r in results if isinstance(r.get(family), str)]
@@ -797,8 +802,10 @@ def table(names, results, paper=False, markdown=False):
     return layout(lines, markdown)
 
 
-def number(value):
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
+def number(value, like=None):
+    """A figure with three or four digits that count, or with as many decimals as the figure `like` gets."""
+    size = abs(value if like is None else like)
+    return f"{value:,.{0 if size >= 1000 else 1 if size >= 100 else 3}f}"
 
 
 def layout(lines, markdown):
@@ -819,14 +826,8 @@ def layout(lines, markdown):
 
 
 def parse_args(argv):
-    formatter = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=110)  # noqa: E731
-    parser = argparse.ArgumentParser(prog="eval_sae.py", description=__doc__.splitlines()[0], formatter_class=formatter)
-
-    def fail(message):
-        raise InputError(message)
-
-    parser.error = fail
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a trained SAE, or Gemma Scope params.npz")
+    parser = sgo_sae.make_parser("eval_sae.py", __doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a trained SAE or of a grid of them, or Gemma Scope params.npz")
     parser.add_argument("--metrics", default=",".join(FAMILIES), help="families to measure")
     parser.add_argument("--model", help="language model, where a RUN does not name one that can be loaded")
     parser.add_argument("--layer", type=int, help="layer, where a RUN does not name it")
@@ -839,12 +840,15 @@ def parse_args(argv):
     parser.add_argument("--length", type=int, help="tokens of a text (default: 128, of the demo's 64)")
     parser.add_argument("--words", type=int, default=20000, help="words of the absorption task, at most")
     parser.add_argument("--paper", action="store_true", help="add the paper's figures for its run 4, as it reports them")
+    parser.add_argument("--means", action="store_true", help="a column per setting, over its seeds, instead of one per run")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--device", default="auto", help="cuda, cpu; auto is cuda where there is one")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                         help="precision of the language model; auto is bfloat16 on cuda, else float32")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of samples and probes")
     args = parser.parse_args(argv)
+    members = {run: sorted(str(p.parent) for p in Path(run).glob("*/cfg.json")) for run in args.runs}
+    args.runs = [m for run in args.runs for m in (not (Path(run) / "cfg.json").exists() and members[run] or [run])]
     args.metrics = args.metrics.split(",")
     if unknown := [m for m in args.metrics if m not in FAMILIES]:
         raise InputError(f"--metrics {unknown[0]}: the families are {', '.join(FAMILIES)}")
@@ -856,11 +860,11 @@ def parse_args(argv):
 
 def origin(sae, args):
     """Model, layer and the training settings, {} where they are not known, of an autoencoder."""
-    metadata = sae.cfg.get("metadata", {})
-    hook = re.search(r"blocks\.(\d+)\.hook_resid_post", metadata.get("hook_name") or "")
-    model = args.model or metadata.get("model_name") or "google/gemma-2-2b"
+    known = vars(sae.cfg)
+    hook = re.search(r"blocks\.(\d+)\.hook_resid_post", known.get("hook_name") or "")
+    model = args.model or known.get("model_name") or "google/gemma-2-2b"
     layer = args.layer if args.layer is not None else int(hook.group(1)) if hook else 12
-    return model, layer, metadata.get("settings") or {}
+    return model, layer, known.get("settings") or {}
 
 
 def evaluate(args, device, saes, model, layer, settings):
@@ -872,7 +876,7 @@ def evaluate(args, device, saes, model, layer, settings):
     train, test = args.train or (1500 if demo else 4000), args.test or (2000 if demo else 1000)
     length = args.length or (64 if demo else 128)
     ctx = settings[0].get("ctx", 128)
-    cfg = sgo_sae.Config(model=model, layer=layer, ctx=ctx, seed=args.seed)
+    cfg = sgo_sae.Config(model=model, layer=layer, ctx=ctx, data_seed=args.seed)
     lm_config, tokenizer = sgo_sae.load_tokenizer(cfg)
     for sae in saes:
         if len(sae.b_dec) != lm_config.hidden_size:
@@ -905,7 +909,7 @@ def evaluate(args, device, saes, model, layer, settings):
     if text_families:
         try:
             stream = sgo_sae.load_texts(cfg)
-            contexts = sgo_sae.token_contexts(sgo_sae.text_batches(stream, "text"), tokenizer, ctx)
+            contexts = sgo_sae.token_contexts(sgo_sae.text_batches(stream, "text", dict(epoch=0, row=0)), tokenizer, ctx)
             ids_TL = torch.tensor(list(islice(contexts, args.contexts)), device=device)
         except InputError as error:
             if args.text:
@@ -926,7 +930,7 @@ def evaluate(args, device, saes, model, layer, settings):
             return sgo_sae.hooked(lm, layers[layer], ids_BL)
 
     if {"core", "competition"} & set(text_families):
-        source = sgo_sae.activations(lm, layers[layer], iter(ids_TL.tolist()), special, ids_TL.numel())
+        source = sgo_sae.activations(lm, layers[layer], iter(ids_TL.tolist()), special, dict(left=ids_TL.numel()))
         x_TD = torch.cat([chunk.clone() for chunk in tqdm(source, desc="activations", unit="batch")])
         x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(args.seed)).to(device)]
         for sae, result, s in zip(tqdm(saes, desc="reconstruction", unit="SAE"), results, settings):
@@ -996,33 +1000,28 @@ def evaluate(args, device, saes, model, layer, settings):
     return results
 
 
+def work(argv):
+    args = parse_args(argv)
+    device = sgo_sae.find_device(args.device)
+    sgo_sae.quiet_libraries()
+    torch.manual_seed(args.seed)
+    saes = [sgo_sae.load_sae(run, device) for run in args.runs]
+    origins = [origin(sae, args) for sae in saes]
+    results = [None] * len(saes)
+    for key in dict.fromkeys((model, layer) for model, layer, _ in origins):
+        members = [i for i, (model, layer, _) in enumerate(origins) if (model, layer) == key]
+        found = evaluate(args, device, [saes[i] for i in members], *key, [origins[i][2] for i in members])
+        for i, result in zip(members, found):
+            results[i] = result
+    for run, result in zip(args.runs, results):
+        if Path(run).exists():
+            folder = Path(run) if Path(run).is_dir() else Path(run).parent
+            sgo_sae.write_json(folder / "eval.json", {"command": vars(args), "versions": sgo_sae.versions(), **result})
+    print(table([Path(run).name for run in args.runs], results, args.paper, args.markdown, args.means))
+
+
 def main(argv):
-    try:
-        args = parse_args(argv)
-        device = sgo_sae.find_device(args.device)
-        sgo_sae.quiet_libraries()
-        torch.manual_seed(args.seed)
-        saes = [sgo_sae.load_sae(run, device) for run in args.runs]
-        origins = [origin(sae, args) for sae in saes]
-        results = [None] * len(saes)
-        for key in dict.fromkeys((model, layer) for model, layer, _ in origins):
-            members = [i for i, (model, layer, _) in enumerate(origins) if (model, layer) == key]
-            found = evaluate(args, device, [saes[i] for i in members], *key, [origins[i][2] for i in members])
-            for i, result in zip(members, found):
-                results[i] = result
-        for run, result in zip(args.runs, results):
-            if Path(run).exists():
-                folder = Path(run) if Path(run).is_dir() else Path(run).parent
-                content = {"command": vars(args), "versions": sgo_sae.versions(), **result}
-                sgo_sae.write_json(folder / "eval.json", content)
-    except InputError as error:
-        print(f"eval_sae.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\neval_sae.py: interrupted", file=sys.stderr)
-        return 130
-    print(table([Path(run).name for run in args.runs], results, args.paper, args.markdown))
-    return 0
+    return sgo_sae.exit_code("eval_sae.py", work, argv)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ A top-k sparse autoencoder is trained on a language model's activations with one
 pushes latents apart in proportion to how often they are active on the same tokens (Eq. 2 and 3 of "Feature
 Specialization Through Sparsity-Guided Orthogonality"). In the order of the file: the settings, the method
 (torch and nothing else: copy it from here), the activations, the training loop, the files, the demo, main.
+The paper is in the method and in `training_step`; the rest feeds them, keeps a run alive and reports it.
 
 Shapes are in the names: B tokens, L positions, D hidden size of the model, N latents, K active latents per token,
 E entries of a (B, K) array, T latents of a tile. Equation and section numbers are the paper's.
@@ -29,13 +30,19 @@ import json
 import logging
 import math
 import os
+import re
+import shlex
+import signal
 import sys
 import time
+from collections import deque
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import islice, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -52,12 +59,19 @@ def setting(default, help, group=None, **kwargs):
 class Config:
     """Every setting of a run; each field is a command-line flag. The defaults are the paper's run 4."""
 
-    dict: int = setting(18432, "number of latents N", "sparse autoencoder")
-    k: int = setting(320, "latents that may be active on a token")
-    alpha: float = setting(0.075, "weight of the SGO penalty; 0 trains a plain TopK autoencoder", "loss (Eq. 2)")
+    arch: str = setting(
+        "topk", "architecture; several values of --arch, --dict, --alpha and --seed train a grid on the same batches",
+        "sparse autoencoder", choices=("topk", "batchtopk", "relu", "jumprelu"), nargs="+",
+    )  # fmt: skip
+    dict: int = setting(18432, "number of latents N", nargs="+")
+    k: int = setting(320, "latents that are active on a token: exactly, or on average where --arch is not topk")
+    alpha: float = setting(0.075, "weight of the SGO penalty; 0 trains without it", "loss (Eq. 2)", nargs="+")
     alpha_start: float = setting(0.01, "weight at step 0, from which alpha is approached linearly")
     alpha_warmup: int = setting(1000, "steps until alpha is reached")
-    l1: float = setting(0.04, "lambda, weight of the L1 term")
+    sparsity: float = setting(
+        0.04, "lambda, weight of the L1 term, of jumprelu's L0 term; relu and jumprelu adjust it until L0 is k"
+    )
+    fixed_sparsity: bool = setting(False, "leave lambda as it is for relu and jumprelu too, whatever L0 becomes")
     penalty: str = setting(
         "sum", "sum over the pairs as Eq. 2 prints it, mean over the N^2 pairs, or the sum with decoder directions",
         choices=("sum", "mean", "decoder"),
@@ -67,7 +81,8 @@ class Config:
     lr: float = setting(3e-4, "learning rate of Adam")
     decay_start: float = setting(0.875, "share of the steps after which the learning rate falls linearly to 0")
     normalize: bool = setting(False, "scale activations to a mean squared norm of D; folded back into the saved weights")
-    seed: int = setting(0, "seed of the initialisation and of the order of the data")
+    seed: int = setting(0, "seed of the initialisation", nargs="+")
+    data_seed: int = setting(0, "seed of the order of the data")
     model: str = setting("google/gemma-2-2b", "language model: Hugging Face id or local folder", "activations")
     layer: int = setting(12, "layer whose output is used, from 0")
     dataset: str = setting(
@@ -84,8 +99,15 @@ class Config:
         "auto", "precision of the language model; auto is bfloat16 on cuda, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
-    out: str = setting(None, "folder of the result (default: runs/MODEL-lLAYER-nDICT-aALPHA-sSEED)")
+    out: str = setting(
+        None, "folder of the result, of a grid's results (default: runs/MODEL-lLAYER-ARCH-nDICT-aALPHA-sSEED)"
+    )
     log_every: int = setting(50, "steps between lines of metrics.jsonl")
+    save_every: int = setting(500, "steps between checkpoints; 0 writes one only when the run is stopped")
+    save_failure: str = setting(
+        "continue", "what to do where a checkpoint can't be written, as on a full disk", choices=("continue", "stop")
+    )
+    resume: bool = setting(False, "continue from the checkpoint in the folder of the result, where there is one")
     demo: bool = setting(False, "small Gemma-2 and text made on this machine, other settings scaled to them")
     cache: str = setting(None, "folder that keeps the demo's model (default: $SGO_CACHE, else ~/.cache/sgo_sae)")
     bench: bool = setting(False, "time a step's parts at --dict, --k, --batch and --width, train nothing", "benchmark")
@@ -103,14 +125,13 @@ class InputError(Exception):
 # ------------------------------------------------------------------------------------------------ method
 
 
-class TopKEncode(torch.autograd.Function):
-    """Pre-activations and their K largest per token; backward costs O(BKD), not the O(BND) of a dense one."""
+class SparseEncode(torch.autograd.Function):
+    """Pre-activations and those that `choose` picks per token; backward costs O(BKD), not the O(BND) of a dense one."""
 
     @staticmethod
-    def forward(ctx, x_BD, W_enc_DN, b_enc_N, b_dec_D, k):
+    def forward(ctx, x_BD, W_enc_DN, b_enc_N, b_dec_D, choose):
         x_BD = x_BD - b_dec_D
-        pre_BN = torch.addmm(b_enc_N, x_BD, W_enc_DN)
-        vals_BK, idx_BK = pre_BN.topk(k, dim=1, sorted=False)
+        vals_BK, idx_BK = choose(torch.addmm(b_enc_N, x_BD, W_enc_DN))
         vals_BK = vals_BK.relu().to(x_BD.dtype)
         ctx.save_for_backward(x_BD, W_enc_DN, vals_BK, idx_BK)
         ctx.mark_non_differentiable(idx_BK)
@@ -135,39 +156,102 @@ class TopKEncode(torch.autograd.Function):
         return g_x_BD, g_W_ND.T, g_b_enc_N, -(W_enc_DN @ g_b_enc_N), None
 
 
-class SAE(nn.Module):
-    """Top-k sparse autoencoder (4.2): f = TopK(ReLU((x - b_dec) W_enc + b_enc)), x̂ = f W_dec + b_dec.
-
-    W_enc (D, N), b_enc (N,), W_dec (N, D) with rows of unit length, b_dec (D,).
+class JumpReLU(torch.autograd.Function):
+    """z where z > θ, else 0; and whether z > θ, 1 or 0. Gradients in θ are those of a rectangle of width ε around θ
+    (Rajamanoharan et al. 2024, Eq. 11 and 12): the step function has none.
     """
 
-    def __init__(self, d_in: int, d_sae: int, k: int):
+    @staticmethod
+    def forward(ctx, z, theta, epsilon):
+        on = (z > theta).to(z.dtype)
+        ctx.save_for_backward(z, theta, epsilon, on)
+        return z * on, on
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_vals, g_on):
+        z, theta, epsilon, on = ctx.saved_tensors
+        near = ((z - theta).abs() < epsilon / 2) / epsilon
+        return g_vals * on, -near * (theta * g_vals + g_on), None
+
+
+class SAE(nn.Module):
+    """Sparse autoencoder (4.2): f = σ((x - b_dec) W_enc + b_enc), x̂ = f W_dec + b_dec.
+
+    W_enc (D, N), b_enc (N,), W_dec (N, D) with rows of unit length, b_dec (D,). σ is what architectures differ in:
+    topk       ReLU of a token's k largest (the paper's)
+    batchtopk  in training ReLU of the B k largest of a batch, afterwards of those above `threshold` (N,)
+    relu       ReLU (Eq. 1)
+    jumprelu   what is above `threshold` (N,), which is learned
+    """
+
+    def __init__(self, d_in: int, d_sae: int, k: int, arch: str = "topk"):
         super().__init__()
-        self.k = k
-        self.register_buffer("threshold", None)  # others' SAEs: (N,), active are pre-activations above it, not the top k
+        self.k, self.arch = k, arch
         W_dec_ND = F.normalize(torch.randn(d_sae, d_in), dim=1)
         # The encoder starts as the decoder's transpose, and lies in memory like it: latent by latent.
         self.W_enc = nn.Parameter(W_dec_ND.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(W_dec_ND)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        if arch == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros(d_sae))
+            self.register_buffer("bandwidth", torch.zeros(()))  # ε
+        else:
+            self.register_buffer("threshold", None if arch == "topk" else torch.zeros(d_sae))
 
-    def topk(self, x_BD):
-        """Sparse latents of x (B, D): values (B, K), at least 0, and the latents (B, K) they belong to."""
-        return TopKEncode.apply(x_BD, self.W_enc, self.b_enc, self.b_dec, self.k)
+    device = property(lambda self: self.W_dec.device)
+    dtype = property(lambda self: self.W_dec.dtype)
 
-    def decode_topk(self, vals_BK, idx_BK):
+    @torch.no_grad()
+    def initialize(self, x_BD, bandwidth=0.2):
+        """Start b_dec at the activations' geometric median (5.1); relu's bias and jumprelu's threshold where L0 is k.
+
+        bandwidth: ε as a share of that threshold.
+        """
+        self.b_dec.copy_(geometric_median(x_BD))
+        least = ((x_BD - self.b_dec) @ self.W_enc).flatten().topk(len(x_BD) * self.k, sorted=False).values.min()
+        if self.arch == "relu":
+            self.b_enc.fill_(-least)
+        elif self.arch == "jumprelu":
+            self.threshold.fill_(least)
+            self.bandwidth.copy_(bandwidth * least)
+
+    def choose(self, pre_BN):
+        """What may be active on each token, (B, K) values and latents; K is the most on one token, the rest hold 0."""
+        if self.arch == "topk":
+            return pre_BN.topk(self.k, dim=1, sorted=False)
+        least = 0.0
+        if self.arch == "batchtopk":
+            count = ranks()[1] * len(pre_BN) * self.k
+            top = gathered(pre_BN.flatten().topk(min(count, pre_BN.numel()), sorted=False).values[None])
+            least = top.flatten().topk(count, sorted=False).values.min().clamp(min=0)
+            self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(least.to(self.threshold), 0.05), least))
+        elif self.arch == "jumprelu":
+            least = self.threshold - self.bandwidth / 2  # what is just under the threshold counts in its gradient
+        pre_BN = torch.where(pre_BN >= least, pre_BN, 0)
+        return pre_BN.topk((pre_BN > 0).sum(1).max().clamp(min=1).item(), dim=1, sorted=False)
+
+    def sparse(self, x_BD):
+        """Sparse latents of x (B, D): values (B, K), at least 0; the latents (B, K) they belong to; 1 where active."""
+        vals_BK, idx_BK = SparseEncode.apply(x_BD, self.W_enc, self.b_enc, self.b_dec, self.choose)
+        if self.arch == "jumprelu":
+            theta_BK = self.threshold.index_select(0, idx_BK.flatten()).view_as(vals_BK)
+            vals_BK, active_BK = JumpReLU.apply(vals_BK, theta_BK, self.bandwidth)
+            return vals_BK, idx_BK, active_BK
+        return vals_BK, idx_BK, (vals_BK > 0).to(vals_BK.dtype)
+
+    def decode_sparse(self, vals_BK, idx_BK):
         """Reconstruction (B, D) of sparse latents."""
         return F.embedding_bag(idx_BK, self.W_dec, per_sample_weights=vals_BK, mode="sum") + self.b_dec
 
     def encode(self, x):
-        """Dense latents (..., N) of x (..., D)."""
-        if self.threshold is not None:
-            pre = ((x - self.b_dec) @ self.W_enc + self.b_enc).relu()
-            return pre * (pre > self.threshold)
-        vals_BK, idx_BK = self.topk(x.reshape(-1, x.shape[-1]))
-        f_BN = vals_BK.new_zeros(len(vals_BK), len(self.b_enc)).scatter(1, idx_BK, vals_BK)
-        return f_BN.view(*x.shape[:-1], -1)
+        """Dense latents (..., N) of x (..., D), as after training."""
+        pre = (x - self.b_dec) @ self.W_enc + self.b_enc
+        if self.arch == "topk":
+            vals, idx = pre.topk(self.k, dim=-1, sorted=False)
+            return torch.zeros_like(pre).scatter(-1, idx, vals.relu())
+        return pre.relu() * (pre > self.threshold)
 
     def decode(self, f):
         """Reconstruction (..., D) of dense latents f (..., N)."""
@@ -175,9 +259,7 @@ class SAE(nn.Module):
 
     def forward(self, x):
         """Reconstruction of x (..., D)."""
-        if self.threshold is not None:
-            return self.decode(self.encode(x))
-        return self.decode_topk(*self.topk(x.reshape(-1, x.shape[-1]))).view(x.shape)
+        return self.decode(self.encode(x))
 
     @torch.no_grad()
     def project_decoder_gradient(self):
@@ -215,7 +297,7 @@ def coactive_pairs(vals_BK, idx_BK, d_sae):
 
     Yields, per tile: the entries of f whose latent i lies in the tile, as positions E in vals_BK.flatten(); for each
     of them and each latent j active on its token, the pair's cell in a (T, N + 1) array, (E, K); and the pair's
-    weight w_ij of Eq. 3, (E, K), 0 for i = j. A step touches B K² pairs, whatever N is.
+    weight w_ij of Eq. 3, (E, K), 0 for i = j. A step touches B K² pairs, whatever N is. Processes share the tiles.
     """
     B, K = vals_BK.shape
     idx_BK = torch.where(vals_BK > 0, idx_BK, d_sae)  # a slot that holds 0 is not active: it becomes latent N
@@ -228,7 +310,8 @@ def coactive_pairs(vals_BK, idx_BK, d_sae):
     T = tile_rows(d_sae, vals_BK.device)
     both_TN = vals_BK.new_zeros(T, d_sae + 1)
     one = vals_BK.new_ones(())
-    for lo in range(0, d_sae, T):
+    rank, world = ranks()
+    for lo in range(rank * T, d_sae, world * T):
         hi = min(lo + T, d_sae)
         e_E = entry_E[end_N[lo - 1] if lo else 0 : end_N[hi - 1]]
         if not len(e_E):
@@ -274,12 +357,14 @@ def penalty_gradient_tiled(vals_BK, idx_BK, d_sae, tile=2048):
 
     The plane is symmetric: tiles above the diagonal serve both sides.
     """
-    f_BN = vals_BK.new_zeros(len(vals_BK), d_sae).scatter_(1, idx_BK, vals_BK)
+    f_BN = vals_BK.new_zeros(len(vals_BK), d_sae).scatter_add_(1, idx_BK, vals_BK)
     m_BN = (f_BN > 0).to(f_BN.dtype)
     size_N = m_BN.sum(0).clamp_(min=1)
     grad_BN = torch.zeros_like(f_BN)
     tiles = [slice(lo, lo + tile) for lo in range(0, d_sae, tile)]
-    for n, i in enumerate(tiles):
+    rank, world = ranks()
+    for n in range(rank, len(tiles), world):
+        i = tiles[n]
         for j in tiles[n:]:
             w_TT = (m_BN[:, i].T @ m_BN[:, j]).div_(torch.minimum(size_N[i, None], size_N[j]))  # Eq. 3
             wgram_TT = w_TT.mul_(f_BN[:, i].T @ f_BN[:, j])
@@ -302,10 +387,13 @@ def sgo_penalty(vals_BK, idx_BK, d_sae):
     vals_BK: activations, at least 0; idx_BK: their latents, no latent twice on a token. Differentiable once, in vals.
     ∂Ω/∂f_bi = (4/B) Σ_j f_bj w_ij ⟨f_i, f_j⟩, and Ω is homogeneous of degree 4 in f, so Ω = ¼ Σ f ∂Ω/∂f (Euler).
     """
-    f_BK = vals_BK.detach()
+    rank, world = ranks()
+    f_BK, idx_all_BK = gathered(vals_BK.detach()), gathered(idx_BK)
     pairwise = d_sae > CROSSOVER.get(f_BK.device.type, 15) * f_BK.shape[1]
-    grad_BK = (penalty_gradient_sparse if pairwise else penalty_gradient_tiled)(f_BK, idx_BK, d_sae)
-    return with_gradient((f_BK * grad_BK).sum() / 4, vals_BK, grad_BK)
+    grad_BK = total((penalty_gradient_sparse if pairwise else penalty_gradient_tiled)(f_BK, idx_all_BK, d_sae))
+    omega = (f_BK * grad_BK).sum() / 4
+    own_BK = grad_BK[rank * len(vals_BK) : (rank + 1) * len(vals_BK), : vals_BK.shape[1]]
+    return with_gradient(omega, vals_BK, own_BK * world)  # gradients of processes are averaged
 
 
 def sgo_penalty_decoder(vals_BK, idx_BK, W_dec_ND):
@@ -313,13 +401,13 @@ def sgo_penalty_decoder(vals_BK, idx_BK, W_dec_ND):
     W_ND = W_dec_ND.detach()
     N = len(W_ND)
     omega, grad_ND = W_ND.new_zeros(()), torch.zeros_like(W_ND)
-    for lo, hi, _, pair_EK, w_EK in coactive_pairs(vals_BK.detach(), idx_BK, N):
+    for lo, hi, _, pair_EK, w_EK in coactive_pairs(gathered(vals_BK.detach()), gathered(idx_BK), N):
         w_TN = w_EK.new_zeros((hi - lo) * (N + 1)).scatter_(0, pair_EK.flatten(), w_EK.flatten()).view(hi - lo, -1)
         gram_TN = W_ND[lo:hi] @ W_ND.T
         wgram_TN = w_TN[:, :N] * gram_TN
         omega += (wgram_TN * gram_TN).sum()
         grad_ND[lo:hi] = 4 * wgram_TN @ W_ND
-    return with_gradient(omega, W_dec_ND, grad_ND)
+    return with_gradient(total(omega), W_dec_ND, grad_ND * ranks()[1])
 
 
 def with_gradient(value, x, grad):
@@ -332,7 +420,7 @@ def max_coactivation(vals_BK, idx_BK, d_sae):
     max_N = vals_BK.new_zeros(d_sae)
     for _, _, e_E, _, w_EK in coactive_pairs(vals_BK, idx_BK, d_sae):
         max_N.scatter_reduce_(0, idx_BK.flatten()[e_E], w_EK.amax(1), "amax")
-    return max_N
+    return total(max_N, dist.ReduceOp.MAX)
 
 
 def alpha_at(step, alpha=0.075, start=0.01, warmup=1000):
@@ -357,6 +445,30 @@ def geometric_median(x_BD, iterations=100, tol=1e-6):
         if (median_D - previous_D).norm() <= tol * distance_B.mean():
             break
     return median_D
+
+
+def ranks():
+    """Rank of this process and number of processes that train together; (0, 1) without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def total(t, op=None):
+    """Sum (or `op`) of a tensor over the processes that train together."""
+    if ranks()[1] > 1:
+        dist.all_reduce(t, op or dist.ReduceOp.SUM)
+    return t
+
+
+def gathered(t_BK):
+    """The rows of all processes in the order of their ranks, (B, K); where K differs, rows are filled up with 0."""
+    world = ranks()[1]
+    if world == 1:
+        return t_BK
+    width = total(torch.tensor(t_BK.shape[1], device=t_BK.device), dist.ReduceOp.MAX).item()
+    t_BK = F.pad(t_BK, (0, width - t_BK.shape[1])).contiguous()
+    parts = [torch.empty_like(t_BK) for _ in range(world)]
+    dist.all_gather(parts, t_BK)
+    return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------- activations
@@ -430,6 +542,7 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".p
 def load_texts(cfg):
     """The dataset as a stream of rows, shuffled; checks that it can be read and has the text column."""
     import datasets
+    from datasets.distributed import split_dataset_by_node
 
     path = Path(cfg.dataset)
     with loading(cfg.dataset):
@@ -440,48 +553,69 @@ def load_texts(cfg):
                 raise InputError(f"{path}: one of the formats {', '.join(READERS)} is needed, compressed or not")
             kind = next(iter(kinds.values()))
             options = {"sample_by": "paragraph"} if kind == "text" else {}
+            if kind != "parquet":  # "utf8", since `datasets` heeds encoding_errors in json for encodings other than "utf-8"
+                options |= {"encoding": "utf8", "encoding_errors": "replace"}
             stream = datasets.load_dataset(kind, data_files=list(kinds), split=cfg.split, streaming=True, **options)
         else:
             stream = datasets.load_dataset(cfg.dataset, cfg.subset, split=cfg.split, streaming=True)
         first = next(iter(stream), {cfg.text_column: ""})
         if cfg.text_column not in first:
             raise InputError(f"--text-column {cfg.text_column}: the columns of {cfg.dataset} are {', '.join(first)}")
+        stream = split_dataset_by_node(stream, *ranks())
         if not any(is_text(row[cfg.text_column]) for row in stream):
-            raise InputError(f"{cfg.dataset} holds no text")
-    return stream.shuffle(seed=cfg.seed, buffer_size=1000)
+            raise InputError(f"{cfg.dataset} holds no text" + (", or not enough for every process" if ranks()[1] > 1 else ""))
+    return stream.shuffle(seed=cfg.data_seed, buffer_size=1000)
 
 
 def is_text(value):
     return isinstance(value, str) and bool(value.strip())
 
 
-def text_batches(stream, column, rows=64):
-    """Lists of texts, without end: when the stream is through, it starts over in another order."""
-    for epoch in count():
-        stream.set_epoch(epoch)
-        for batch in stream.iter(batch_size=rows):
-            if texts := [value for value in batch[column] if is_text(value)]:
-                yield texts
-        if epoch == 0:
+RETRY_AFTER = (1, 4, 16, 64, 256)  # seconds to wait before a read that failed is tried again
+
+
+def text_batches(stream, column, at, rows=16):
+    """Lists of texts, without end: when the stream is through, it starts over in another order.
+
+    `at` holds the epoch and the rows that were read of it. It is kept up to date, and where it says reading begins.
+    """
+    failures = 0
+    while True:
+        stream.set_epoch(at["epoch"])
+        try:
+            unread = islice(iter(stream), at["row"], None)
+            while batch := list(islice(unread, rows)):
+                at["row"] += len(batch)
+                failures = 0
+                if texts := [row[column] for row in batch if is_text(row[column])]:
+                    yield texts
+        except Exception as error:  # a network, a decompressor, a disk: each has its own
+            if failures == len(RETRY_AFTER):
+                raise InputError(f"reading the data failed {failures + 1} times: {' '.join(str(error).split())[:300]}") from error
+            print(f"\nreading the data failed, again in {RETRY_AFTER[failures]} s: {error}", file=sys.stderr)
+            time.sleep(RETRY_AFTER[failures])
+            failures += 1
+            continue
+        if at["epoch"] == 0 and ranks()[0] == 0:
             print("\nall the data has been used once: starting over, reshuffled", file=sys.stderr)
+        at.update(epoch=at["epoch"] + 1, row=0)
 
 
-def token_contexts(batches, tokenizer, ctx):
+def token_contexts(batches, tokenizer, ctx, rest=None):
     """Pack texts into contexts of `ctx` token ids: BOS where the tokenizer has one, then the stream of documents with
-    EOS, where there is one, after each. What is left when `batches` end is not yielded.
+    EOS, where there is one, after each. `rest`, a deque, holds the tokens that are read but not yet yielded.
     """
     bos = [tokenizer.bos_token_id, tokenizer.cls_token_id]
     eos = [tokenizer.eos_token_id, tokenizer.sep_token_id]
     bos, eos = ([i for i in ids if i is not None][:1] for ids in (bos, eos))
-    width = ctx - len(bos)
-    rest = []
-    for texts in batches:
+    rest = deque() if rest is None else rest
+    while True:
+        while len(rest) >= ctx - len(bos):
+            yield bos + [rest.popleft() for _ in range(ctx - len(bos))]
+        if (texts := next(batches, None)) is None:
+            return
         for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-            rest += ids + eos
-        whole = len(rest) // width * width
-        for start in range(0, whole, width):
-            yield bos + rest[start : start + width]
-        rest = rest[whole:]
+            rest.extend(ids + eos)
 
 
 def special_ids(tokenizer):
@@ -501,14 +635,30 @@ def hooked(lm, layer, ids_BL):
     return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
 
 
-def activations(lm, layer, contexts, special, total, lm_batch=32):
-    """`total` activations of the contexts' tokens, in chunks (B, D); those of special tokens are left out."""
+MAX_SKIPPED = 10  # batches of activations that may be left out because they are not finite
+
+
+def activations(lm, layer, contexts, special, at, lm_batch=32):
+    """Activations of the contexts' tokens in chunks (B, D), until at["left"] are yielded; special tokens' are left out."""
     special = torch.tensor(special, device=lm.device)
-    while total > 0 and (ids := list(islice(contexts, lm_batch))):
-        ids_BL = torch.tensor(ids, device=lm.device)
+    held = at.setdefault("held", [])  # contexts that are read but not harvested: reading may fail between two of them
+    while at["left"] > 0:
+        for context in islice(contexts, lm_batch - len(held)):
+            held.append(context)
+        if not held:
+            return
+        ids_BL = torch.tensor(held, device=lm.device)
+        held.clear()
         with torch.inference_mode():
-            x_BD = hooked(lm, layer, ids_BL)[~torch.isin(ids_BL, special)][:total]
-        total -= len(x_BD)
+            x_BD = hooked(lm, layer, ids_BL)[~torch.isin(ids_BL, special)][: at["left"]]
+            bad = (~torch.isfinite(x_BD).all(1)).sum().item()
+        if bad:
+            at["skipped"] = at.get("skipped", 0) + 1
+            print(f"\na batch of activations is left out: {bad} of its {len(x_BD)} are not finite", file=sys.stderr)
+            if at["skipped"] > MAX_SKIPPED:
+                raise InputError(f"{at['skipped']} batches of activations were not finite; try --dtype float32")
+            continue
+        at["left"] -= len(x_BD)
         yield x_BD
 
 
@@ -525,9 +675,10 @@ class ShuffleBuffer:
         self.rest_BD = self.x_BD[:0]
         self.order, self.used = torch.arange(0), 0  # rows of x_BD in the order in which they are served
         self.free = torch.arange(capacity)
-        self.refill()
+        self.filling = True  # a refill is due, or was interrupted
 
     def refill(self):
+        self.filling = True
         self.free = torch.cat([self.free, self.order[: self.used]])
         self.order, self.used = self.order[self.used :], 0
         while len(self.free) and (len(self.rest_BD) or (chunk := next(self.source, None)) is not None):
@@ -537,14 +688,26 @@ class ShuffleBuffer:
             self.rest_BD = chunk[len(rows) :]
             self.order = torch.cat([self.order, rows])
         self.order = self.order[torch.randperm(len(self.order), generator=self.generator)]
+        self.filling = False
 
     def batch(self, B):
         """The next B activations (B, D) in float32; fewer where the source has ended."""
-        if self.used + B > max(B, len(self.x_BD) // 2):
+        if self.filling or self.used + B > max(B, len(self.x_BD) // 2):
             self.refill()
         rows = self.order[self.used : self.used + B]
         self.used += len(rows)
         return self.x_BD[rows.to(self.x_BD.device)].float()
+
+    def state(self):
+        tensors = dict(x_BD=self.x_BD.cpu(), rest_BD=self.rest_BD.cpu(), order=self.order, free=self.free)
+        return tensors | dict(used=self.used, filling=self.filling, generator=self.generator.get_state())
+
+    def load(self, state):
+        self.x_BD.copy_(state["x_BD"])
+        self.rest_BD = state["rest_BD"].to(self.x_BD.device)
+        self.order, self.free = state["order"], state["free"]
+        self.used, self.filling = state["used"], state["filling"]
+        self.generator.set_state(state["generator"])
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -553,48 +716,73 @@ class ShuffleBuffer:
 DEAD_AFTER = 200  # steps without an active token after which a latent counts as dead
 
 
-def training_step(sae, adam, x_BD, cfg, alpha, lr):
+def optimizer(sae, lr):
+    """Adam as in 5.1. A learned threshold gets a rate of its own size: Adam moves what it trains by about lr a step."""
+    weights = [p for p in sae.parameters() if p is not sae.threshold]
+    groups = [dict(params=weights, unit=1.0)]
+    if sae.arch == "jumprelu":
+        groups.append(dict(params=[sae.threshold], unit=10 * sae.threshold.mean().item()))
+    return torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+
+
+def training_step(sae, adam, x_BD, cfg, alpha, lr, lam):
     """One update by the loss of Eq. 2 on the activations x (B, D); returns the parts that metrics are made of.
 
-    Raises FloatingPointError, before the weights change, where the loss or a gradient is not finite.
+    x are this process's tokens of the batch; the update is that of all processes' tokens.
+    Raises FloatingPointError, before the weights change, where a gradient is not finite.
     """
     with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=x_BD.is_cuda):  # the one dense product of a step
-        vals_BK, idx_BK = sae.topk(x_BD)
-    error_BD = x_BD - sae.decode_topk(vals_BK, idx_BK)
+        vals_BK, idx_BK, active_BK = sae.sparse(x_BD)
+    error_BD = x_BD - sae.decode_sparse(vals_BK, idx_BK)
     reconstruction = error_BD.square().sum(1).mean()
-    l1 = vals_BK.sum(1).mean()
+    l1, l0 = vals_BK.sum(1).mean(), active_BK.sum(1).mean()
     omega = x_BD.new_zeros(())
     if alpha and cfg.penalty == "decoder":
         omega = sgo_penalty_decoder(vals_BK, idx_BK, sae.W_dec)
     elif alpha:
         omega = sgo_penalty(vals_BK, idx_BK, cfg.dict) / (cfg.dict**2 if cfg.penalty == "mean" else 1)
-    loss = reconstruction + cfg.l1 * l1 + alpha * omega
+    loss = reconstruction + lam * (l0 if sae.arch == "jumprelu" else l1) + alpha * omega
 
     adam.zero_grad()
     loss.backward()
+    if (world := ranks()[1]) > 1:
+        for p in sae.parameters():
+            total(p.grad).div_(world)
     sae.project_decoder_gradient()
     norm = nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-    if not torch.isfinite(loss + norm):
+    if not torch.isfinite(norm):
         raise FloatingPointError
-    adam.param_groups[0]["lr"] = lr
+    for group in adam.param_groups:
+        group["lr"] = lr * group["unit"]
     adam.step()
     sae.normalize_decoder()
-    parts = dict(vals_BK=vals_BK, error_BD=error_BD, loss=loss, reconstruction=reconstruction, l1=l1, omega=omega)
+    if sae.arch == "jumprelu":
+        sae.threshold.data.clamp_(min=0)
+    parts = dict(vals_BK=vals_BK, error_BD=error_BD, loss=loss, reconstruction=reconstruction, l1=l1, l0=l0, omega=omega)
     return {name: part.detach() for name, part in parts.items()} | dict(idx_BK=idx_BK)
+
+
+def steer(log_lam, l0, k, rate):
+    """log λ and λ after a step with that L0, so that L0 comes to k: the integral of log(L0/k), and once more log(L0/k).
+
+    `rate` goes with the learning rate: λ must not move faster than the weights that answer it.
+    """
+    excess = (l0 / k).log().clamp(-1, 1)
+    log_lam = log_lam + rate * excess
+    return log_lam, (log_lam + excess).exp()
 
 
 def batch_metrics(x_BD, part, cfg, alpha):
     """The figures of a line of metrics.jsonl that come from one step's batch; reconstruction and L1 as in Eq. 2."""
-    vals_BK, error_BD = part["vals_BK"], part["error_BD"]
-    terms = {name: part[name].item() for name in ("loss", "reconstruction", "l1", "omega")}
-    competition_N = max_coactivation(vals_BK, part["idx_BK"], cfg.dict)
-    return dict(
-        **terms,
+    terms = {name: (total(part[name]) / ranks()[1]).item() for name in ("loss", "reconstruction", "l1", "l0")}
+    x_BD, error_BD = gathered(x_BD), gathered(part["error_BD"])
+    competition_N = max_coactivation(gathered(part["vals_BK"]), gathered(part["idx_BK"]), cfg.dict)
+    return terms | dict(
+        omega=part["omega"].item(),
         mse=terms["reconstruction"] / x_BD.shape[1],
-        penalty_share=alpha * terms["omega"] / terms["reconstruction"],
+        penalty_share=alpha * part["omega"].item() / terms["reconstruction"],
         explained_variance=1 - (error_BD.square().sum() / (x_BD - x_BD.mean(0)).square().sum()).item(),
         cosine=F.cosine_similarity(x_BD, x_BD - error_BD, dim=1).mean().item(),
-        l0=(vals_BK > 0).sum(1).float().mean().item(),
         mean_max_w=competition_N[competition_N > 0].mean().item() if (competition_N > 0).any() else 0.0,
     )
 
@@ -608,90 +796,201 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def train(cfg, device):
-    """Train an autoencoder as `cfg` says, save it in cfg.out and return its last metrics."""
+class Run:
+    """An autoencoder in training: its settings, weights, optimiser, sparsity coefficient λ, and what its metrics need."""
+
+    def __init__(self, cfg, d_in, device):
+        torch.manual_seed(cfg.seed)
+        self.cfg, self.out = cfg, Path(cfg.out)
+        self.sae = SAE(d_in, cfg.dict, cfg.k, cfg.arch).to(device)
+        self.lam = torch.tensor(cfg.sparsity, device=device)
+        self.log_lam = self.lam.log()
+        self.fired_N = torch.zeros(cfg.dict, dtype=torch.long, device=device)  # step after which a latent last fired
+
+    def start(self, sample_BD):
+        self.sae.initialize(sample_BD)
+        self.adam = optimizer(self.sae, self.cfg.lr)
+
+    def step(self, x_BD, step, steps):
+        """One update, with the coefficients of that step."""
+        cfg = self.cfg
+        self.alpha = alpha_at(step, cfg.alpha, cfg.alpha_start, cfg.alpha_warmup)
+        self.lr = lr_at(step, cfg.lr, int(cfg.decay_start * steps), steps)
+        self.part = training_step(self.sae, self.adam, x_BD, cfg, self.alpha, self.lr, self.lam)
+        if cfg.arch in ("relu", "jumprelu") and not cfg.fixed_sparsity:
+            l0 = total(self.part["l0"].clone()) / ranks()[1]
+            self.log_lam, self.lam = steer(self.log_lam, l0, cfg.k, 100 * self.lr)
+        self.fired_N[self.part["idx_BK"][self.part["vals_BK"] > 0]] = step + 1
+
+    def measure(self, x_BD, step, tokens_per_s):
+        """Sets `metrics` to those of the last update and adds them to metrics.jsonl."""
+        dead = (total(self.fired_N, dist.ReduceOp.MAX) <= max(0, step - DEAD_AFTER)).sum().item()
+        self.metrics = {
+            "step": step, "tokens": step * self.cfg.batch, **batch_metrics(x_BD, self.part, self.cfg, self.alpha),
+            "dead": dead, "alpha": self.alpha, "lambda": self.lam.item(), "lr": self.lr,
+            "tokens_per_s": tokens_per_s, "memory_gb": peak_memory_gb(x_BD.device),
+        }  # fmt: skip
+        if ranks()[0] == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.metrics) + "\n")
+
+    def state(self):
+        tensors = dict(lam=self.lam, log_lam=self.log_lam, fired_N=self.fired_N)
+        return dict(sae=self.sae.state_dict(), adam=self.adam.state_dict(), tensors=tensors)
+
+    def load(self, state):
+        self.sae.load_state_dict(state["sae"])
+        self.adam = optimizer(self.sae, self.cfg.lr)
+        self.adam.load_state_dict(state["adam"])
+        vars(self).update({name: tensor.to(self.lam.device) for name, tensor in state["tensors"].items()})
+
+
+class Interrupted(Exception):
+    """A signal, the first argument, ended the run after the step that is the second; its checkpoint is written."""
+
+
+@contextmanager
+def signals():
+    """Collects SIGINT and SIGTERM in a list, so that a step can be finished; the same one again acts at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def progress(runs, tokens_per_s):
+    """What stands behind the progress bar."""
+    m = runs[0].metrics
+    if len(runs) > 1:
+        variances = [run.metrics["explained_variance"] for run in runs]
+        return f"{tokens_per_s:,.0f} tok/s  {len(runs)} SAEs  EV {min(variances):.3f} to {max(variances):.3f}"
+    return (
+        f"{tokens_per_s:,.0f} tok/s  loss {m['loss']:.4g}  EV {m['explained_variance']:.3f}  L0 {m['l0']:.1f}"
+        f"  dead {m['dead'] / runs[0].cfg.dict:.1%}  α {m['alpha']:.3f}  αΩ/rec {m['penalty_share']:.2%}"
+    )
+
+
+def train(cfgs, folder, device):
+    """Train the autoencoders that `cfgs` describe on the same batches, save each in its `out`; returns their last metrics.
+
+    The settings differ in arch, dict, alpha, seed and out only. `folder` keeps the checkpoint and all settings.
+    Raises Interrupted when a signal has stopped the run.
+    """
     from tqdm import tqdm
 
+    cfg, path, (rank, world) = cfgs[0], folder / "checkpoint.pt", ranks()
+    say = print if rank == 0 else lambda *_, **__: None
     dtype = find_dtype(cfg.dtype, device)
-    torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")
 
     steps = cfg.tokens // cfg.batch
     stream = load_texts(cfg)
     lm_config, tokenizer = load_tokenizer(cfg)
     lm, layer = load_lm(cfg, device, dtype)
-    d_in, n_layers = lm_config.hidden_size, lm_config.num_hidden_layers
-    print(f"model   {cfg.model}, layer {cfg.layer} of {n_layers}, D {d_in}, {str(dtype)[6:]} on {device}")
-    print(f"text    {cfg.dataset}, contexts of {cfg.ctx} tokens")
-    print(f"sae     N {cfg.dict:,}, k {cfg.k}, alpha {cfg.alpha:g} ({cfg.penalty}), {2 * cfg.dict * d_in / 1e6:,.1f} M weights")
-    print(f"run     {steps:,} steps of {cfg.batch:,} tokens, into {cfg.out}", flush=True)
+    d_in = lm_config.hidden_size
+    say(f"model   {cfg.model}, layer {cfg.layer} of {lm_config.num_hidden_layers}, D {d_in}, {str(dtype)[6:]} on {device}")
+    say(f"text    {cfg.dataset}, contexts of {cfg.ctx} tokens")
+    for c in cfgs:
+        say(f"sae     {c.arch}, N {c.dict:,}, k {c.k}, alpha {c.alpha:g} ({c.penalty}), seed {c.seed}, {2 * c.dict * d_in / 1e6:,.1f} M weights")
+    say(f"run     {steps:,} steps of {cfg.batch:,} tokens, into {folder}", flush=True)
 
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", dict(settings=dataclasses.asdict(cfg), versions=versions()))
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        locked = lock(folder)  # noqa: F841
+    saved = load_checkpoint(path, cfgs) if cfg.resume and path.exists() else None
+    if rank == 0:
+        write_json(folder / "settings.json", dict(settings=[dataclasses.asdict(c) for c in cfgs], versions=versions()))
+    own = saved["data"][rank] if saved else dict(at=dict(epoch=0, row=0, left=steps * cfg.batch // world), rest=[])
+    at, rest = own["at"], deque(own["rest"])
+    contexts = token_contexts(text_batches(stream, cfg.text_column, at), tokenizer, cfg.ctx, rest)
+    source = activations(lm, layer, contexts, special_ids(tokenizer), at, cfg.lm_batch)
+    capacity = min(max(cfg.buffer * (cfg.ctx - 1), 2 * cfg.batch), steps * cfg.batch) // world
+    buffer = ShuffleBuffer(source, capacity, d_in, device, dtype, cfg.data_seed)
+    runs = [Run(c, d_in, device) for c in cfgs]
+    if saved:
+        first, scale = saved["step"], saved["scale"]
+        buffer.load(own["buffer"])
+        for run, state in zip(runs, saved["runs"]):
+            run.load(state)
+        say(f"resume  after step {first:,}", flush=True)
+    else:
+        first, started = 0, time.perf_counter()
+        buffer.refill()
+        seconds = time.perf_counter() - started
+        say(f"buffer  {capacity:,} activations in {seconds:.0f} s, {capacity / seconds:,.0f} tokens/s", flush=True)
+        sample_BD = gathered(buffer.x_BD[: (1 << 14) // world].float())
+        scale = (d_in / sample_BD.square().sum(1).mean()).sqrt().item() if cfg.normalize else 1.0
+        for run in runs:
+            run.start(sample_BD * scale)
+    if rank == 0:
+        for run in runs:
+            cut_metrics(run.out, first)
+    saved = own = None  # the buffer's copy is 1.2 GB at the paper's size
 
-    contexts = token_contexts(text_batches(stream, cfg.text_column), tokenizer, cfg.ctx)
-    source = activations(lm, layer, contexts, special_ids(tokenizer), steps * cfg.batch, cfg.lm_batch)
-    capacity = min(max(cfg.buffer * (cfg.ctx - 1), 2 * cfg.batch), steps * cfg.batch)
-    started = time.perf_counter()
-    buffer = ShuffleBuffer(source, capacity, d_in, device, dtype, cfg.seed)
-    seconds = time.perf_counter() - started
-    print(f"buffer  {capacity:,} activations in {seconds:.0f} s, {capacity / seconds:,.0f} tokens/s", flush=True)
+    def checkpoint(step):
+        save_checkpoint(path, cfgs, step, scale, runs, dict(at=at, rest=list(rest), buffer=buffer.state()))
 
-    sample_BD = buffer.x_BD[: 1 << 14].float()
-    scale = (d_in / sample_BD.square().sum(1).mean()).sqrt().item() if cfg.normalize else 1.0
-    sae = SAE(d_in, cfg.dict, cfg.k).to(device)
-    sae.b_dec.data = geometric_median(sample_BD * scale)
-    adam = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=(0.9, 0.999), fused=True)
-
-    fired_N = torch.zeros(cfg.dict, dtype=torch.long, device=device)  # step after which a latent last fired
-    metrics, tokens, since = {}, 0, time.perf_counter()
-    with open(out / "metrics.jsonl", "w") as log, tqdm(
-        total=steps, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10
-    ) as bar:
-        for step in range(steps):
-            x_BD = buffer.batch(cfg.batch) * scale
-            alpha = alpha_at(step, cfg.alpha, cfg.alpha_start, cfg.alpha_warmup)
-            lr = lr_at(step, cfg.lr, int(cfg.decay_start * steps), steps)
+    since, since_step = time.perf_counter(), first
+    bar = tqdm(
+        total=steps, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )  # fmt: skip
+    with bar, signals() as caught:
+        for step in range(first, steps):
             try:
-                part = training_step(sae, adam, x_BD, cfg, alpha, lr)
-            except FloatingPointError:
-                save_sae(sae, cfg, out / "last_good", scale)
-                raise InputError(f"loss or gradient not finite at step {step}; the weights before it: {out / 'last_good'}")
-            fired_N[part["idx_BK"][part["vals_BK"] > 0]] = step + 1
-            if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-                seconds, since = time.perf_counter() - since, time.perf_counter()
-                dead = (fired_N <= max(0, step + 1 - DEAD_AFTER)).sum().item()
-                metrics = dict(
-                    step=step + 1,
-                    tokens=(step + 1) * cfg.batch,
-                    **batch_metrics(x_BD, part, cfg, alpha),
-                    dead=dead,
-                    alpha=alpha,
-                    lr=lr,
-                    tokens_per_s=((step + 1) * cfg.batch - tokens) / seconds,
-                    memory_gb=peak_memory_gb(device),
-                )
-                tokens = metrics["tokens"]
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
-                bar.set_postfix_str(
-                    f"{metrics['tokens_per_s']:,.0f} tok/s  loss {metrics['loss']:.4g}  EV {metrics['explained_variance']:.3f}"
-                    f"  L0 {metrics['l0']:.1f}  dead {dead / cfg.dict:.1%}  α {alpha:.3f}"
-                    f"  αΩ/rec {metrics['penalty_share']:.2%}",
-                    refresh=False,
-                )
+                x_BD = buffer.batch(cfg.batch // world) * scale
+            except InputError:
+                if world == 1:
+                    checkpoint(step)
+                raise
+            for run in runs:
+                try:
+                    run.step(x_BD, step, steps)
+                except FloatingPointError:
+                    save_sae(run.sae, run.cfg, run.out / "last_good", scale)
+                    raise InputError(f"gradient not finite at step {step}; the weights before it: {run.out / 'last_good'}")
+            done = step + 1
+            if done % cfg.log_every == 0 or done == steps:
+                tokens_per_s = (done - since_step) * cfg.batch / (time.perf_counter() - since)
+                since, since_step = time.perf_counter(), done
+                for run in runs:
+                    run.measure(x_BD, done, tokens_per_s)
+                bar.set_postfix_str(progress(runs, tokens_per_s), refresh=False)
             bar.update()
-    save_sae(sae, cfg, out, scale)
-    return metrics
+            stop = (world > 1 and total(torch.tensor(len(caught), device=device)).item()) or caught
+            if done < steps and (stop or cfg.save_every and done % cfg.save_every == 0):
+                try:
+                    checkpoint(done)
+                except (OSError, RuntimeError) as error:  # torch.save hides a disk's error behind one of its own
+                    reason = f"checkpoint of step {done} can't be written, the one before it stays: {error.__context__ or error}"
+                    if stop or cfg.save_failure == "stop":
+                        raise InputError(reason) from error
+                    print(f"\n{reason}", file=sys.stderr)
+                if stop:
+                    raise Interrupted(caught[0] if caught else signal.SIGTERM, done)
+    if rank == 0:
+        for run in runs:
+            save_sae(run.sae, run.cfg, run.out, scale)
+        for file in folder.glob("checkpoint.pt*"):
+            file.unlink()
+    return [run.metrics for run in runs]
 
 
-def median_ms(device, run, *args, times=5, **kwargs):
+def median_ms(device, work, times=5):
     """Median milliseconds of `times` calls after one that is not counted."""
     seconds = []
     for _ in range(times + 1):
         start = time.perf_counter()
-        run(*args, **kwargs)
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -699,59 +998,51 @@ def median_ms(device, run, *args, times=5, **kwargs):
 
 
 def bench(cfg, device):
-    """Median milliseconds of a step and of its parts, with and without the penalty, on Gaussian activations.
+    """Median milliseconds of a step and of its parts on Gaussian activations, as a table, or as JSON with --json.
 
     Twice: with latents equally popular, and with a popularity that falls with the latent's rank as on real activations.
     """
     torch.set_float32_matmul_precision("high")
-    results = {}
-    for kind in ("gaussian", "skewed"):
+    rows = {}
+    for skew in (0.0, 0.5):
         torch.manual_seed(cfg.seed)
-        sae = SAE(cfg.width, cfg.dict, cfg.k).to(device)
-        if kind == "skewed":
-            sae.b_enc.data = 5 - 0.5 * (1 + torch.randperm(cfg.dict, device=device)).log()
-        adam = torch.optim.Adam(sae.parameters(), lr=0.0, fused=True)  # the weights stay: every step is the same work
         x_BD = torch.randn(cfg.batch, cfg.width, device=device)
-        step_ms = {
-            "without_penalty": median_ms(device, training_step, sae, adam, x_BD, cfg, 0.0, 0.0),
-            "with_penalty": median_ms(device, training_step, sae, adam, x_BD, cfg, cfg.alpha or 0.075, 0.0),
-        }
+        sae = SAE(cfg.width, cfg.dict, cfg.k, cfg.arch).to(device)
+        sae.initialize(x_BD)
+        sae.b_enc.data -= skew * ((1 + torch.randperm(cfg.dict, device=device)).log() - 10)
+        adam = optimizer(sae, lr=0.0)  # the weights stay: every step is the same work
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=x_BD.is_cuda):
             pre_BN = torch.addmm(sae.b_enc, x_BD, sae.W_enc)
-            vals_BK, idx_BK = sae.topk(x_BD)
-            parts_ms = {
-                "encoder product": median_ms(device, torch.addmm, sae.b_enc, x_BD, sae.W_enc),
-                "top-k": median_ms(device, pre_BN.topk, cfg.k, sorted=False),
-                "decoder": median_ms(device, sae.decode_topk, vals_BK, idx_BK),
-            }
+            vals_BK, idx_BK, _ = sae.sparse(x_BD)
+            encoder = median_ms(device, lambda: torch.addmm(sae.b_enc, x_BD, sae.W_enc))
+        step = lambda alpha: training_step(sae, adam, x_BD, cfg, alpha, 0.0, cfg.sparsity)  # noqa: E731
+        without, with_penalty = (median_ms(device, lambda: step(alpha)) for alpha in (0.0, cfg.alpha or 0.075))
         with torch.no_grad():
-            parts_ms |= {
-                "penalty and its gradient": median_ms(device, sgo_penalty, vals_BK, idx_BK, cfg.dict),
-                "gradient projection": median_ms(device, sae.project_decoder_gradient),
-                "gradient clipping": median_ms(device, nn.utils.clip_grad_norm_, list(sae.parameters()), 1.0),
-                "Adam": median_ms(device, adam.step),
-                "decoder normalisation": median_ms(device, sae.normalize_decoder),
+            parts = {
+                "  encoder product": encoder,
+                "  choice of the active": median_ms(device, lambda: sae.choose(pre_BN)),
+                "  decoder": median_ms(device, lambda: sae.decode_sparse(vals_BK, idx_BK)),
+                "  penalty and its gradient": median_ms(device, lambda: sgo_penalty(vals_BK, idx_BK, cfg.dict)),
+                "  gradient projection": median_ms(device, sae.project_decoder_gradient),
+                "  gradient clipping": median_ms(device, lambda: nn.utils.clip_grad_norm_(sae.parameters(), 1.0)),
+                "  Adam": median_ms(device, adam.step),
+                "  decoder normalisation": median_ms(device, sae.normalize_decoder),
             }
-        parts_ms["other gradients and the loss"] = step_ms["with_penalty"] - sum(parts_ms.values())
-        results[kind] = dict(
-            step_ms=step_ms,
-            parts_ms=parts_ms,
-            tokens_per_s=cfg.batch / step_ms["with_penalty"] * 1000,
-            peak_gb=peak_memory_gb(device),
-            run_s=cfg.tokens // cfg.batch * step_ms["with_penalty"] / 1000,
-        )
-    shape = dict(batch=cfg.batch, width=cfg.width, dict=cfg.dict, k=cfg.k, device=str(device))
+        column = {"step without the penalty, ms": without, "step with the penalty, ms": with_penalty} | parts
+        column |= {
+            "  other gradients and the loss": with_penalty - sum(parts.values()),
+            "tokens per second": cfg.batch / with_penalty * 1000,
+            f"minutes for {cfg.tokens:,} tokens, SAE alone": cfg.tokens // cfg.batch * with_penalty / 60_000,
+            "peak memory, GB": peak_memory_gb(device),
+        }
+        for name, value in column.items():
+            rows.setdefault(name, []).append(value)
+    shape = dict(arch=cfg.arch, batch=cfg.batch, width=cfg.width, dict=cfg.dict, k=cfg.k, device=str(device))
     if cfg.json:
-        return json.dumps(shape | results["gaussian"] | dict(skewed=results["skewed"]))
-    lines = [f"batch {cfg.batch}, D {cfg.width}, N {cfg.dict}, k {cfg.k}, {device}", f"{'ms':<40}{'gaussian':>12}{'skewed':>12}"]
-    table = {"step without the penalty": "without_penalty", "step with the penalty": "with_penalty"}
-    rows = {label: [r["step_ms"][name] for r in results.values()] for label, name in table.items()}
-    rows |= {"  " + name: [r["parts_ms"][name] for r in results.values()] for name in parts_ms}
-    rows["tokens per second"] = [r["tokens_per_s"] for r in results.values()]
-    rows[f"minutes for {cfg.tokens:,} tokens, SAE alone"] = [r["run_s"] / 60 for r in results.values()]
-    rows["peak memory, GB"] = [r["peak_gb"] for r in results.values()]
-    lines += [f"{name:<40}" + "".join(f"{v:>12,.1f}" for v in values) for name, values in rows.items()]
-    return "\n".join(lines)
+        return json.dumps(shape | {name.strip(): dict(gaussian=g, skewed=s) for name, (g, s) in rows.items()})
+    title = "{arch}, batch {batch}, D {width}, N {dict}, k {k}, {device}".format(**shape)
+    lines = [title, f"{'':<40}{'gaussian':>12}{'skewed':>12}"]
+    return "\n".join(lines + [f"{name:<40}{g:>12,.1f}{s:>12,.1f}" for name, (g, s) in rows.items()])
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -764,35 +1055,121 @@ def versions():
     return {"python": sys.version.split()[0]} | {p: version(p) for p in ("torch", "transformers", "datasets", "numpy")}
 
 
+@contextmanager
+def written_whole(path):
+    """A binary file that takes the place of `path` when it is whole and on the disk, not before."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def lock(folder):
+    """A file in `folder` that is locked while this process holds it, however the process ends; refuses a second one."""
+    import fcntl
+
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{folder} is in use: another run trains into it") from None
+    return file
+
+
 def write_json(path, content):
-    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    with written_whole(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def cut_metrics(folder, step):
+    """Leave in metrics.jsonl what was measured up to a step: all lines that are whole, none for a run that starts."""
+    path = folder / "metrics.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with written_whole(path) as file:
+        file.write("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step).encode())
+
+
+# A run that is resumed may change these; with any other one changed it would be another run.
+FREE = {"out", "device", "log_every", "save_every", "save_failure", "resume", "cache"}
+
+
+def save_checkpoint(path, cfgs, step, scale, runs, own):
+    """Write all that the runs need to continue exactly; `own` is where this process's data stands.
+
+    No other random numbers are drawn after the start than those of the buffer.
+    """
+    rank, world = ranks()
+    data = [own] * world
+    if world > 1:
+        dist.gather_object(own, data if rank == 0 else None)
+    if rank == 0:
+        settings = [dataclasses.asdict(cfg) for cfg in cfgs]
+        states = [run.state() for run in runs]
+        with written_whole(path) as file:
+            torch.save(dict(step=step, scale=scale, settings=settings, data=data, runs=states), file)
+
+
+def load_checkpoint(path, cfgs):
+    """Content of a checkpoint that was written under the same settings."""
+    with loading(str(path)):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = saved["settings"]
+    ours = [dataclasses.asdict(cfg) for cfg in cfgs]
+    differing = {name for a, b in zip(ours, theirs) for name in a if a[name] != b.get(name)} - FREE
+    if len(ours) != len(theirs):
+        differing = {"arch", "dict", "alpha", "seed"}
+    if differing:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(differing))
+        raise InputError(f"{path} can't be resumed: it was written with another value of {names}")
+    if len(saved["data"]) != ranks()[1]:
+        raise InputError(f"{path} can't be resumed: it was written by {len(saved['data'])} processes, not {ranks()[1]}")
+    return saved
+
+
+# SAELens's name of an architecture, as it is after training: batchtopk has a fixed threshold then.
+ARCHITECTURE = {"topk": "topk", "batchtopk": "jumprelu", "relu": "standard", "jumprelu": "jumprelu"}
 
 
 @torch.no_grad()
 def save_sae(sae, cfg, folder, scale=1.0):
     """Write a folder that SAELens loads (cfg.json, sae_weights.safetensors, fp32), for activations as the model has them.
 
-    `scale` is what activations were multiplied by in training. ReLU and top-k commute with it, so the biases are
-    divided by it and the weights stay, the decoder's rows of unit length among them.
+    `scale` is what activations were multiplied by in training. Every activation function here commutes with it, so
+    biases and threshold are divided by it and the weights stay, the decoder's rows of unit length among them.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().float().cpu().contiguous() for name, p in sae.named_parameters()}
-    weights["b_enc"], weights["b_dec"] = weights["b_enc"] / scale, weights["b_dec"] / scale
     content = dict(
-        architecture="topk", d_in=len(sae.b_dec), d_sae=len(sae.b_enc), k=sae.k, dtype="float32", device="cpu",
+        architecture=ARCHITECTURE[sae.arch], d_in=len(sae.b_dec), d_sae=len(sae.b_enc), dtype="float32", device="cpu",
         apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none",
-        rescale_acts_by_decoder_norm=False,
         metadata=dict(
             model_name=cfg.model, hook_name=f"blocks.{cfg.layer}.hook_resid_post", hook_layer=cfg.layer,
             dataset_path=cfg.dataset, context_size=cfg.ctx, prepend_bos=True, settings=dataclasses.asdict(cfg),
         ),
     )  # fmt: skip
+    weights = dict(W_enc=sae.W_enc, b_enc=sae.b_enc / scale, W_dec=sae.W_dec, b_dec=sae.b_dec / scale)
+    if content["architecture"] == "topk":
+        content |= dict(k=sae.k, rescale_acts_by_decoder_norm=False)
+    elif content["architecture"] == "jumprelu":
+        weights["threshold"] = sae.threshold / scale
     write_json(folder / "cfg.json", content)
-    save_file(weights, folder / "sae_weights.safetensors.part")
-    os.replace(folder / "sae_weights.safetensors.part", folder / "sae_weights.safetensors")
+    with written_whole(folder / "sae_weights.safetensors") as file:
+        file.write(save({name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}))
+
+
+class SAEConfig(SimpleNamespace):
+    """What tools such as SAEBench ask of `sae.cfg`: model_name, hook_name, hook_layer, context_size, d_in, d_sae, ..."""
+
+    def to_dict(self):
+        return vars(self)
 
 
 def load_sae(path, device="cpu"):
@@ -813,24 +1190,32 @@ def load_sae(path, device="cpu"):
     path = path / "params.npz" if (path / "params.npz").exists() else path
     with loading(str(path)):
         if path.suffix == ".npz":
-            cfg = dict(architecture="jumprelu", apply_b_dec_to_input=False, metadata={})
+            cfg = dict(architecture="jumprelu", apply_b_dec_to_input=False)
             weights = {name: torch.from_numpy(array).float() for name, array in numpy.load(path).items()}
         else:
             for name in ("cfg.json", "sae_weights.safetensors"):
                 if not (path / name).exists():
                     raise InputError(f"{path} holds no trained autoencoder: {name} is missing")
-            cfg = json.loads((path / "cfg.json").read_text())
+            cfg = dict(json.loads((path / "cfg.json").read_text()))
             weights = {name: tensor.float() for name, tensor in load_file(path / "sae_weights.safetensors").items()}
-        if cfg["architecture"] not in ("topk", "standard", "jumprelu"):
-            raise InputError(f"{path}: an autoencoder of architecture {cfg['architecture']} can't be read")
+        arch = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}.get(str(cfg.get("architecture")))
+        if arch is None:
+            raise InputError(f"{path}: an autoencoder of architecture {cfg.get('architecture')} can't be read")
+        if missing := {"W_enc", "b_enc", "W_dec", "b_dec"} - set(weights):
+            raise InputError(f"{path} lacks the tensors {', '.join(sorted(missing))}")
         N, D = weights["W_dec"].shape
-        sae = SAE(D, N, cfg.get("k", N))
-        if cfg["architecture"] != "topk":
-            sae.threshold = weights.setdefault("threshold", torch.zeros(N))
+        if arch == "topk" and not (type(cfg.get("k")) is int and 1 <= cfg["k"] <= N):
+            raise InputError(f"{path}: k is {cfg.get('k')!r}, an integer from 1 to {N} is needed")
+        if arch == "relu":
+            weights["threshold"] = torch.zeros(N)
+        elif arch == "jumprelu":
+            weights["bandwidth"] = torch.zeros(())
+        sae = SAE(D, N, cfg.get("k", N), arch)
         if not cfg.get("apply_b_dec_to_input", True):  # encode() subtracts b_dec: add what that takes away
             weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
         sae.load_state_dict(weights)
-    sae.cfg = cfg
+    metadata = cfg.get("metadata", {})
+    sae.cfg = SAEConfig(**dict(model_from_pretrained_kwargs={}, hook_head_index=None) | metadata | cfg | dict(d_in=D, d_sae=N, dtype="float32"))
     return sae.to(device)
 
 
@@ -893,7 +1278,7 @@ def train_demo_lm(texts, heldout, folder, steps=1000, batch=8, ctx=128):
         vocab_size=1024, hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=ctx, max_position_embeddings=ctx,
     ))  # fmt: skip
-    train_NL, heldout_NL = (torch.tensor(list(token_contexts([t], tokenizer, ctx))) for t in (texts, heldout))
+    train_NL, heldout_NL = (torch.tensor(list(token_contexts(iter([t]), tokenizer, ctx))) for t in (texts, heldout))
     adam = torch.optim.AdamW(lm.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     order = torch.randperm(len(train_NL))[: steps * batch].split(batch)
     for step, rows in enumerate(tqdm(order, desc="demo language model", unit="step")):
@@ -915,10 +1300,10 @@ def train_demo_lm(texts, heldout, folder, steps=1000, batch=8, ctx=128):
 # -------------------------------------------------------------------------------------------------- main
 
 
-def parse_args(argv):
-    """Config of a command line; with --demo, settings that it does not name are those of DEMO."""
+def make_parser(program, description):
+    """An argument parser whose errors are InputErrors and whose help shows the defaults."""
     parser = argparse.ArgumentParser(
-        prog="sgo_sae.py", description=__doc__.splitlines()[0], add_help=False,
+        prog=program, description=description, allow_abbrev=False,
         formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=28, width=110),
     )  # fmt: skip
 
@@ -926,24 +1311,30 @@ def parse_args(argv):
         raise InputError(message)
 
     parser.error = fail
-    group = None
+    return parser
+
+
+def parse_args(argv):
+    """Configs of a command line, one for each autoencoder; with --demo, settings that it does not name are DEMO's."""
+    parser = make_parser("sgo_sae.py", __doc__.splitlines()[0])
     for field in dataclasses.fields(Config):
         options = dict(field.metadata)
-        title = options.pop("group")
+        if title := options.pop("group"):
+            group = parser.add_argument_group(title)
         if field.default is None:
             options["help"] += "%(default).0s"  # keeps the formatter from adding "(default: None)"
-        group = parser.add_argument_group(title) if title else group
         if isinstance(field.default, bool):
             options["action"] = "store_true"
         else:
-            options |= dict(type=type(field.default) if field.default is not None else str, metavar=field.name.upper())
-            if "choices" in options:
-                options["metavar"] = "{" + ",".join(options["choices"]) + "}"
+            options["type"] = str if field.default is None else type(field.default)
+            options["metavar"] = "{" + ",".join(options["choices"]) + "}" if "choices" in options else field.name.upper()
         group.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
-    group.add_argument("-h", "--help", action="help", help="show this and exit")
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
-    return Config(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    grid = [field.name for field in dataclasses.fields(Config) if "nargs" in field.metadata]
+    lists = [values[name] if isinstance(values[name], list) else [values[name]] for name in grid]
+    return [Config(**values | dict(zip(grid, choice))) for choice in product(*lists)]
 
 
 def find_device(name):
@@ -962,13 +1353,15 @@ def find_dtype(name, device):
 
 
 def check(cfg):
-    """Complete the settings that depend on others and refuse those that can't work; returns the device."""
+    """Refuse settings that can't work."""
     for name in ("dict", "k", "tokens", "batch", "lm_batch", "buffer", "log_every", "width"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(cfg, name)}")
-    for name in ("alpha", "alpha_start", "alpha_warmup", "l1", "layer", "lr"):
+    for name in ("alpha", "alpha_start", "alpha_warmup", "sparsity", "layer", "lr", "save_every", "seed", "data_seed"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must be 0 or more, but is {getattr(cfg, name)}")
+    if cfg.sparsity == 0 and cfg.arch in ("relu", "jumprelu") and not cfg.fixed_sparsity:
+        raise InputError(f"--sparsity 0 leaves {cfg.arch} nothing to adjust: give more than 0, or --fixed-sparsity")
     if not 0 <= cfg.decay_start <= 1:
         raise InputError(f"--decay-start is a share of the steps, 0 to 1, but is {cfg.decay_start}")
     if cfg.k > cfg.dict:
@@ -977,30 +1370,40 @@ def check(cfg):
         raise InputError(f"--ctx must be at least 2, BOS and a token, but is {cfg.ctx}")
     if cfg.tokens < cfg.batch:
         raise InputError(f"--tokens {cfg.tokens} is less than one batch of {cfg.batch}")
-    device = find_device(cfg.device)
-    model = "demo" if cfg.demo else Path(cfg.model).name
-    cfg.out = cfg.out or f"runs/{model}-l{cfg.layer}-n{cfg.dict}-a{cfg.alpha:g}-s{cfg.seed}"
-    if (Path(cfg.out) / "sae_weights.safetensors").exists():
-        raise InputError(f"{cfg.out} already holds a finished run: give another --out, or remove it")
-    return device
+    if cfg.batch % ranks()[1]:
+        raise InputError(f"--batch {cfg.batch} can't be shared evenly by {ranks()[1]} processes")
 
 
-def summary(cfg, m, seconds):
-    """The table that a run ends with; figures are those of its last batch."""
-    rows = [
-        ("tokens", f"{m['tokens']:,} in {m['step']:,} steps"),
-        ("explained variance", f"{m['explained_variance']:.4f}"),
-        ("MSE per element", f"{m['mse']:.4g}"),
-        ("cosine similarity", f"{m['cosine']:.4f}"),
-        ("L0", f"{m['l0']:.1f}"),
-        ("dead latents", f"{m['dead']:,} of {cfg.dict:,}, silent for {min(DEAD_AFTER, m['step'])} steps"),
-        ("competition", f"{m['mean_max_w']:.3f}, mean over latents of max w_ij"),
-        ("penalty", f"{m['penalty_share']:.2%} of the reconstruction term"),
-        ("peak memory", f"{m['memory_gb']:.1f} GB"),
-        ("time", f"{seconds:.0f} s"),
-        ("saved in", cfg.out),
-    ]
-    return "\n" + "\n".join(f"{name:<20}{value}" for name, value in rows)
+def place(cfgs):
+    """Folder of the whole, with `out` of each run set: the folder itself for one run, a folder in it for each of several."""
+    model = "demo" if cfgs[0].demo else Path(cfgs[0].model).name
+    names = [f"{c.arch}-n{c.dict}-a{c.alpha:g}-s{c.seed}" for c in cfgs]
+    if len(set(names)) < len(names):
+        raise InputError("a value of --arch, --dict, --alpha or --seed is given twice")
+    folder = Path(cfgs[0].out or f"runs/{model}-l{cfgs[0].layer}-{names[0] if len(cfgs) == 1 else 'grid'}")
+    for cfg, name in zip(cfgs, names):
+        cfg.out = str(folder if len(cfgs) == 1 else folder / name)
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists() and not cfgs[0].resume:
+        raise InputError(f"{folder} holds a run that was stopped: add --resume to continue it, or remove {checkpoint}")
+    for cfg in cfgs:
+        if not checkpoint.exists() and (Path(cfg.out) / "sae_weights.safetensors").exists():
+            raise InputError(f"{cfg.out} already holds a finished run: give another --out, or remove it")
+    return folder
+
+
+def summary(cfgs, metrics, folder, seconds):
+    """The table that a training ends with; figures are those of the last batch."""
+    width = max(len(Path(c.out).name) for c in cfgs)
+    lines = ["", f"{'':<{width}}      EV     MSE  cosine     L0    dead  max w  αΩ/rec"]
+    for cfg, m in zip(cfgs, metrics):
+        lines.append(
+            f"{Path(cfg.out).name:<{width}}  {m['explained_variance']:.4f}  {m['mse']:>#6.4g}  {m['cosine']:.4f}"
+            f"  {m['l0']:>5.1f}  {m['dead'] / cfg.dict:>6.2%}  {m['mean_max_w']:.3f}  {m['penalty_share']:>6.2%}"
+        )
+    m = metrics[-1]
+    lines.append(f"{m['tokens']:,} tokens, {m['step']:,} steps, {seconds:.0f} s, at most {m['memory_gb']:.1f} GB; saved in {folder}")
+    return "\n".join(lines)
 
 
 def quiet_libraries():
@@ -1015,28 +1418,69 @@ def quiet_libraries():
     transformers.utils.logging.disable_progress_bar()
 
 
-def main(argv):
-    started = time.perf_counter()
+OUT_OF_MEMORY = r"(?:tried to allocate|can't allocate memory: you tried to allocate) ([\d.]+ ?\w+)"
+
+
+def exit_code(program, work, argv):
+    """Runs work(argv); what goes wrong is said in one line and is the exit code that comes back."""
+    code, message = 0, None
     try:
-        cfg = parse_args(argv)
-        device = check(cfg)
-        if cfg.bench:
-            print(bench(cfg, device))
-            return 0
-        quiet_libraries()
-        if cfg.demo:
-            cache = Path(cfg.cache or os.environ.get("SGO_CACHE") or Path.home() / ".cache" / "sgo_sae")
-            folder = demo_files(cache)
-            cfg.model, cfg.dataset = str(folder), str(folder / "train.jsonl")
-        metrics = train(cfg, device)
-    except InputError as error:
-        print(f"sgo_sae.py: error: {error}", file=sys.stderr)
-        return 2
+        work(argv)
+    except (InputError, OSError) as error:  # what is left of OSErrors are files that can't be written
+        code, message = 2, "error: " + " ".join(str(error).split())
     except KeyboardInterrupt:
-        print("\nsgo_sae.py: interrupted", file=sys.stderr)
-        return 130
-    print(summary(cfg, metrics, time.perf_counter() - started))
-    return 0
+        code, message = 128 + signal.SIGINT, "interrupted"
+    except Interrupted as stop:
+        command = ["torchrun", f"--nproc-per-node={ranks()[1]}"] if ranks()[1] > 1 else ["python"]
+        again = shlex.join([*command, sys.argv[0], *argv, *(["--resume"] if "--resume" not in argv else [])])
+        code, message = 128 + stop.args[0], f"stopped after step {stop.args[1]:,}; this continues it:\n{again}"
+    except (MemoryError, RuntimeError) as error:
+        size = re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE)
+        if size is None and not isinstance(error, MemoryError):
+            raise
+        asked = f" when {size[1]} were asked for" if size else ""
+        code, message = 2, f"error: out of memory{asked}; smaller --dict, --batch, --buffer and --lm-batch need less"
+    if message and (code == 2 or ranks()[0] == 0):
+        print(f"{program}: {message}", file=sys.stderr)
+    return code
+
+
+def work(argv):
+    started = time.perf_counter()
+    cfgs = parse_args(argv)
+    cfg = cfgs[0]
+    if "WORLD_SIZE" in os.environ:  # torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    for c in cfgs:
+        check(c)
+    device = find_device(cfg.device)
+    if cfg.bench:
+        print(bench(cfg, device))
+        return
+    quiet_libraries()
+    folder = place(cfgs)
+    rank, world = ranks()
+    if cfg.demo:
+        cache = Path(cfg.cache or os.environ.get("SGO_CACHE") or Path.home() / ".cache" / "sgo_sae")
+        if rank > 0:
+            dist.barrier()  # the first process makes the files
+        demo = demo_files(cache)
+        if rank == 0 and world > 1:
+            dist.barrier()
+        for c in cfgs:
+            c.model, c.dataset = str(demo), str(demo / "train.jsonl")
+    metrics = train(cfgs, folder, device)
+    if rank == 0:
+        print(summary(cfgs, metrics, folder, time.perf_counter() - started))
+    if world > 1:
+        dist.barrier()  # the first process still writes, and the others must not leave before it
+        dist.destroy_process_group()
+
+
+def main(argv):
+    return exit_code("sgo_sae.py", work, argv)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,18 @@ import http.server
 import json
 import math
 import os
+import pickle
+import random
 import re
+import shlex
+import signal
+import statistics
+import string
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -142,9 +150,9 @@ def test_training_is_the_same_with_either_way_of_the_penalty(monkeypatch):
         monkeypatch.setitem(sgo_sae.CROSSOVER, "cpu", crossover)
         torch.manual_seed(0)
         sae, cfg = SAE(16, 64, 8).double(), sgo_sae.Config(dict=64, k=8)
-        adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+        adam = sgo_sae.optimizer(sae, 3e-3)
         steps = [torch.randn(256, 16, dtype=torch.float64) * 2 for _ in range(30)]
-        losses[way] = [sgo_sae.training_step(sae, adam, x_BD, cfg, 0.5, 3e-3)["loss"].item() for x_BD in steps]
+        losses[way] = [sgo_sae.training_step(sae, adam, x_BD, cfg, 0.5, 3e-3, 0.04)["loss"].item() for x_BD in steps]
     assert losses["pairs"] == pytest.approx(losses["tiles"], rel=1e-9)
 
 
@@ -164,13 +172,98 @@ def test_sae_and_its_gradients_match_a_dense_one():
     assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-14)
     assert torch.allclose(sae(x_BD), f_BN @ sae.W_dec + sae.b_dec, atol=1e-12)
     inputs = [x_BD, *sae.parameters()]
-    ours = torch.autograd.grad((sae(x_BD) - x_BD).square().sum() + sae.encode(x_BD).sum(), inputs)
+    vals_BK, idx_BK, active_BK = sae.sparse(x_BD)
+    assert torch.equal(active_BK, (vals_BK > 0).double())
+    xhat_BD = sae.decode_sparse(vals_BK, idx_BK)
+    assert torch.allclose(dense(vals_BK, idx_BK, 20), f_BN, atol=1e-14)
+    ours = torch.autograd.grad((xhat_BD - x_BD).square().sum() + vals_BK.sum(), inputs)
     expected = torch.autograd.grad((f_BN @ sae.W_dec + sae.b_dec - x_BD).square().sum() + f_BN.sum(), inputs)
     assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(ours, expected, strict=True))
 
 
-def test_encode_takes_any_leading_shape():
-    sae, x = SAE(6, 20, 4), torch.randn(2, 3, 5, 6)
+ARCHS = ("topk", "batchtopk", "relu", "jumprelu")
+
+
+@pytest.mark.parametrize("arch", ARCHS[1:])
+def test_other_architectures_and_their_gradients_match_dense_ones(arch):
+    """jumprelu's threshold by the formulas of Rajamanoharan et al. 2024: (θ/ε) and (1/ε) times a rectangle of width ε."""
+    torch.manual_seed(0)
+    sae, x_BD = SAE(6, 20, 4, arch).double(), torch.randn(50, 6, dtype=torch.float64)
+    sae.initialize(torch.randn(1000, 6, dtype=torch.float64), bandwidth=0.4)
+    weights = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
+    for p in weights:
+        p.data += 0.1 * torch.randn_like(p)
+    vals_BK, idx_BK, active_BK = sae.sparse(x_BD)
+    lam, loss = 0.3, (sae.decode_sparse(vals_BK, idx_BK) - x_BD).square().sum()
+    loss = loss + lam * (active_BK if arch == "jumprelu" else vals_BK).sum()
+
+    pre_BN = (x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc
+    if arch == "batchtopk":
+        f_BN = torch.where(pre_BN >= pre_BN.flatten().sort(descending=True).values[50 * 4 - 1], pre_BN, 0)
+        assert (vals_BK > 0).sum() == 50 * 4
+        assert sae.threshold.unique() == pytest.approx(f_BN[f_BN > 0].min().item())
+    else:
+        f_BN = torch.where(pre_BN > sae.threshold.detach(), pre_BN, 0)
+    assert torch.allclose(dense(vals_BK, idx_BK, 20), f_BN, atol=1e-14)
+    assert torch.equal(dense(active_BK, idx_BK, 20), (f_BN > 0).double())
+    f_BN.retain_grad()
+    expected = (sae.decode(f_BN) - x_BD).square().sum() + lam * (0 if arch == "jumprelu" else f_BN.sum())
+    grads = torch.autograd.grad(expected, weights + [f_BN])
+    ours = torch.autograd.grad(loss, weights + ([sae.threshold] if arch == "jumprelu" else []))
+    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(ours[:4], grads[:4], strict=True))
+    if arch == "jumprelu":
+        near_BN = ((pre_BN - sae.threshold).abs() < sae.bandwidth / 2).double() / sae.bandwidth
+        assert 10 < (near_BN > 0).sum() < 200
+        assert torch.allclose(ours[-1], -(near_BN * (sae.threshold * grads[-1] + lam)).sum(0), atol=1e-10)
+
+
+def test_learned_threshold_counts_as_a_step_in_l0():
+    """On average over the batch the pseudo-gradient of L0 is the slope of the true L0, wherever the kernel is narrow."""
+    torch.manual_seed(0)
+    sae, x_BD = SAE(4, 6, 2, "jumprelu").double(), torch.randn(200_000, 4, dtype=torch.float64)
+    sae.initialize(x_BD, bandwidth=0.2)
+    (grad_N,) = torch.autograd.grad(sae.sparse(x_BD)[2].sum(1).mean(), sae.threshold)
+    pre_BN, h = (x_BD - sae.b_dec) @ sae.W_enc, 0.05
+    slope_N = ((pre_BN > sae.threshold + h).double().mean(0) - (pre_BN > sae.threshold - h).double().mean(0)) / (2 * h)
+    assert torch.allclose(grad_N, slope_N, rtol=0.1)
+
+
+@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
+def test_sparsity_is_steered_to_k(tmp_path, arch):
+    def train(steps, **settings):
+        cfg = sgo_sae.Config(arch=arch, dict=96, k=5, lr=3e-3, alpha=0.0, out=str(tmp_path), **settings)
+        run, l0 = sgo_sae.Run(cfg, 32, torch.device("cpu")), []
+        true_ND = F.normalize(torch.randn(48, 32), dim=1)
+        for step in range(steps):
+            f_BN = torch.rand(512, 48) * (torch.rand(512, 48) < 3 / 48)
+            x_BD = f_BN @ true_ND * 5
+            if step == 0:
+                run.start(x_BD)
+            run.step(x_BD, step, steps)
+            l0.append(run.part["l0"].item())
+        return run, sum(l0[-50:]) / 50
+
+    for sparsity in (0.001, 1.0):
+        assert train(700, sparsity=sparsity)[1] == pytest.approx(5, rel=0.05)
+    run, _ = train(20, fixed_sparsity=True)
+    assert run.lam == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_penalty_of_a_step_is_that_of_its_codes(arch):
+    torch.manual_seed(0)
+    sae, x_BD = SAE(16, 64, 4, arch), torch.randn(128, 16)
+    sae.initialize(x_BD)
+    part = sgo_sae.training_step(sae, sgo_sae.optimizer(sae, 0.0), x_BD, sgo_sae.Config(arch=arch, dict=64, k=4), 0.5, 0.0, 0.1)
+    f_BN = dense(part["vals_BK"], part["idx_BK"], 64)
+    terms = (x_BD - sae.decode(f_BN)).square().sum(1).mean() + 0.5 * sgo_penalty_reference(f_BN)
+    terms = terms + 0.1 * ((f_BN > 0).float() if arch == "jumprelu" else f_BN).sum(1).mean()
+    assert part["loss"].item() == pytest.approx(terms.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_encode_takes_any_leading_shape(arch):
+    sae, x = SAE(6, 20, 4, arch), torch.randn(2, 3, 5, 6)
     assert sae.encode(x).shape == (2, 3, 5, 20) and sae(x).shape == x.shape
     assert torch.allclose(sae.encode(x)[1, 2, 4], sae.encode(x[1, 2, 4]), atol=1e-6)
     assert torch.allclose(sae.decode(sae.encode(x)), sae(x), atol=1e-6)
@@ -179,10 +272,10 @@ def test_encode_takes_any_leading_shape():
 def test_decoder_constraint():
     torch.manual_seed(0)
     sae = SAE(16, 64, 4)
-    adam = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    adam = sgo_sae.optimizer(sae, 1e-2)
     cfg = sgo_sae.Config(dict=64, k=4)
     for _ in range(5):
-        sgo_sae.training_step(sae, adam, torch.randn(128, 16), cfg, 0.05, 1e-2)
+        sgo_sae.training_step(sae, adam, torch.randn(128, 16), cfg, 0.05, 1e-2, 0.04)
         assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
         sae.zero_grad()
         (sae(torch.randn(128, 16)) ** 2).sum().backward()
@@ -203,8 +296,8 @@ def test_schedules_at_their_corners():
 
 
 def test_defaults_are_the_papers_run_4():
-    cfg = sgo_sae.parse_args([])
-    assert (cfg.dict, cfg.k, cfg.alpha, cfg.l1, cfg.lr) == (18432, 320, 0.075, 0.04, 3e-4)
+    (cfg,) = sgo_sae.parse_args([])
+    assert (cfg.dict, cfg.k, cfg.alpha, cfg.sparsity, cfg.lr) == (18432, 320, 0.075, 0.04, 3e-4)
     steps = cfg.tokens // cfg.batch
     assert steps == 4882 and int(cfg.decay_start * steps) == 4271
 
@@ -223,10 +316,10 @@ def test_alpha_zero_is_a_separate_plain_topk_step():
     sae = SAE(16, 64, 4)
     plain = SAE(16, 64, 4)
     plain.load_state_dict(sae.state_dict())
-    ours = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    ours = sgo_sae.optimizer(sae, 1e-3)
     theirs = torch.optim.Adam(plain.parameters(), lr=1e-3)
     for _ in range(10):
-        sgo_sae.training_step(sae, ours, x_BD, sgo_sae.Config(dict=64, k=4, alpha=0.0), 0.0, 1e-3)
+        sgo_sae.training_step(sae, ours, x_BD, sgo_sae.Config(dict=64, k=4, alpha=0.0), 0.0, 1e-3, 0.04)
         f_BN = plain_topk(plain, x_BD)
         loss = (x_BD - plain.decode(f_BN)).square().sum(1).mean() + 0.04 * f_BN.sum(1).mean()
         theirs.zero_grad()
@@ -246,13 +339,13 @@ def test_planted_features_are_recovered():
     D, N, active = 32, 48, 3
     true_ND = F.normalize(torch.randn(N, D), dim=1)
     sae = SAE(D, 2 * N, active)
-    cfg = sgo_sae.Config(dict=2 * N, k=active, l1=0.0)
-    adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    cfg = sgo_sae.Config(dict=2 * N, k=active)
+    adam = sgo_sae.optimizer(sae, 3e-3)
     for step in range(1000):
         slots_BK = torch.rand(1024, N).topk(active, dim=1).indices
         f_BN = torch.zeros(1024, N).scatter(1, slots_BK, torch.rand(1024, active) + 0.5)
         alpha = sgo_sae.alpha_at(step, 0.075, warmup=300)
-        sgo_sae.training_step(sae, adam, f_BN @ true_ND, cfg, alpha, sgo_sae.lr_at(step, 3e-3, 800, 1000))
+        sgo_sae.training_step(sae, adam, f_BN @ true_ND, cfg, alpha, sgo_sae.lr_at(step, 3e-3, 800, 1000), 0.0)
     matched_N = (true_ND @ sae.W_dec.T).amax(1)
     assert (matched_N > 0.9).float().mean() > 0.95
 
@@ -262,10 +355,10 @@ def test_penalty_lowers_competition_in_training():
     for alpha in (0.0, 0.5):
         torch.manual_seed(0)
         sae, cfg = SAE(16, 64, 8), sgo_sae.Config(dict=64, k=8)
-        adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+        adam = sgo_sae.optimizer(sae, 3e-3)
         for _ in range(200):
             x_BD = torch.randn(512, 16) * 2
-            sgo_sae.training_step(sae, adam, x_BD, cfg, alpha, 3e-3)
+            sgo_sae.training_step(sae, adam, x_BD, cfg, alpha, 3e-3, 0.04)
         shares[alpha] = sgo_penalty_reference(sae.encode(x_BD).detach()).item()
     assert shares[0.5] < 0.8 * shares[0.0]
 
@@ -276,7 +369,7 @@ def test_method_needs_torch_alone(tmp_path):
         "for name in ('transformers', 'datasets', 'numpy', 'tqdm', 'safetensors', 'tokenizers'): sys.modules[name] = None\n"
         "import torch, sgo_sae\n"
         "sae = sgo_sae.SAE(8, 32, 4)\n"
-        "vals, idx = sae.topk(torch.randn(64, 8))\n"
+        "vals, idx, _ = sae.sparse(torch.randn(64, 8))\n"
         "sgo_sae.sgo_penalty(vals, idx, 32).backward()\n"
         "assert sae.W_enc.grad.abs().sum() > 0\n"
     )
@@ -289,9 +382,9 @@ def test_method_section_stands_alone():
     source = SCRIPT.read_text()
     section = re.search(r"# -+ method\n(.*?)# -+ activations\n", source, re.S).group(1)
     names = {}
-    exec("import torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
+    exec("import torch\nimport torch.distributed as dist\nimport torch.nn.functional as F\nfrom torch import nn\n"
          "from torch.autograd.function import once_differentiable\n" + section, names)  # fmt: skip
-    vals_BK, idx_BK = names["SAE"](8, 32, 4).topk(torch.randn(64, 8))
+    vals_BK, idx_BK, _ = names["SAE"](8, 32, 4).sparse(torch.randn(64, 8))
     assert names["sgo_penalty"](vals_BK, idx_BK, 32) > 0
 
 
@@ -380,7 +473,7 @@ def test_other_architectures_load(tmp_path, kind):
 def test_packing_loses_and_repeats_no_token(model):
     _, _, tokenizer = model
     documents = [f"{TEXT[: 7 * i]} {i}" for i in range(1, 30)]
-    contexts = list(sgo_sae.token_contexts([documents[:10], documents[10:11], documents[11:]], tokenizer, 12))
+    contexts = list(sgo_sae.token_contexts(iter([documents[:10], documents[10:11], documents[11:]]), tokenizer, 12))
     assert all(len(c) == 12 and c[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in c[1:] for c in contexts)
     stream = [i for c in contexts for i in c[1:]]
     whole = [i for d in documents for i in tokenizer(d, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]]
@@ -389,7 +482,7 @@ def test_packing_loses_and_repeats_no_token(model):
 
 def test_packing_without_bos(tmp_path):
     _, tokenizer = make_model(tmp_path, bos=False)
-    contexts = list(sgo_sae.token_contexts([[TEXT] * 4], tokenizer, 8))
+    contexts = list(sgo_sae.token_contexts(iter([[TEXT] * 4]), tokenizer, 8))
     assert sum(contexts, []) == (tokenizer(TEXT)["input_ids"] * 4)[: 8 * len(contexts)]
 
 
@@ -398,11 +491,11 @@ def test_special_tokens_never_reach_the_autoencoder(model):
     cfg = sgo_sae.Config(model=model[0], layer=1)
     _, tokenizer = sgo_sae.load_tokenizer(cfg)
     special = sgo_sae.special_ids(tokenizer)
-    contexts = list(sgo_sae.token_contexts([["a <bos> b <eos><pad> c"] * 20], tokenizer, 8))
+    contexts = list(sgo_sae.token_contexts(iter([["a <bos> b <eos><pad> c"] * 20]), tokenizer, 8))
     inner = [i for c in contexts for i in c[1:]]
     assert tokenizer.bos_token_id not in inner and tokenizer.pad_token_id not in inner
     lm, module = loaded(model, 1)
-    rows = torch.cat(list(sgo_sae.activations(lm, module, iter(contexts), special, 10**6, lm_batch=3)))
+    rows = torch.cat(list(sgo_sae.activations(lm, module, iter(contexts), special, dict(left=10**6), lm_batch=3)))
     with torch.inference_mode():
         x_BLD = sgo_sae.hooked(lm, module, torch.tensor(contexts))
     kept = [x_BLD[i, j] for i, c in enumerate(contexts) for j, token in enumerate(c) if token not in special]
@@ -449,7 +542,7 @@ def test_local_texts_are_read(tmp_path, form):
         compress = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}[packed]
         path.write_bytes(compress(FORMATS[kind](rows).encode()))
     stream = sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
-    batches = sgo_sae.text_batches(stream, "text", rows=8)
+    batches = sgo_sae.text_batches(stream, "text", dict(epoch=0, row=0), rows=8)
     read = []
     while len(read) < 60:
         read += next(batches)
@@ -461,7 +554,7 @@ def test_odd_documents_are_passed_over(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ["", None, "  ", "good one", None, "another"]))
     stream = sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
-    assert sorted(next(sgo_sae.text_batches(stream, "text"))) == ["another", "good one"]
+    assert sorted(next(sgo_sae.text_batches(stream, "text", dict(epoch=0, row=0)))) == ["another", "good one"]
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -474,17 +567,17 @@ def test_run_is_complete_and_repeatable(model, texts, tmp_path, capsys):
         weights.append((tmp_path / name / "sae_weights.safetensors").read_bytes())
     assert weights[0] == weights[1]
     captured = capsys.readouterr()
-    for word in ("explained variance", "MSE per element", "L0", "dead latents", "saved in"):
+    for word in ("EV", "MSE", "L0", "dead", "max w", "αΩ/rec", "768 tokens, 12 steps", "saved in"):
         assert word in captured.out
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12]
     keys = {"reconstruction", "l1", "omega", "penalty_share", "explained_variance", "cosine", "l0", "dead",
-            "mean_max_w", "lr", "alpha", "tokens", "tokens_per_s", "memory_gb"}  # fmt: skip
+            "mean_max_w", "lr", "alpha", "lambda", "tokens", "tokens_per_s", "memory_gb"}  # fmt: skip
     assert keys <= set(lines[0]) and all(math.isfinite(v) for line in lines for v in line.values())
     assert lines[-1]["alpha"] == pytest.approx(sgo_sae.alpha_at(11))
     assert lines[0]["penalty_share"] == pytest.approx(lines[0]["alpha"] * lines[0]["omega"] / lines[0]["reconstruction"])
     settings = json.loads((tmp_path / "a" / "settings.json").read_text())
-    assert settings["settings"]["k"] == 4 and settings["versions"]["torch"].startswith("2.13.0")
+    assert settings["settings"][0]["k"] == 4 and settings["versions"]["torch"].startswith("2.13.0")
 
 
 @pytest.mark.parametrize("option", [["--penalty", "mean"], ["--penalty", "decoder"], ["--normalize"], ["--alpha", "0"],
@@ -500,40 +593,148 @@ def test_starting_over_is_said_once(model, texts, tmp_path, capsys):
     assert capsys.readouterr().err.count("starting over") == 1
 
 
-def test_normalize_folds_back_into_the_saved_weights(tmp_path):
+def random_sae(arch):
+    """An autoencoder with biases and thresholds of all kinds, on 8 dimensions."""
     torch.manual_seed(0)
-    sae, x_BD = SAE(8, 32, 4), torch.randn(100, 8)
+    sae = SAE(8, 32, 4, arch)
     sae.b_dec.data.normal_(), sae.b_enc.data.normal_()
-    scale = 0.37
+    if arch in ("batchtopk", "jumprelu"):
+        sae.threshold.data.uniform_(0.1, 2)
+    return sae, torch.randn(100, 8)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_normalize_folds_back_into_the_saved_weights(tmp_path, arch):
+    (sae, x_BD), scale = random_sae(arch), 0.37
     sgo_sae.save_sae(sae, sgo_sae.Config(), tmp_path, scale)
     folded = sgo_sae.load_sae(tmp_path)
     assert torch.allclose(folded(x_BD), sae(x_BD * scale) / scale, atol=1e-5)
     assert torch.allclose(folded.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
 
 
-def test_saved_and_loaded_outputs_are_identical(tmp_path):
-    torch.manual_seed(0)
-    sae, x_BD = SAE(8, 32, 4), torch.randn(100, 8)
+@pytest.mark.parametrize("arch, name", list(zip(ARCHS, ["topk", "jumprelu", "standard", "jumprelu"])))
+def test_saved_and_loaded_outputs_are_identical(tmp_path, arch, name):
+    sae, x_BD = random_sae(arch)
     sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
     again = sgo_sae.load_sae(tmp_path)
     assert torch.equal(again(x_BD), sae(x_BD)) and torch.equal(again.encode(x_BD), sae.encode(x_BD))
-    assert again.cfg["architecture"] == "topk" and again.cfg["metadata"]["hook_name"] == "blocks.12.hook_resid_post"
+    assert again.cfg.architecture == name and again.cfg.hook_name == "blocks.12.hook_resid_post"
     from safetensors import safe_open
 
     with safe_open(tmp_path / "sae_weights.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    assert shapes == {"W_enc": [8, 32], "b_enc": [32], "W_dec": [32, 8], "b_dec": [8]}
+    threshold = {"threshold": [32]} if name == "jumprelu" else {}
+    assert shapes == {"W_enc": [8, 32], "b_enc": [32], "W_dec": [32, 8], "b_dec": [8]} | threshold
 
 
-def test_saelens_loads_the_folder(tmp_path):
+@pytest.mark.parametrize("arch", ARCHS)
+def test_saelens_loads_the_folder(tmp_path, arch):
     sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
-    torch.manual_seed(0)
-    sae, x_BD = SAE(8, 32, 4), torch.randn(100, 8)
-    sae.b_dec.data.normal_(), sae.b_enc.data.normal_()
+    sae, x_BD = random_sae(arch)
     sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
     assert torch.allclose(theirs.encode(x_BD), sae.encode(x_BD), atol=1e-4)
     assert torch.allclose(theirs(x_BD), sae(x_BD), atol=1e-4)
+
+
+def test_loaded_autoencoder_has_the_interface_of_saebench(tmp_path):
+    """The attributes that SAEBench's evaluations and its custom SAEs' base class read."""
+    sgo_sae.save_sae(random_sae("topk")[0], sgo_sae.Config(k=4, layer=5, ctx=64), tmp_path)
+    sae = sgo_sae.load_sae(tmp_path).to(dtype=torch.bfloat16)
+    assert (sae.device, sae.dtype) == (torch.device("cpu"), torch.bfloat16)
+    assert sae.W_enc.shape == (8, 32) and sae.W_dec.shape == (32, 8) and sae.b_enc.shape == (32,) and sae.b_dec.shape == (8,)
+    cfg = sae.cfg
+    assert (cfg.model_name, cfg.hook_name, cfg.hook_layer) == ("google/gemma-2-2b", "blocks.5.hook_resid_post", 5)
+    assert (cfg.d_in, cfg.d_sae, cfg.dtype, cfg.context_size, cfg.prepend_bos) == (8, 32, "float32", 64, True)
+    assert cfg.model_from_pretrained_kwargs == {} and cfg.hook_head_index is None
+    assert json.loads(json.dumps(cfg.to_dict()))["architecture"] == "topk"
+    x_BLD = torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    assert torch.equal(sae(x_BLD), sae.decode(sae.encode(x_BLD)))
+
+
+# ------------------------------------------------------------------------------- grids and many processes
+
+
+def weights_of(folder):
+    return (Path(folder) / "sae_weights.safetensors").read_bytes()
+
+
+def test_grid_trains_each_as_if_alone(model, texts, tmp_path, monkeypatch, capsys):
+    passes, real = [], sgo_sae.hooked
+    monkeypatch.setattr(sgo_sae, "hooked", lambda *args: passes.append(1) or real(*args))
+    grid = ["--arch", "topk", "relu", "--alpha", "0", "0.05", "--dict", "64", "32", "--seed", "0", "1"]
+    assert sgo_sae.main(flags(model, texts, tmp_path / "grid") + grid) == 0
+    in_grid, folders = len(passes), sorted(p.name for p in (tmp_path / "grid").iterdir() if p.is_dir())
+    assert len(folders) == 16 and "relu-n32-a0.05-s1" in folders
+    table = capsys.readouterr().out
+    assert all(name in table for name in folders)
+    for arch, n, alpha, seed in (("topk", 64, 0, 0), ("relu", 32, 0.05, 1)):
+        passes.clear()
+        out = tmp_path / f"{arch}{n}"
+        assert sgo_sae.main(flags(model, texts, out, dict=n, arch=arch, alpha=alpha, seed=seed)) == 0
+        assert weights_of(out) == weights_of(tmp_path / "grid" / f"{arch}-n{n}-a{alpha:g}-s{seed}")
+        assert len(passes) == in_grid
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TWO_PROCESSES = """
+import sys, torch, sgo_sae
+import torch.distributed as dist
+torch.set_num_threads(1)
+sgo_sae.CROSSOVER["cpu"] = float(sys.argv[1])
+sgo_sae.tile_rows = lambda d_sae, device: 20  # five tiles, so that both processes have some
+sgo_sae.penalty_gradient_tiled.__defaults__ = (20,)
+dist.init_process_group("gloo")
+rank, world = sgo_sae.ranks()
+steps, weights = 6, []
+batches = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) * 3 for i in range(steps)]
+for penalty in ("sum", "decoder"):
+    for arch in ("topk", "batchtopk", "relu", "jumprelu"):
+        cfg = sgo_sae.Config(arch=arch, dict=96, k=4, lr=1e-2, batch=64, penalty=penalty, alpha_start=0.05, out=sys.argv[2])
+        for together in (True, False):
+            if not together:
+                sgo_sae.ranks = lambda: (0, 1)
+            share = batches if not together else [x.chunk(world)[rank] for x in batches]
+            run = sgo_sae.Run(cfg, 16, torch.device("cpu"))
+            run.start(batches[0])
+            for step, x_BD in enumerate(share):
+                run.step(x_BD, step, steps)
+            run.measure(x_BD, steps, 1.0)
+            weights.append(run.sae.state_dict() | {k: torch.tensor(v) for k, v in run.metrics.items() if k not in
+                           ("tokens_per_s", "memory_gb")})
+        sgo_sae.ranks = lambda: (rank, world)
+        ours, alone = weights[-2:]
+        difference = max(((ours[n] - alone[n]).abs() / (1 + alone[n].abs())).max().item() for n in alone)
+        if rank == 0:
+            print(penalty, arch, difference, flush=True)
+"""
+
+
+@pytest.mark.parametrize("crossover", [0, 1e9])
+def test_two_processes_train_as_one_does(tmp_path, crossover):
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    result = subprocess.run([*TORCHRUN, tmp_path / "two.py", str(crossover), tmp_path], capture_output=True, text=True,
+                            env=os.environ | {"PYTHONPATH": str(HERE)}, timeout=300)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    differences = [float(line.split()[-1]) for line in result.stdout.splitlines()]
+    assert len(differences) == 8 and max(differences) < 1e-5, result.stdout
+
+
+def test_torchrun_trains_and_the_first_process_alone_writes(model, texts, tmp_path):
+    result = subprocess.run([*TORCHRUN, SCRIPT, *flags(model, texts, tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("saved in") == 1 and result.stdout.count("buffer") == 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    assert torch.isfinite(sgo_sae.load_sae(tmp_path / "run").W_dec).all()
+
+
+def test_processes_read_documents_of_their_own(texts, monkeypatch):
+    read = []
+    for rank in (0, 1):
+        monkeypatch.setattr(sgo_sae, "ranks", lambda rank=rank: (rank, 2))
+        read.append([row["text"] for row in sgo_sae.load_texts(sgo_sae.Config(dataset=texts))])
+    assert len(read[0]) == len(read[1]) == 30 and not set(read[0]) & set(read[1])
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -556,7 +757,7 @@ def refused(argv, capsys):
     ("--alpha inf", "--alpha must be 0 or more"),
     ("--alpha x", "invalid float value: 'x'"),
     ("--lr -1", "--lr must be 0 or more"),
-    ("--l1 nan", "--l1 must be 0 or more"),
+    ("--sparsity nan", "--sparsity must be 0 or more"),
     ("--decay-start 2", "--decay-start is a share"),
     ("--ctx 1", "--ctx must be at least 2"),
     ("--tokens 10", "less than one batch"),
@@ -692,6 +893,403 @@ def test_no_network_is_explained(model, texts, tmp_path):
         for result in pool.map(run, [dict(model="some/model"), dict(dataset="some/data")]):
             assert result.returncode == 2 and "can't be reached" in result.stderr, result.stderr
             assert "--demo" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------- interruption, faults, bad input
+
+with warnings.catch_warnings():  # one file, so nowhere to register a mark
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+    slow = pytest.mark.slow
+
+
+def metrics_of(folder):
+    """Lines of metrics.jsonl without what depends on the clock and the process."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_gb")} for line in lines]
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Sends this process a signal during a step of the next run."""
+    real, calls = sgo_sae.training_step, []
+
+    def step_and_signal(*args):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(sgo_sae, "training_step", step_and_signal)
+
+
+LONG = dict(tokens=64 * 400, save_every=7)  # the data is used more than twice
+
+
+@pytest.fixture(scope="module")
+def whole(model, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert sgo_sae.main(flags(model, texts, out, **LONG)) == 0
+    return out
+
+
+@pytest.mark.parametrize("steps, number", [([1], signal.SIGTERM), ([113], signal.SIGINT), ([140, 7, 1, 200], signal.SIGTERM)])
+def test_stopped_and_resumed_is_the_run_that_never_stopped(model, texts, tmp_path, monkeypatch, capsys, whole, steps, number):
+    argv = flags(model, texts, tmp_path / "run", **LONG)
+    for n, step in enumerate(steps):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number)
+            assert sgo_sae.main(argv + ["--resume"] * (n > 0)) == 128 + number
+        assert f"stopped after step {sum(steps[: n + 1])}; this continues it" in capsys.readouterr().err
+        assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
+    assert "add --resume to continue it" in refused(argv, capsys)
+    assert sgo_sae.main([*argv, "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == weights_of(whole) and metrics_of(tmp_path / "run") == metrics_of(whole)
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("options", [["--arch", *ARCHS, "--seed", "0", "1"], ["--normalize"], ["--penalty", "decoder", "--dtype", "bfloat16"]])
+def test_grids_and_options_resume_exactly(model, texts, tmp_path, monkeypatch, options):
+    argv = [flags(model, texts, tmp_path / name, tokens=64 * 40) + options for name in "ab"]
+    assert sgo_sae.main(argv[0]) == 0
+    stop_at(monkeypatch, 8 * len(list((tmp_path / "a").glob("*/cfg.json"))) or 9)
+    assert sgo_sae.main(argv[1]) == 143
+    assert sgo_sae.main([*argv[1], "--resume"]) == 0
+    results = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("sae_weights.safetensors")]
+    assert results and all(weights_of((tmp_path / "a" / p).parent) == weights_of((tmp_path / "b" / p).parent) for p in results)
+
+
+def test_the_printed_command_resumes(model, texts, tmp_path, whole):
+    argv = flags(model, texts, tmp_path / "run", **LONG | dict(tokens=64 * 20_000))
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopping after this step" in err
+    printed = err.splitlines()[-1]
+    assert printed.startswith("python ") and printed.endswith(" --resume")
+    again = subprocess.Popen([sys.executable, *shlex.split(printed)[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any("resume  after step" in line for line in again.stdout)
+    again.kill()
+    again.communicate()
+
+
+@slow
+def test_two_processes_are_stopped_and_resumed(model, texts, tmp_path):
+    argv = {name: flags(model, texts, tmp_path / name, **LONG | dict(tokens=64 * 400)) for name in "ab"}
+    result = subprocess.run([*TORCHRUN, SCRIPT, *argv["a"]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    process = subprocess.Popen([*TORCHRUN, SCRIPT, *argv["b"]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "b" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert "stopped after step" in process.communicate(timeout=60)[1]
+    assert subprocess.run([*TORCHRUN, SCRIPT, *argv["b"], "--resume"], capture_output=True).returncode == 0
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") and metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
+
+
+def test_resume_without_a_checkpoint_starts(model, texts, tmp_path, whole):
+    assert sgo_sae.main([*flags(model, texts, tmp_path / "run", **LONG), "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == weights_of(whole)
+
+
+def test_resume_of_another_run_is_refused_by_name(model, texts, tmp_path, monkeypatch, capsys):
+    argv = flags(model, texts, tmp_path / "run")
+    stop_at(monkeypatch, 3)
+    assert sgo_sae.main(argv) == 143
+    capsys.readouterr()
+    kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    line = refused([*argv, "--resume", "--lr", "0.01", "--alpha", "0.2", "--log-every", "1"], capsys)
+    assert line.endswith("another value of --alpha, --lr")
+    for content in (b"", kept[: len(kept) // 2], b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.", pickle.dumps({"settings": Path("x")})):
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
+        assert "checkpoint.pt can't be loaded" in refused([*argv, "--resume"], capsys)
+    assert not Path("pwned").exists()
+
+
+KILL = """
+import os, random, sys, time
+import datasets, tokenizers, torch, transformers, sgo_sae
+
+checkpoint, argv = sys.argv[1], sys.argv[2:]
+random.seed(int(time.time()))
+written = lambda: os.path.getmtime(checkpoint) if os.path.exists(checkpoint) else 0
+for kills in range(1000):
+    last, child = written(), os.fork()  # the imports, slow, are done once
+    if child == 0:
+        os._exit(sgo_sae.main(argv))
+    kill_at = None
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if kills < 22 and kill_at is None and (written() != last or random.random() < 0.001):
+            kill_at = time.time() + random.uniform(0, 0.1)
+        if kill_at and time.time() > kill_at:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            break
+        time.sleep(0.002)
+    else:
+        break
+print(kills)
+"""
+
+
+@slow
+def test_killed_at_any_moment_resumes_to_the_same_weights(model, texts, tmp_path):
+    settings = dict(tokens=64 * 1500, save_every=3)
+    assert sgo_sae.main(flags(model, texts, tmp_path / "whole", **settings)) == 0
+    argv = [tmp_path / "run" / "checkpoint.pt", *flags(model, texts, tmp_path / "run", **settings), "--resume"]
+    result = subprocess.run([sys.executable, "-c", KILL, *map(str, argv)], cwd=HERE, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) >= 20
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+class Faulty:
+    """A stream of numbered documents whose reads fail where `fails` says so."""
+
+    def __init__(self, fails):
+        self.fails = fails
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        for i in range(200):
+            if self.fails(self.epoch, i):
+                raise ConnectionError(f"no answer at document {i}")
+            yield {"text": f"epoch {self.epoch} document {i}"}
+
+
+def test_failed_reads_are_tried_again_without_loss_or_repeat(monkeypatch, capsys):
+    waits, failures = [], {(0, 70): 3, (0, 150): 5, (1, 10): 1}
+    monkeypatch.setattr(sgo_sae.time, "sleep", waits.append)
+
+    def fails(*place):
+        failures[place] = failures.get(place, 0) - 1
+        return failures[place] >= 0
+
+    at = dict(epoch=0, row=0)
+    batches, read = sgo_sae.text_batches(Faulty(fails), "text", at), []
+    while len(read) < 400:
+        read += next(batches)
+    assert read == [f"epoch {e} document {i}" for e in (0, 1) for i in range(200)]
+    assert waits == [1, 4, 16, 1, 4, 16, 64, 256, 1]
+    assert "no answer at document 70" in capsys.readouterr().err
+
+
+def test_reads_that_keep_failing_end_with_a_checkpoint(model, texts, tmp_path, monkeypatch, capsys, whole):
+    """The run that ends so is continued, when reading works again, to the same weights."""
+    real, broken = sgo_sae.load_texts, [True]
+    monkeypatch.setattr(sgo_sae.time, "sleep", lambda seconds: None)
+
+    class Breaks:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+            self.stream.set_epoch(epoch)
+
+        def __iter__(self):
+            for i, row in enumerate(self.stream):
+                if broken and (self.epoch, i) == (1, 47):
+                    raise OSError("connection reset")
+                yield row
+
+    monkeypatch.setattr(sgo_sae, "load_texts", lambda cfg: Breaks(real(cfg)))
+    argv = flags(model, texts, tmp_path / "run", **LONG)
+    assert sgo_sae.main(argv) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1] == "sgo_sae.py: error: reading the data failed 6 times: connection reset"
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    broken.clear()
+    assert sgo_sae.main([*argv, "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == weights_of(whole)
+
+
+@pytest.mark.parametrize("failure", ["continue", "stop"])
+def test_full_disk_keeps_the_checkpoint_before(model, texts, tmp_path, whole, failure):
+    """A limit on the size of files stands for the full disk: writes end in the middle, with an OSError."""
+    argv = flags(model, texts, tmp_path / "run", **LONG, save_failure=failure)
+    program = """
+import resource, sys, sgo_sae
+real, calls = sgo_sae.torch.save, []
+def save(*args):
+    calls.append(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if len(calls) in (2, 3) else -1, -1))
+    try:
+        real(*args)
+        args[1].flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+sgo_sae.torch.save = save
+sys.exit(sgo_sae.main(sys.argv[1:]))
+"""
+    result = subprocess.run([sys.executable, "-c", program, *map(str, argv)], cwd=HERE, capture_output=True, text=True)
+    assert "checkpoint of step 14 can't be written, the one before it stays: [Errno 27] File too large" in result.stderr
+    assert not (tmp_path / "run" / "checkpoint.pt.part").exists()
+    if failure == "stop":
+        assert result.returncode == 2
+        assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 7
+        assert sgo_sae.main([*map(str, argv), "--resume"]) == 0
+    else:
+        assert result.returncode == 0 and result.stderr.count("can't be written") == 2
+    assert weights_of(tmp_path / "run") == weights_of(whole)
+
+
+def test_result_that_cannot_be_written_leaves_the_checkpoint(model, texts, tmp_path, monkeypatch, capsys, whole):
+    argv, real = flags(model, texts, tmp_path / "run", **LONG), sgo_sae.save_sae
+    monkeypatch.setattr(sgo_sae, "save_sae", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert sgo_sae.main(argv) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(sgo_sae, "save_sae", real)
+    assert sgo_sae.main([*argv, "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == weights_of(whole)
+
+
+def test_out_of_memory_names_the_size_and_the_flags(model, texts, tmp_path, capsys):
+    line = refused(flags(model, texts, tmp_path / "run", batch=10**12, tokens=10**12), capsys)
+    assert "out of memory when 64000000000000 bytes were asked for" in line and "--batch" in line and "--buffer" in line
+
+
+def test_activations_that_are_not_finite_are_left_out_and_counted(model, texts, tmp_path, monkeypatch, capsys):
+    real, calls = sgo_sae.hooked, []
+
+    def poisoned(*args):
+        x_BLD = real(*args).clone()
+        calls.append(1)
+        if len(calls) in bad:
+            x_BLD[0, 3:5, 0] = float("inf")
+        return x_BLD
+
+    monkeypatch.setattr(sgo_sae, "hooked", poisoned)
+    bad = {2, 5}
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 0
+    assert capsys.readouterr().err.count("2 of its 60 are not finite") == 2
+    calls.clear()
+    bad = range(3, 1000)
+    assert sgo_sae.main(flags(model, texts, tmp_path / "other")) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("11 batches of activations were not finite; try --dtype float32")
+
+
+def test_two_runs_into_one_folder_are_refused(model, texts, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    held = sgo_sae.lock(tmp_path / "run")
+    assert "is in use" in refused(flags(model, texts, tmp_path / "run"), capsys)
+    held.close()
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 0
+
+
+@slow
+@pytest.mark.parametrize("content", [
+    json.dumps({"text": "word " * 2_000_000}).encode() + b"\n",
+    b'{"text": "\xff\xfe broken \xc3"}\n' * 400,
+    json.dumps({"text": "<bos><eos><pad> <bos>"}).encode() + b"\n" + b'{"text": null}\n{"text": ""}\n{"text": "x"}\n' * 50,
+    b"\xff\n\n" * 400,
+])  # fmt: skip
+def test_odd_documents_train(model, tmp_path, content):
+    path = tmp_path / ("odd.jsonl" if content.startswith(b"{") else "odd.txt")
+    path.write_bytes(content)
+    assert sgo_sae.main(flags(model, str(path), tmp_path / "run")) == 0
+
+
+def bad_flag(rng):
+    """A flag with a value that can't be meant."""
+    numbers = [f.name for f in dataclasses.fields(sgo_sae.Config) if isinstance(f.default, (int, float)) and f.default is not True
+               and f.default is not False]  # fmt: skip
+    name = "--" + rng.choice(numbers).replace("_", "-")
+    junk = "".join(rng.choice(string.ascii_letters + "äß€\U0001f600.,;:/") for _ in range(rng.randint(1, 12)))
+    return rng.choice([
+        [name, rng.choice(["nan", "-inf", "-1", "-7.5", "1e400x", "", " ", "0x10", "--", "1,5", "1_", "None"]) or junk],
+        [name, junk], [name], ["--" + junk, "1"], [junk],
+        ["--" + rng.choice(["arch", "penalty", "dtype", "save-failure"]), junk],
+        ["--device", junk], ["--layer", str(rng.randint(4, 10**6))], ["--k", str(rng.randint(65, 10**9))],
+        ["--alpha", "0.1", "0.1"], ["--seed", "1", "1"], ["--arch", "topk", junk], ["--tokens", str(rng.randint(-100, 63))],
+    ])  # fmt: skip
+
+
+def test_300_bad_command_lines_are_refused_in_one_line(model, texts, tmp_path, capsys):
+    rng = random.Random(0)
+    for _ in range(300):
+        bad = bad_flag(rng)
+        assert sgo_sae.main(flags(model, texts, tmp_path / "run") + bad) == 2, bad
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("sgo_sae.py: error: "), (bad, lines)
+    assert not (tmp_path / "run").exists()
+
+
+def damaged(rng, folder):
+    """Damages the autoencoder in `folder` in a random way that no loader may let pass."""
+    from safetensors.torch import load_file, save_file
+
+    config, weights = folder / "cfg.json", folder / "sae_weights.safetensors"
+    cfg, tensors = json.loads(config.read_text()), load_file(weights)
+    name = rng.choice(list(tensors))
+    kind = rng.randrange(8)
+    if kind == 0:
+        config.write_bytes(config.read_bytes()[: rng.randrange(config.stat().st_size - 2)])
+    elif kind == 1:
+        cfg[rng.choice(["architecture", "k"])] = rng.choice([None, "topkk", -1, 0, 33, 4.5, [4], {}, "4"])
+        config.write_text(json.dumps(cfg))
+    elif kind == 2:
+        config.write_text(rng.choice(["[]", "null", "1", '"topk"', "{}", '{"architecture": "topk"', "\x00"]))
+    elif kind == 3:
+        weights.write_bytes(weights.read_bytes()[: rng.randrange(weights.stat().st_size)])
+    elif kind == 4:
+        start = rng.randrange(8)
+        weights.write_bytes(weights.read_bytes()[:start] + rng.randbytes(8 - start) + rng.randbytes(rng.randrange(2000)))
+    elif kind == 5:
+        save_file({n: t for n, t in tensors.items() if n != name}, weights)
+    elif kind == 6:
+        save_file(tensors | {rng.choice(["W_skip", "extra", "threshold"]): torch.zeros(3)}, weights)
+    else:
+        shape = rng.choice([(3,), (0,), (8, 33), (2, 2, 2), ()])
+        save_file(tensors | {name: torch.zeros(shape)}, weights)
+    return kind
+
+
+def test_200_damaged_autoencoders_are_refused_in_one_line(model, tmp_path, capsys):
+    rng = random.Random(0)
+    for n in range(200):
+        folder = tmp_path / str(n)
+        sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(model=model[0]), folder)
+        kind = damaged(rng, folder)
+        assert eval_sae.main([str(folder)]) == 2, (n, kind)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("eval_sae.py: error: ") and str(folder) in lines[0], (n, kind, lines)
+
+
+def test_50_damaged_data_files_are_refused_in_one_line(model, tmp_path, capsys):
+    rng = random.Random(0)
+    for n in range(50):
+        kind = rng.choice(["jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "csv.gz"])
+        path = tmp_path / f"{n}.{kind}"
+        path.write_bytes(rng.choice([b"", b"{", b"PAR1", b"\x1f\x8b\x08", b"\n\n"]) + rng.randbytes(rng.randrange(300)))
+        assert str(path) in refused(flags(model, str(path), tmp_path / "run"), capsys)
+
+
+@slow
+def test_memory_is_flat(tmp_path):
+    """Resident memory of a run of the demo's sizes after 200 and after 2,000 steps."""
+    documents = [text for _, text in sgo_sae.library_texts()][:300]
+    sgo_sae.train_demo_lm(documents, documents[:20], tmp_path / "lm", steps=1)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
+    settings = sgo_sae.DEMO | dict(model=tmp_path / "lm", dataset=tmp_path / "texts.jsonl", tokens=2048 * 2060, log_every=100,
+                                   save_every=100, out=tmp_path / "run")  # fmt: skip
+    argv = [str(part) for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]
+    process = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics, resident = tmp_path / "run" / "metrics.jsonl", {}
+    while process.poll() is None:
+        steps = 100 * metrics.read_text().count("\n") if metrics.exists() else 0
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        resident.setdefault(steps, []).append(pages)
+        time.sleep(0.02)
+    assert process.returncode == 0, process.stderr.read()
+    middle = {steps: statistics.median(pages) for steps, pages in resident.items()}  # harvesting takes 60 MB for a moment
+    assert middle[2000] == pytest.approx(middle[200], rel=0.05), middle
 
 
 # -------------------------------------------------------------------------------------------- evaluation
@@ -989,7 +1587,7 @@ def test_library_tasks_keep_documents_apart():
 
 
 def test_demo_flags_override_the_demo():
-    cfg = sgo_sae.parse_args(["--demo", "--k", "8"])
+    (cfg,) = sgo_sae.parse_args(["--demo", "--k", "8"])
     assert cfg.k == 8 and cfg.dict == sgo_sae.DEMO["dict"] and cfg.layer == sgo_sae.DEMO["layer"]
 
 
@@ -1014,9 +1612,12 @@ def test_benchmark_prints_a_table_and_json(capsys):
     assert "step with the penalty" in capsys.readouterr().out
     assert sgo_sae.main([*shape, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    for part in (found, found["skewed"]):
-        assert part["step_ms"]["with_penalty"] > 0 and part["tokens_per_s"] > 0 and part["peak_gb"] > 0
-        assert sum(part["parts_ms"].values()) == pytest.approx(part["step_ms"]["with_penalty"])
+    assert found["dict"] == 256
+    for kind in ("gaussian", "skewed"):
+        figures = {name: both[kind] for name, both in found.items() if isinstance(both, dict)}
+        step = figures["step with the penalty, ms"]
+        assert step > 0 and figures["tokens per second"] == pytest.approx(64_000 / step) and figures["peak memory, GB"] > 0
+        assert figures["encoder product"] > 0 and figures["penalty and its gradient"] > 0
 
 
 def test_help_shows_every_setting_with_its_default():
