@@ -861,7 +861,7 @@ def parse_args(argv):
 def origin(sae, args):
     """Model, layer and the training settings, {} where they are not known, of an autoencoder."""
     known = vars(sae.cfg)
-    hook = re.search(r"blocks\.(\d+)\.hook_resid_post", known.get("hook_name") or "")
+    hook = re.search(r"blocks\.(\d+)\.hook_resid_post", str(known.get("hook_name")))
     model = args.model or known.get("model_name") or "google/gemma-2-2b"
     layer = args.layer if args.layer is not None else int(hook.group(1)) if hook else 12
     return model, layer, known.get("settings") or {}

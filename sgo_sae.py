@@ -210,12 +210,14 @@ class SAE(nn.Module):
         bandwidth: ε as a share of that threshold.
         """
         self.b_dec.copy_(geometric_median(x_BD))
-        least = ((x_BD - self.b_dec) @ self.W_enc).flatten().topk(len(x_BD) * self.k, sorted=False).values.min()
-        if self.arch == "relu":
-            self.b_enc.fill_(-least)
-        elif self.arch == "jumprelu":
-            self.threshold.fill_(least)
-            self.bandwidth.copy_(bandwidth * least)
+        if self.arch in ("relu", "jumprelu"):
+            x_BD = x_BD[: 2**26 // len(self.b_enc)]  # 0.3 GB of pre-activations are sample enough
+            least = ((x_BD - self.b_dec) @ self.W_enc).flatten().topk(len(x_BD) * self.k, sorted=False).values.min()
+            if self.arch == "relu":
+                self.b_enc.fill_(-least)
+            else:
+                self.threshold.fill_(least)
+                self.bandwidth.copy_(bandwidth * least)
 
     def choose(self, pre_BN):
         """What may be active on each token, (B, K) values and latents; K is the most on one token, the rest hold 0."""
@@ -226,7 +228,8 @@ class SAE(nn.Module):
             count = ranks()[1] * len(pre_BN) * self.k
             top = gathered(pre_BN.flatten().topk(min(count, pre_BN.numel()), sorted=False).values[None])
             least = top.flatten().topk(count, sorted=False).values.min().clamp(min=0)
-            self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(least.to(self.threshold), 0.05), least))
+            mean_N = self.threshold.lerp(least.to(self.threshold), 0.05)  # running, over about 20 batches
+            self.threshold.copy_(torch.where(self.threshold > 0, mean_N, least))
         elif self.arch == "jumprelu":
             least = self.threshold - self.bandwidth / 2  # what is just under the threshold counts in its gradient
         pre_BN = torch.where(pre_BN >= least, pre_BN, 0)
@@ -563,7 +566,8 @@ def load_texts(cfg):
             raise InputError(f"--text-column {cfg.text_column}: the columns of {cfg.dataset} are {', '.join(first)}")
         stream = split_dataset_by_node(stream, *ranks())
         if not any(is_text(row[cfg.text_column]) for row in stream):
-            raise InputError(f"{cfg.dataset} holds no text" + (", or not enough for every process" if ranks()[1] > 1 else ""))
+            enough = ", or not enough for every process" if ranks()[1] > 1 else ""
+            raise InputError(f"{cfg.dataset} holds no text{enough}")
     return stream.shuffle(seed=cfg.data_seed, buffer_size=1000)
 
 
@@ -591,7 +595,7 @@ def text_batches(stream, column, at, rows=16):
                     yield texts
         except Exception as error:  # a network, a decompressor, a disk: each has its own
             if failures == len(RETRY_AFTER):
-                raise InputError(f"reading the data failed {failures + 1} times: {' '.join(str(error).split())[:300]}") from error
+                raise InputError(f"reading the data failed {failures + 1} times: {str(error)[:300]}") from error
             print(f"\nreading the data failed, again in {RETRY_AFTER[failures]} s: {error}", file=sys.stderr)
             time.sleep(RETRY_AFTER[failures])
             failures += 1
@@ -900,7 +904,8 @@ def train(cfgs, folder, device):
     say(f"model   {cfg.model}, layer {cfg.layer} of {lm_config.num_hidden_layers}, D {d_in}, {str(dtype)[6:]} on {device}")
     say(f"text    {cfg.dataset}, contexts of {cfg.ctx} tokens")
     for c in cfgs:
-        say(f"sae     {c.arch}, N {c.dict:,}, k {c.k}, alpha {c.alpha:g} ({c.penalty}), seed {c.seed}, {2 * c.dict * d_in / 1e6:,.1f} M weights")
+        weights = f"{2 * c.dict * d_in / 1e6:,.1f} M weights"
+        say(f"sae     {c.arch}, N {c.dict:,}, k {c.k}, alpha {c.alpha:g} ({c.penalty}), seed {c.seed}, {weights}")
     say(f"run     {steps:,} steps of {cfg.batch:,} tokens, into {folder}", flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -971,7 +976,8 @@ def train(cfgs, folder, device):
                 try:
                     checkpoint(done)
                 except (OSError, RuntimeError) as error:  # torch.save hides a disk's error behind one of its own
-                    reason = f"checkpoint of step {done} can't be written, the one before it stays: {error.__context__ or error}"
+                    reason = f"checkpoint of step {done} can't be written, the one before it stays"
+                    reason = f"{reason}: {error.__context__ or error}"
                     if stop or cfg.save_failure == "stop":
                         raise InputError(reason) from error
                     print(f"\n{reason}", file=sys.stderr)
@@ -1221,8 +1227,8 @@ def load_sae(path, device="cpu"):
         if not cfg.get("apply_b_dec_to_input", True):  # encode() subtracts b_dec: add what that takes away
             weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
         sae.load_state_dict(weights)
-    metadata = cfg.get("metadata", {})
-    sae.cfg = SAEConfig(**dict(model_from_pretrained_kwargs={}, hook_head_index=None) | metadata | cfg | dict(d_in=D, d_sae=N, dtype="float32"))
+        always = dict(d_in=D, d_sae=N, dtype="float32", model_from_pretrained_kwargs={}, hook_head_index=None)
+        sae.cfg = SAEConfig(**dict(cfg.get("metadata") or {}) | cfg | always)
     return sae.to(device)
 
 
@@ -1408,9 +1414,8 @@ def summary(cfgs, metrics, folder, seconds):
             f"{Path(cfg.out).name:<{width}}  {m['explained_variance']:.4f}  {m['mse']:>#6.4g}  {m['cosine']:.4f}"
             f"  {m['l0']:>5.1f}  {m['dead'] / cfg.dict:>6.2%}  {m['mean_max_w']:.3f}  {m['penalty_share']:>6.2%}"
         )
-    m = metrics[-1]
-    lines.append(f"{m['tokens']:,} tokens, {m['step']:,} steps, {seconds:.0f} s, at most {m['memory_gb']:.1f} GB; saved in {folder}")
-    return "\n".join(lines)
+    size = f"{m['tokens']:,} tokens, {m['step']:,} steps, {seconds:.0f} s, at most {m['memory_gb']:.1f} GB"
+    return "\n".join([*lines, f"{size}; saved in {folder}"])
 
 
 def quiet_libraries():

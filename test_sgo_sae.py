@@ -1002,7 +1002,7 @@ def test_resume_of_another_run_is_refused_by_name(model, texts, tmp_path, monkey
     kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     line = refused([*argv, "--resume", "--lr", "0.01", "--alpha", "0.2", "--log-every", "1"], capsys)
     assert line.endswith("another value of --alpha, --lr")
-    for content in (b"", kept[: len(kept) // 2], b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.", pickle.dumps({"settings": Path("x")})):
+    for content in (b"", kept[: len(kept) // 2], b"\x80\x02cos\nsystem\n(S'touch pwned'\ntR.", pickle.dumps({"settings": Path("x")}, protocol=2)):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
         assert "checkpoint.pt can't be loaded" in refused([*argv, "--resume"], capsys)
     assert not Path("pwned").exists()
