@@ -27,6 +27,7 @@ import re
 import sys
 import zlib
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -867,6 +868,42 @@ def origin(sae, args):
     return model, layer, known.get("settings") or {}
 
 
+def task_scores(family, tasks, saes, latents_of, train, test, seed):
+    """Probing or SCR of each autoencoder, {task: {key: score}}; numbers of texts; notes on tasks that can't be had.
+
+    latents_of(texts): their mean activations, and a list of their mean latents, one per autoencoder.
+    """
+    from tqdm import tqdm
+
+    scores, samples, notes = [{} for _ in saes], {}, []
+    for task in tqdm(tasks, desc=family, unit="task"):
+        try:
+            if not isinstance(task, Task):
+                name, source, classes, *balanced = task
+                task = benchmark_task(name, source, classes, (balanced or [True])[0], train, test, seed)
+        except InputError as error:
+            notes.append(f"{family}: {name} is left out, {error}")
+            continue
+        x, latents = latents_of(task.texts)
+        fit, held = ~task.test, task.test
+        if family == "probe":
+            split = lambda f: (f[fit], task.labels[fit], f[held], task.labels[held])  # noqa: E731
+            residual = sparse_probing(*split(x), train=train, test=test, seed=seed)
+            for f, score in zip(latents, scores):
+                ours = sparse_probing(*split(f), train=train, test=test, seed=seed)
+                score[task.name] = {f"top_{k}" if k != "all" else k: v for k, v in ours.items()}
+                score[task.name] |= {f"residual_{k}": v for k, v in residual.items()}
+        else:
+            a, b = task.labels, task.attribute
+            probes = scr_probes(x[fit], a[fit], b[fit], x[held], a[held], b[held], seed)
+            for f, sae, score in zip(latents, saes, scores):
+                W_dec_ND = sae.W_dec.detach().cpu()
+                removal = scr(probes, f[fit], a[fit], b[fit], x[held], f[held], a[held], b[held], W_dec_ND)
+                score[task.name] = {f"scr_{n}": v for n, v in removal.items()}
+        samples[f"{family}: {task.name}"] = {"train": int(fit.sum()), "test": int(held.sum())}
+    return scores, samples, notes
+
+
 def evaluate(args, device, saes, model, layer, settings):
     """Results of autoencoders of one model and layer: a dict {family: {key: value} or the reason why not} for each."""
     from tqdm import tqdm
@@ -941,44 +978,19 @@ def evaluate(args, device, saes, model, layer, settings):
                 result["competition"] = competition(sae, x_TD[: 8 * 2048], s.get("alpha"))
         del x_TD
 
-    sources = {"probe": PROBING, "scr": SPURIOUS}
-    for family, tasks in (("probe", probing), ("scr", spurious)):
+    for family, tasks, benchmark in (("probe", probing, PROBING), ("scr", spurious, SPURIOUS)):
+        tasks = benchmark if tasks is None else tasks
         if family not in args.metrics:
             continue
-        if tasks is None:
-            tasks = sources[family]
         if not tasks:
             record([family], "the probe file has no column `attribute`")
             continue
-        scores = [{} for _ in saes]
-        for task in tqdm(tasks, desc=family, unit="task"):
-            try:
-                if not isinstance(task, Task):
-                    name, source, classes, *balanced = task
-                    task = benchmark_task(name, source, classes, (balanced or [True])[0], train, test, args.seed)
-            except InputError as error:
-                for result in results:
-                    result["notes"].append(f"{family}: {name} is left out, {error}")
-                continue
-            x, latents = mean_latents(read, tokenizer, saes, task.texts, length, device)
-            fit, held = ~task.test, task.test
-            if family == "probe":
-                split = lambda f: (f[fit], task.labels[fit], f[held], task.labels[held])  # noqa: E731
-                residual = sparse_probing(*split(x), train=train, test=test, seed=args.seed)
-                for f, score in zip(latents, scores):
-                    ours = sparse_probing(*split(f), train=train, test=test, seed=args.seed)
-                    score[task.name] = {f"top_{k}" if k != "all" else k: v for k, v in ours.items()}
-                    score[task.name] |= {f"residual_{k}": v for k, v in residual.items()}
-            else:
-                a, b = task.labels, task.attribute
-                probes = scr_probes(x[fit], a[fit], b[fit], x[held], a[held], b[held], args.seed)
-                for f, sae, score in zip(latents, saes, scores):
-                    W_dec_ND = sae.W_dec.detach().cpu()
-                    removal = scr(probes, f[fit], a[fit], b[fit], x[held], f[held], a[held], b[held], W_dec_ND)
-                    score[task.name] = {f"scr_{n}": v for n, v in removal.items()}
-            for result in results:
-                result["samples"][f"{family}: {task.name}"] = {"train": int(fit.sum()), "test": int(held.sum())}
+        scores, samples, notes = task_scores(
+            family, tasks, saes, partial(mean_latents, read, tokenizer, saes, length=length, device=device), train, test, args.seed
+        )
         for result, score in zip(results, scores):
+            result["samples"] |= samples
+            result["notes"] += notes
             if not score:
                 result[family] = "none of its datasets can be had"
                 continue
