@@ -961,7 +961,8 @@ def train(cfgs, folder, device):
                 try:
                     run.step(x_BD, step, steps)
                 except FloatingPointError:
-                    save_sae(run.sae, run.cfg, run.out / "last_good", scale)
+                    if rank == 0:
+                        save_sae(run.sae, run.cfg, run.out / "last_good", scale)
                     raise InputError(f"gradient not finite at step {step}; the weights before it: {run.out / 'last_good'}")
             done = step + 1
             if done % cfg.log_every == 0 or done == steps:
