@@ -848,8 +848,10 @@ def parse_args(argv):
                         help="precision of the language model; auto is bfloat16 on cuda, else float32")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of samples and probes")
     args = parser.parse_args(argv)
-    members = {run: sorted(str(p.parent) for p in Path(run).glob("*/cfg.json")) for run in args.runs}
-    args.runs = [m for run in args.runs for m in (not (Path(run) / "cfg.json").exists() and members[run] or [run])]
+    runs, args.runs = args.runs, []
+    for run in runs:
+        members = sorted(str(path.parent) for path in Path(run).glob("*/cfg.json"))
+        args.runs += members if members and not (Path(run) / "cfg.json").exists() else [run]
     args.metrics = args.metrics.split(",")
     if unknown := [m for m in args.metrics if m not in FAMILIES]:
         raise InputError(f"--metrics {unknown[0]}: the families are {', '.join(FAMILIES)}")

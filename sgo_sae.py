@@ -204,12 +204,12 @@ class SAE(nn.Module):
     dtype = property(lambda self: self.W_dec.dtype)
 
     @torch.no_grad()
-    def initialize(self, x_BD, bandwidth=0.2):
+    def initialize(self, x_BD, median_D, bandwidth=0.2):
         """Start b_dec at the activations' geometric median (5.1); relu's bias and jumprelu's threshold where L0 is k.
 
         bandwidth: ε as a share of that threshold.
         """
-        self.b_dec.copy_(geometric_median(x_BD))
+        self.b_dec.copy_(median_D)
         if self.arch in ("relu", "jumprelu"):
             x_BD = x_BD[: 2**26 // len(self.b_enc)]  # 0.3 GB of pre-activations are sample enough
             least = ((x_BD - self.b_dec) @ self.W_enc).flatten().topk(len(x_BD) * self.k, sorted=False).values.min()
@@ -811,8 +811,8 @@ class Run:
         self.log_lam = self.lam.log()
         self.fired_N = torch.zeros(cfg.dict, dtype=torch.long, device=device)  # step after which a latent last fired
 
-    def start(self, sample_BD):
-        self.sae.initialize(sample_BD)
+    def start(self, sample_BD, median_D):
+        self.sae.initialize(sample_BD, median_D)
         self.adam = optimizer(self.sae, self.cfg.lr)
 
     def step(self, x_BD, step, steps):
@@ -934,8 +934,10 @@ def train(cfgs, folder, device):
         say(f"buffer  {capacity:,} activations in {seconds:.0f} s, {capacity / seconds:,.0f} tokens/s", flush=True)
         sample_BD = gathered(buffer.x_BD[: (1 << 14) // world].float())
         scale = (d_in / sample_BD.square().sum(1).mean()).sqrt().item() if cfg.normalize else 1.0
+        sample_BD = sample_BD * scale
+        median_D = geometric_median(sample_BD)
         for run in runs:
-            run.start(sample_BD * scale)
+            run.start(sample_BD, median_D)
     if rank == 0:
         for run in runs:
             cut_metrics(run.out, first)
@@ -977,8 +979,8 @@ def train(cfgs, folder, device):
                 try:
                     checkpoint(done)
                 except (OSError, RuntimeError) as error:  # torch.save hides a disk's error behind one of its own
-                    reason = f"checkpoint of step {done} can't be written, the one before it stays"
-                    reason = f"{reason}: {error.__context__ or error}"
+                    why = error.__context__ or error
+                    reason = f"checkpoint of step {done} can't be written, the one before it stays: {why}"
                     if stop or cfg.save_failure == "stop":
                         raise InputError(reason) from error
                     print(f"\n{reason}", file=sys.stderr)
@@ -1015,7 +1017,7 @@ def bench(cfg, device):
         torch.manual_seed(cfg.seed)
         x_BD = torch.randn(cfg.batch, cfg.width, device=device)
         sae = SAE(cfg.width, cfg.dict, cfg.k, cfg.arch).to(device)
-        sae.initialize(x_BD)
+        sae.initialize(x_BD, geometric_median(x_BD))
         sae.b_enc.data -= skew * ((1 + torch.randperm(cfg.dict, device=device)).log() - 10)
         adam = optimizer(sae, lr=0.0)  # the weights stay: every step is the same work
 
@@ -1146,7 +1148,8 @@ def load_checkpoint(path, cfgs):
     return saved
 
 
-# SAELens's name of an architecture, as it is after training: batchtopk has a fixed threshold then.
+# SAELens's name of an architecture, as it is after training: batchtopk has a fixed threshold then, and is loaded as
+# the last one of that name.
 ARCHITECTURE = {"topk": "topk", "batchtopk": "jumprelu", "relu": "standard", "jumprelu": "jumprelu"}
 
 
@@ -1212,7 +1215,7 @@ def load_sae(path, device="cpu"):
                     raise InputError(f"{path} holds no trained autoencoder: {name} is missing")
             cfg = dict(json.loads((path / "cfg.json").read_text()))
             weights = {name: tensor.float() for name, tensor in load_file(path / "sae_weights.safetensors").items()}
-        arch = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}.get(str(cfg.get("architecture")))
+        arch = {theirs: ours for ours, theirs in ARCHITECTURE.items()}.get(str(cfg.get("architecture")))
         if arch is None:
             raise InputError(f"{path}: an autoencoder of architecture {cfg.get('architecture')} can't be read")
         if missing := {"W_enc", "b_enc", "W_dec", "b_dec"} - set(weights):
@@ -1415,6 +1418,7 @@ def summary(cfgs, metrics, folder, seconds):
             f"{Path(cfg.out).name:<{width}}  {m['explained_variance']:.4f}  {m['mse']:>#6.4g}  {m['cosine']:.4f}"
             f"  {m['l0']:>5.1f}  {m['dead'] / cfg.dict:>6.2%}  {m['mean_max_w']:.3f}  {m['penalty_share']:>6.2%}"
         )
+    m = metrics[-1]
     size = f"{m['tokens']:,} tokens, {m['step']:,} steps, {seconds:.0f} s, at most {m['memory_gb']:.1f} GB"
     return "\n".join([*lines, f"{size}; saved in {folder}"])
 
@@ -1431,7 +1435,7 @@ def quiet_libraries():
     transformers.utils.logging.disable_progress_bar()
 
 
-OUT_OF_MEMORY = r"(?:tried to allocate|can't allocate memory: you tried to allocate) ([\d.]+ ?\w+)"
+OUT_OF_MEMORY = r"tried to allocate ([\d.]+ ?\w+)"  # the words of both the CUDA and the CPU allocator
 
 
 def exit_code(program, work, argv):

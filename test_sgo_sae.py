@@ -189,7 +189,8 @@ def test_other_architectures_and_their_gradients_match_dense_ones(arch):
     """jumprelu's threshold by the formulas of Rajamanoharan et al. 2024: (θ/ε) and (1/ε) times a rectangle of width ε."""
     torch.manual_seed(0)
     sae, x_BD = SAE(6, 20, 4, arch).double(), torch.randn(50, 6, dtype=torch.float64)
-    sae.initialize(torch.randn(1000, 6, dtype=torch.float64), bandwidth=0.4)
+    sample_BD = torch.randn(1000, 6, dtype=torch.float64)
+    sae.initialize(sample_BD, sgo_sae.geometric_median(sample_BD), bandwidth=0.4)
     weights = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
     for p in weights:
         p.data += 0.1 * torch.randn_like(p)
@@ -221,7 +222,7 @@ def test_learned_threshold_counts_as_a_step_in_l0():
     """On average over the batch the pseudo-gradient of L0 is the slope of the true L0, wherever the kernel is narrow."""
     torch.manual_seed(0)
     sae, x_BD = SAE(4, 6, 2, "jumprelu").double(), torch.randn(200_000, 4, dtype=torch.float64)
-    sae.initialize(x_BD, bandwidth=0.2)
+    sae.initialize(x_BD, sgo_sae.geometric_median(x_BD), bandwidth=0.2)
     (grad_N,) = torch.autograd.grad(sae.sparse(x_BD)[2].sum(1).mean(), sae.threshold)
     pre_BN, h = (x_BD - sae.b_dec) @ sae.W_enc, 0.05
     slope_N = ((pre_BN > sae.threshold + h).double().mean(0) - (pre_BN > sae.threshold - h).double().mean(0)) / (2 * h)
@@ -238,7 +239,7 @@ def test_sparsity_is_steered_to_k(tmp_path, arch):
             f_BN = torch.rand(512, 48) * (torch.rand(512, 48) < 3 / 48)
             x_BD = f_BN @ true_ND * 5
             if step == 0:
-                run.start(x_BD)
+                run.start(x_BD, sgo_sae.geometric_median(x_BD))
             run.step(x_BD, step, steps)
             l0.append(run.part["l0"].item())
         return run, sum(l0[-50:]) / 50
@@ -253,7 +254,7 @@ def test_sparsity_is_steered_to_k(tmp_path, arch):
 def test_penalty_of_a_step_is_that_of_its_codes(arch):
     torch.manual_seed(0)
     sae, x_BD = SAE(16, 64, 4, arch), torch.randn(128, 16)
-    sae.initialize(x_BD)
+    sae.initialize(x_BD, sgo_sae.geometric_median(x_BD))
     part = sgo_sae.training_step(sae, sgo_sae.optimizer(sae, 0.0), x_BD, sgo_sae.Config(arch=arch, dict=64, k=4), 0.5, 0.0, 0.1)
     f_BN = dense(part["vals_BK"], part["idx_BK"], 64)
     terms = (x_BD - sae.decode(f_BN)).square().sum(1).mean() + 0.5 * sgo_penalty_reference(f_BN)
@@ -696,7 +697,7 @@ for penalty in ("sum", "decoder"):
                 sgo_sae.ranks = lambda: (0, 1)
             share = batches if not together else [x.chunk(world)[rank] for x in batches]
             run = sgo_sae.Run(cfg, 16, torch.device("cpu"))
-            run.start(batches[0])
+            run.start(batches[0], sgo_sae.geometric_median(batches[0]))
             for step, x_BD in enumerate(share):
                 run.step(x_BD, step, steps)
             run.measure(x_BD, steps, 1.0)
