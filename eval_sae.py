@@ -1,347 +1,294 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "transformers==5.23.0",
-#     "datasets==5.2.0",
-#     "numpy==2.4.6",
-#     "zstandard==0.25.0",
-# ]
-# ///
 """Evaluate sparse autoencoders as SAEBench defines it: reconstruction, model behaviour, probing, SCR, absorption.
 
-    python eval_sae.py RUN [RUN ...]               a table, a column per run; eval.json in each run's folder
+    python eval_sae.py RUN [RUN ...]               a table, a column per setting; eval.json in each run's folder
     python eval_sae.py RUN --metrics core,probe    only some of the families
     python eval_sae.py --help                      every setting
 
-A RUN is a folder that sgo_sae.py or SAELens wrote, or a Gemma Scope params.npz, on disk or on the Hub. Shapes are in
-the names as in sgo_sae.py, and T texts, S selected latents, P probes.
+A RUN is a folder that sgo_sae.py or SAELens wrote, a folder of such folders, or a Gemma Scope params.npz, on disk or on
+the Hub. Shapes are named as in sgo_sae.py, and T texts, words or tokens, U those of a test part, S chosen latents.
 """
 
+import argparse
 import ast
-import dataclasses
 import json
 import math
 import random
 import re
 import sys
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import sgo_sae
-from sgo_sae import InputError
+from sgo_sae import InputError, progress_bar
 
 FAMILIES = ("core", "behaviour", "competition", "probe", "scr", "absorption")
 KS = (1, 2, 5, 20)  # latents a sparse probe may use
 ABLATED = (2, 5, 10, 20, 50, 100, 500)  # latents that SCR ablates
-BENCHMARK_CONTEXTS = 16  # contexts in the benchmark's batch, by whose tokens its "mse" is divided
 
 
-# ------------------------------------------------------------------------------- reconstruction, behaviour
-
-
+# ------------------------------------------------------------------- reconstruction, behaviour, competition
 @torch.no_grad()
 def reconstruction(sae, x_TD, ctx=128, chunk=2048):
     """How well x̂ stands for x over all tokens (T, D); `mse` is per element, `mse_benchmark` is SAEBench's figure.
 
     SAEBench divides a token's squared error by the tokens of its evaluation batch, 16 contexts less their BOS.
     """
-    mean_D = x_TD.double().mean(0)
-    total = dict.fromkeys(("error", "variance", "cosine", "l0", "l1", "ratio", "xhat2", "dot"), 0.0)
-    fired_N = torch.zeros(len(sae.b_enc), dtype=torch.long, device=x_TD.device)
+    (T, D), mean_D, sums = x_TD.shape, x_TD.double().mean(0), Counter()
+    fired_N = torch.zeros(len(sae.b_enc), device=x_TD.device)
     for x_BD in x_TD.split(chunk):
-        x_BD = x_BD.float()
-        f_BN = sae.encode(x_BD)
-        xhat_BD = sae.decode(f_BN).double()
-        x_BD = x_BD.double()
-        active_BN = f_BN > 0
-        fired_N += active_BN.sum(0)
-        total["error"] += (x_BD - xhat_BD).square().sum().item()
-        total["variance"] += (x_BD - mean_D).square().sum().item()
-        total["cosine"] += F.cosine_similarity(x_BD, xhat_BD, dim=1).sum().item()
-        total["l0"] += active_BN.sum().item()
-        total["l1"] += f_BN.double().sum().item()
-        total["ratio"] += (xhat_BD.norm(dim=1) / x_BD.norm(dim=1)).sum().item()
-        total["xhat2"] += xhat_BD.square().sum().item()
-        total["dot"] += (x_BD * xhat_BD).sum().item()
-    T, D = x_TD.shape
-    return {
-        "mse": total["error"] / (T * D),
-        "mse_benchmark": total["error"] / T / (BENCHMARK_CONTEXTS * (ctx - 1)),
-        "cosine": total["cosine"] / T,
-        "explained_variance": 1 - total["error"] / total["variance"],
-        "l0": total["l0"] / T,
-        "l1": total["l1"] / T,
-        "norm_ratio": total["ratio"] / T,
-        "reconstruction_bias": total["xhat2"] / total["dot"],
+        f_BN = sae.encode(x_BD.float())
+        fired_N += (f_BN > 0).sum(0)
+        x_BD, xhat_BD = x_BD.double(), sae.decode(f_BN).double()
+        sums["error"] += (x_BD - xhat_BD).square().sum().item()
+        sums["variance"] += (x_BD - mean_D).square().sum().item()
+        sums["cosine"] += F.cosine_similarity(x_BD, xhat_BD, dim=1).sum().item()
+        sums["l0"] += (f_BN > 0).sum().item()
+        sums["l1"] += f_BN.double().sum().item()
+        sums["norm_ratio"] += (xhat_BD.norm(dim=1) / x_BD.norm(dim=1)).sum().item()
+        sums["xhat2"] += xhat_BD.square().sum().item()
+        sums["dot"] += (x_BD * xhat_BD).sum().item()
+    result = {name: sums[name] / T for name in ("cosine", "l0", "l1", "norm_ratio")}
+    result |= {"mse": sums["error"] / (T * D), "mse_benchmark": sums["error"] / T / (16 * (ctx - 1))}
+    result |= {"explained_variance": 1 - sums["error"] / sums["variance"], "bias": sums["xhat2"] / sums["dot"]}
+    return result | {
         "never_fire": (fired_N == 0).float().mean().item(),
-        "dense": (fired_N > 0.1 * T).float().mean().item(),
+        "dense": (fired_N > T / 10).float().mean().item(),
     }
 
 
-def spliced_logits(lm, layer, ids_BL, replace=None):
+def spliced_logits(lm, layer, ids_BL, replace):
     """Logits (B, L, V) of the language model where `replace` maps the layer's output (B, L, D) to another."""
 
     def hook(module, args, output):
-        if isinstance(output, tuple):
-            return (replace(output[0]), *output[1:])
-        return replace(output)
+        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
 
-    handle = layer.register_forward_hook(hook) if replace else None
-    try:
-        return lm(input_ids=ids_BL).logits.float()
-    finally:
-        if handle:
-            handle.remove()
+    handle = layer.register_forward_hook(hook)
+    logits_BLV = lm(input_ids=ids_BL).logits.float()
+    handle.remove()
+    return logits_BLV
 
 
-def next_token_loss(logits_BLV, ids_BL):
-    """Cross-entropy summed over the predicted tokens."""
-    return F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), ids_BL[:, 1:].flatten(), reduction="sum").item()
-
-
-def kl(clean_BLV, patched_BLV):
-    """KL(clean ‖ patched), summed over positions."""
-    clean = clean_BLV.log_softmax(-1)
-    return (clean.exp() * (clean - patched_BLV.log_softmax(-1))).sum().item()
-
-
-@torch.no_grad()
-def behaviour(lm, layer, saes, ids_TL, special, bar=None):
+@torch.inference_mode()
+def behaviour(lm, layer, saes, ids_TL, special):
     """Cross-entropy and KL with each autoencoder's x̂ in place of x, beside clean and zeroed; a dict per autoencoder.
 
-    Positions of special tokens keep their activations.
+    Special tokens keep their activations, but where everything is zeroed. Means are over positions of other tokens.
     """
-    special = torch.tensor(special, device=ids_TL.device)
-    sums = torch.zeros(len(saes) + 2, 2, dtype=torch.float64)  # CE, KL of: clean, zero, each SAE
+    ordinary_TL = ~torch.isin(ids_TL, torch.tensor(special, device=ids_TL.device))
+    splices = [lambda x, keep: x, lambda x, keep: torch.zeros_like(x)]
+    splices += [lambda x, keep, sae=sae: torch.where(keep, sae(x.float()).to(x.dtype), x) for sae in saes]
     rows = max(1, 2**23 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
-    for ids_BL in ids_TL.split(rows):
-        keep_BL1 = ~torch.isin(ids_BL, special)[..., None]
-        clean = spliced_logits(lm, layer, ids_BL)
-        replacements = [lambda x: x, torch.zeros_like] + [lambda x, s=s: s(x.float()).to(x.dtype) for s in saes]
-        for i, replacement in enumerate(replacements):
-            logits = clean
-            if i > 0:
-                logits = spliced_logits(lm, layer, ids_BL, lambda x: torch.where(keep_BL1, replacement(x), x))
-            sums[i, 0] += next_token_loss(logits, ids_BL)
-            sums[i, 1] += kl(clean, logits)
-        if bar:
-            bar.update(len(ids_BL))
-    ce = (sums[:, 0] / ids_TL[:, 1:].numel()).tolist()
-    divergence = (sums[:, 1] / ids_TL.numel()).tolist()
+    sums, parts = (
+        torch.zeros(len(splices), 2, dtype=torch.double),
+        list(zip(ids_TL.split(rows), ordinary_TL.split(rows))),
+    )
+    for ids_BL, ordinary_BL in progress_bar(parts, desc="behaviour", unit="batch", leave=False):
+        source_BL, clean_BLV = ordinary_BL[:, :-1], None
+        for i, splice in enumerate(splices):
+            replace = partial(splice, keep=ordinary_BL[..., None])
+            log_p_BLV = spliced_logits(lm, layer, ids_BL, replace).log_softmax(-1)
+            clean_BLV = log_p_BLV if clean_BLV is None else clean_BLV
+            sums[i, 0] += F.nll_loss(log_p_BLV[:, :-1][source_BL], ids_BL[:, 1:][source_BL], reduction="sum").item()
+            sums[i, 1] += F.kl_div(
+                log_p_BLV[ordinary_BL], clean_BLV[ordinary_BL], reduction="sum", log_target=True
+            ).item()
+    ce = (sums[:, 0] / ordinary_TL[:, :-1].sum().item()).tolist()
+    kl = (sums[:, 1] / ordinary_TL.sum().item()).tolist()
+    common = {"ce_clean": ce[0], "ce_zero": ce[1], "kl_zero": kl[1]}
     return [
-        {
-            "ce_clean": ce[0],
-            "ce_sae": ce[i],
-            "ce_zero": ce[1],
-            "ce_score": (ce[1] - ce[i]) / (ce[1] - ce[0]),
-            "kl_sae": divergence[i],
-            "kl_zero": divergence[1],
-            "kl_score": (divergence[1] - divergence[i]) / divergence[1],
-        }
-        for i in range(2, len(ce))
+        common | {"ce_sae": c, "kl_sae": d, "ce_score": (ce[1] - c) / (ce[1] - ce[0]), "kl_score": (kl[1] - d) / kl[1]}
+        for c, d in zip(ce[2:], kl[2:])
     ]
 
 
 @torch.no_grad()
-def competition(sae, x_TD, alpha=None, batch=2048):
-    """Feature competition in batches as in training: w_ij of co-active pairs, decoder cosines, αΩ over reconstruction."""
-    N = len(sae.b_enc)
-    found = {name: [] for name in ("w_mean", "mean_max_w", "pairs_over_half", "penalty_share")}
-    for x_BD in x_TD.split(batch):
-        if len(x_BD) < batch and found["w_mean"]:
-            break
-        x_BD = x_BD.float()
+def competition(sae, x_TD, settings, scale=1.0, batch=2048):
+    """Feature competition in batches as in training: w_ij of co-active pairs, decoder cosines, αΩ over reconstruction.
+
+    scale: what activations were multiplied by in training, with whose 4th power Ω grows, the error with its 2nd.
+    """
+    N, found = len(sae.b_enc), []
+    whole = [x_BD for x_BD in x_TD.split(batch) if len(x_BD) == batch] or [x_TD]
+    for x_BD in (x_BD.float() for x_BD in whole):
         f_BN = sae.encode(x_BD)
-        vals_BK, idx_BK = f_BN.topk(int((f_BN > 0).sum(1).max()), dim=1)
-        weight = pairs = over = 0.0
-        for lo, hi, _, pair_EK, w_EK in sgo_sae.coactive_pairs(vals_BK, idx_BK, N):
-            w_C = w_EK.new_zeros((hi - lo) * (N + 1)).scatter_(0, pair_EK.flatten(), w_EK.flatten())
-            weight, pairs, over = weight + w_C.sum().item(), pairs + (w_C > 0).sum().item(), over + (w_C > 0.5).sum().item()
-        max_N = sgo_sae.max_coactivation(vals_BK, idx_BK, N)
-        found["w_mean"].append(weight / max(1, pairs))
-        found["mean_max_w"].append(max_N[max_N > 0].mean().item())
-        found["pairs_over_half"].append(over / 2)
-        omega = sgo_sae.sgo_penalty(vals_BK, idx_BK, N).item()
-        found["penalty_share"].append(omega * (alpha or 0) / (x_BD - sae.decode(f_BN)).square().sum(1).mean().item())
-    result = {name: sum(values) / len(values) for name, values in found.items()}
-    if alpha is None:
-        del result["penalty_share"]
+        total = pairs = over = 0
+        for lo in range(0, N, 1024):
+            w_TN = sgo_sae.coactivation_weights(f_BN[:, lo : lo + 1024], f_BN)
+            w_TN.diagonal(lo).zero_()
+            total, pairs, over = (
+                total + w_TN.sum().item(),
+                pairs + (w_TN > 0).sum().item(),
+                over + (w_TN > 0.5).sum().item(),
+            )
+        max_N = sgo_sae.max_coactivation(f_BN)
+        figures = {
+            "w_mean": total / max(1, pairs),
+            "mean_max_w": max_N[max_N > 0].mean().item(),
+            "pairs_over_half": over / 2,
+        }
+        if settings:
+            vals_BK, idx_BK = f_BN.topk(int((f_BN > 0).sum(1).max()), dim=1)
+            error = (x_BD - sae.decode(f_BN)).square().sum(1).mean() * scale**2
+            if settings.get("penalty") == "decoder":
+                omega = sgo_sae.sgo_penalty_decoder(vals_BK, idx_BK, sae.W_dec)
+            else:
+                omega = sgo_sae.sgo_penalty(vals_BK * scale, idx_BK, N)
+            figures["penalty_share"] = (settings["alpha"] * omega / error).item()
+        found.append(figures)
+    result = {name: sum(figures[name] for figures in found) / len(found) for name in found[0]}
     W_ND = F.normalize(sae.W_dec, dim=1)
-    cosine_N = torch.cat([
-        (W_ND[rows] @ W_ND.T).abs().scatter_(1, rows[:, None], 0).amax(1) for rows in torch.arange(N, device=W_ND.device).split(1024)
-    ])  # fmt: skip
+    tiles = torch.arange(N, device=W_ND.device).split(1024)
+    cosine_N = torch.cat([(W_ND[i] @ W_ND.T).abs().scatter_(1, i[:, None], 0).amax(1) for i in tiles])
     return result | {"mean_max_cos": cosine_N.mean().item()}
 
 
-# ------------------------------------------------------------------------------------------------ probing
+# -------------------------------------------------------------------------------------------------- probes
+def logistic_regression(x_TS, y_T, weight_T=None, C=1.0):
+    """L2 logistic regression at its optimum, as scikit-learn defines it: w (S,), b.
 
-
-def logistic_regression(x_PTS, y_PT, weight_PT=None, C=1.0, tol=1e-6):
-    """L2 logistic regression at its optimum, as scikit-learn defines it, for P probes at once: w (P, S), b (P,).
-
-    Minimises ½‖w‖² + C Σ_t weight_t log(1 + exp(-±(w·x_t + b))), the intercept unpenalised; float64.
-    x may be (T, S), shared by all probes. L-BFGS works on centred columns scaled to a curvature near 1.
+    Minimises ½‖w‖² + C Σ_t weight_t log(1 + exp(-±(w·x_t + b))), the intercept unpenalised, in float64. L-BFGS works on
+    centred columns scaled to a curvature near 1.
     """
-    x = x_PTS.double()
-    x = x if x.dim() == 3 else x[None]
-    y_PT = y_PT.double()
-    weight_PT = torch.ones_like(y_PT) if weight_PT is None else weight_PT.double()
-    n_P1 = weight_PT.sum(1, keepdim=True)
-    center_PS = torch.einsum("pt,pts->ps", weight_PT, x.expand(len(y_PT), -1, -1)) / n_P1
-    second_PS = torch.einsum("pt,pts->ps", weight_PT, (x**2).expand(len(y_PT), -1, -1)) / n_P1
-    scale_PS = (1 + C * n_P1 / 4 * (second_PS - center_PS**2).clamp(min=0)).rsqrt()
-    v_PS = torch.zeros_like(scale_PS, requires_grad=True)
-    b_P = torch.zeros_like(v_PS[:, 0], requires_grad=True)  # intercept, in units that give it a curvature near 1
-    unit_P = (C * n_P1[:, 0] / 4).rsqrt()
-
-    def logits():
-        w_PS = v_PS * scale_PS
-        shift_P = b_P * unit_P - (w_PS * center_PS).sum(1)
-        return (x @ w_PS[:, :, None])[..., 0] + shift_P[:, None] if len(x) > 1 else w_PS @ x[0].T + shift_P[:, None]
-
-    lbfgs = torch.optim.LBFGS(
-        [v_PS, b_P], max_iter=2000, max_eval=4000, history_size=20, tolerance_grad=tol, tolerance_change=1e-13,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
+    x_TS, y_T = x_TS.double(), y_T.double()
+    weight_T = torch.ones_like(y_T) if weight_T is None else weight_T.double()
+    center_S = weight_T @ x_TS / weight_T.sum()
+    x_TS = x_TS - center_S
+    scale_S = (1 + C / 4 * (weight_T @ x_TS.square())).rsqrt()
+    x_TS = x_TS * scale_S
+    v_S, b = torch.zeros_like(scale_S, requires_grad=True), torch.zeros_like(scale_S[0], requires_grad=True)
+    unit = (C * weight_T.sum() / 4).rsqrt()  # gives the intercept a curvature near 1
+    options = {"max_iter": 1000, "history_size": 20, "tolerance_grad": 1e-6, "tolerance_change": 1e-13}
+    lbfgs = torch.optim.LBFGS([v_S, b], line_search_fn="strong_wolfe", **options)
 
     def objective():
         lbfgs.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(logits(), y_PT, weight=weight_PT, reduction="none").sum()
-        value = C * loss + (v_PS * scale_PS).square().sum() / 2
+        logit_T = x_TS @ v_S + b * unit
+        loss = F.binary_cross_entropy_with_logits(logit_T, y_T, weight=weight_T, reduction="sum")
+        value = C * loss + (v_S * scale_S).square().sum() / 2
         value.backward()
         return value
 
     lbfgs.step(objective)
-    w_PS = (v_PS * scale_PS).detach()
-    return w_PS, (b_P * unit_P).detach() - (w_PS * center_PS).sum(1)
+    w_S = (v_S * scale_S).detach()
+    return w_S, (b * unit).detach() - w_S @ center_S
 
 
-def one_vs_rest(labels, classes, count, generator):
-    """Weights (P, T), 0 or 1, that choose for each class up to `count` texts, half of them its own and the other half
-    drawn evenly from the other classes; and whether a text is of the class (P, T)."""
-    y_PT = torch.stack([labels == c for c in classes])
-    chosen_PT = torch.zeros_like(y_PT, dtype=torch.double)
-    for p, c in enumerate(classes):
-        for other in classes:
-            members = (labels == other).nonzero()[:, 0]
-            quota = count // 2 if other == c else math.ceil(count / 2 / (len(classes) - 1))
-            chosen_PT[p, members[torch.randperm(len(members), generator=generator)[:quota]]] = 1
-    return y_PT, chosen_PT
+def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, patience=10):
+    """SAEBench's probe on many columns: AdamW, the epoch with the best test accuracy; w (D,), b and that accuracy.
 
-
-def accuracy(x, y_PT, chosen_PT, w_PS, b_P):
-    """Mean over probes of the share of chosen texts on the right side; x is (T, S) or (P, T, S)."""
-    logits_PT = (x.double() @ w_PS[:, :, None])[..., 0] if x.dim() == 3 else w_PS @ x.double().T
-    right_PT = ((logits_PT + b_P[:, None]) > 0) == y_PT
-    return ((right_PT * chosen_PT).sum(1) / chosen_PT.sum(1)).mean().item()
-
-
-def sparse_probing(f_train, labels_train, f_test, labels_test, ks=KS, train=4000, test=1000, seed=0):
-    """Test accuracy, averaged over one-vs-rest classes, of logistic regressions on the k latents (columns of f (T, N))
-    with the largest |mean difference| between the classes on the training texts, and on all of them."""
-    generator = torch.Generator().manual_seed(seed)
-    classes = sorted(set(labels_train.tolist()))
-    y_PT, chosen_PT = one_vs_rest(labels_train, classes, train, generator)
-    y_PU, chosen_PU = one_vs_rest(labels_test, classes, test, generator)
-    if len(classes) == 2:  # one probe tells them apart
-        y_PT, chosen_PT, y_PU, chosen_PU = (a[1:] for a in (y_PT, chosen_PT, y_PU, chosen_PU))
-    positive_PT, negative_PT = chosen_PT * y_PT, chosen_PT * ~y_PT
-    difference_PN = (positive_PT / positive_PT.sum(1, keepdim=True) - negative_PT / negative_PT.sum(1, keepdim=True)) @ f_train.double()
-    result = {}
-    for k in ks:
-        top_PS = difference_PN.abs().topk(min(k, f_train.shape[1]), dim=1).indices
-        x_PTS, x_PUS = (f.T[top_PS].transpose(1, 2) for f in (f_train, f_test))
-        result[k] = accuracy(x_PUS, y_PU, chosen_PU, *logistic_regression(x_PTS, y_PT, chosen_PT))
-    result["all"] = accuracy(f_test, y_PU, chosen_PU, *logistic_regression(f_train, y_PT, chosen_PT))
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------- SCR
-
-
-def linear_probe(x_TD, y_T, x_UD, y_U, seed=0, epochs=20, batch=16, lr=1e-3, l1=1e-3):
-    """SAEBench's SCR probe on mean activations: AdamW, L1 on the weights, the epoch with the best test accuracy.
-
-    Returns weight (D,), bias and that accuracy.
+    It ends after `epochs`, or after `patience` of them without a better one.
     """
-    generator = torch.Generator().manual_seed(seed)
-    weight_D = (torch.randn(x_TD.shape[1], generator=generator) / x_TD.shape[1] ** 0.5).requires_grad_()
-    bias = torch.zeros((), requires_grad=True)
-    adam = torch.optim.AdamW([weight_D, bias], lr=lr)
-    best = (-1.0, None, None)
-    x_TD, x_UD, y_T = x_TD.float(), x_UD.float(), y_T.float()
+    x_TD, y_T, x_UD = x_TD.float(), y_T.float(), x_UD.float()
+    w_D = (2 * torch.rand(x_TD.shape[1], generator=generator) - 1).to(x_TD.device) / x_TD.shape[1] ** 0.5
+    w_D, b = w_D.requires_grad_(), torch.zeros((), device=x_TD.device, requires_grad=True)
+    adam, best, waited = torch.optim.AdamW([w_D, b], lr=lr, fused=True), (-1.0,), 0
     for _ in range(epochs):
-        for rows in torch.randperm(len(x_TD), generator=generator).split(batch):
-            loss = F.binary_cross_entropy_with_logits(x_TD[rows] @ weight_D + bias, y_T[rows]) + l1 * weight_D.abs().sum()
+        for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
+            loss = F.binary_cross_entropy_with_logits(x_TD[rows] @ w_D + b, y_T[rows]) + l1 * w_D.abs().sum()
             adam.zero_grad()
             loss.backward()
             adam.step()
-        score = probe_accuracy(x_UD, y_U, weight_D, bias)
+        score, waited = accuracy(x_UD, y_U, w_D, b), waited + 1
         if score > best[0]:
-            best = (score, weight_D.detach().clone(), bias.detach().clone())
+            best, waited = (score, w_D.detach().clone(), b.detach().clone()), 0
+        if waited >= patience:
+            break
     return best[1], best[2], best[0]
 
 
 @torch.no_grad()
-def probe_accuracy(x_TD, y_T, weight_D, bias):
-    return ((x_TD.float() @ weight_D + bias > 0) == y_T.bool()).float().mean().item()
+def accuracy(x_TD, y_T, w_D, b):
+    return ((x_TD.to(w_D.dtype) @ w_D + b > 0) == y_T.bool()).float().mean().item()
+
+
+def class_and_others(labels_T, c, generator):
+    """Rows of the texts of class c, and of as many others, drawn evenly from the other classes."""
+    mine = (labels_T == c).nonzero()[:, 0]
+    classes = [other for other in labels_T.unique().tolist() if other != c]
+    draws = []
+    for other in classes:
+        rows = (labels_T == other).nonzero()[:, 0]
+        draws.append(rows[torch.randperm(len(rows), generator=generator)[: math.ceil(len(mine) / len(classes))]])
+    others = torch.cat(draws)
+    return torch.cat([mine, others[torch.randperm(len(others), generator=generator)[: len(mine)]]])
+
+
+def sparse_probing(f_TN, labels_T, f_UN, labels_U, seed=0):
+    """{k: test accuracy} of logistic regressions on the k latents of most |mean difference| between a class and others, and
+    of a linear probe on all; averaged over classes. Chance is half: a class is set against as many of the others."""
+    generator, found = torch.Generator().manual_seed(seed), {k: [] for k in (*KS, "all")}
+    for c in labels_T.unique().tolist():
+        rows_T, rows_U = class_and_others(labels_T, c, generator), class_and_others(labels_U, c, generator)
+        x_TN, y_T, x_UN, y_U = f_TN[rows_T], labels_T[rows_T] == c, f_UN[rows_U], labels_U[rows_U] == c
+        order_N = (x_TN[y_T].mean(0) - x_TN[~y_T].mean(0)).abs().argsort(descending=True)
+        for k in KS:
+            top_S = order_N[:k]
+            found[k].append(accuracy(x_UN[:, top_S], y_U, *logistic_regression(x_TN[:, top_S], y_T)))
+        found["all"].append(linear_probe(x_TN, y_T, x_UN, y_U, generator, epochs=100, batch=250, lr=1e-2)[2])
+    return {k: sum(scores) / len(scores) for k, scores in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- SCR
+def scr_rows(a_T, b_T):
+    """Rows in which each combination of the attributes a and b, 0 or 1, is a quarter, and as many of a = b alone."""
+    cells = [((a_T == a) & (b_T == b)).nonzero()[:, 0] for a in (0, 1) for b in (0, 1)]
+    fewest = min(len(cell) for cell in cells)
+    return torch.cat([cell[: fewest // 2] for cell in cells]), torch.cat([cells[0][:fewest], cells[3][:fewest]])
 
 
 def scr_probes(x_TD, a_T, b_T, x_UD, a_U, b_U, seed=0):
-    """The three probes of SCR on mean activations: attribute a, attribute b, and one that saw only texts where a = b."""
-    both_T = a_T == b_T
-    return {
-        "a": linear_probe(x_TD, a_T, x_UD, a_U, seed),
-        "b": linear_probe(x_TD, b_T, x_UD, b_U, seed),
-        "biased": linear_probe(x_TD[both_T], a_T[both_T], x_UD[a_U == b_U], a_U[a_U == b_U], seed),
-    }
+    """SCR's probes on mean activations: for attribute a, for b, and for a (or b) where a = b in training and test."""
+    generator = torch.Generator().manual_seed(seed)
+    (even_T, equal_T), (even_U, equal_U) = scr_rows(a_T, b_T), scr_rows(a_U, b_U)
+
+    def probe(rows_T, y_T, rows_U, y_U):
+        part = (x_TD[rows_T], y_T[rows_T], x_UD[rows_U], y_U[rows_U])
+        return linear_probe(*part, generator, epochs=20, batch=16, lr=1e-3, l1=1e-3)
+
+    probes = {"a": probe(even_T, a_T, even_U, a_U), "b": probe(even_T, b_T, even_U, b_U)}
+    return probes | {"biased": probe(equal_T, a_T, equal_U, a_U)}
 
 
 @torch.no_grad()
 def scr(probes, f_TN, a_T, b_T, x_UD, f_UN, a_U, b_U, W_dec_ND, counts=ABLATED):
-    """Spurious correlation removal for each number of ablated latents, {n: score}, 1 where ablation mends the biased probe.
+    """Spurious correlation removal, {ablated latents: score}, 1 where ablation mends the biased probe.
 
-    a, b: two attributes (T,), 0 or 1; f: mean latents of the texts, x: their mean activations; T training, U test texts,
-    of which every combination of a and b is equally frequent. Setting latents to 0 with the reconstruction error
-    added back takes f_S W_dec_S from each token, and so from the mean.
+    a, b: two attributes (T,), 0 or 1; f: mean latents, x: mean activations. Setting latents to 0 with the reconstruction
+    error added back takes f_S W_dec_S from each token, and so from the mean.
     """
-    weight_D, bias, _ = probes["biased"]
-    result, headline = {}, None
-    for wanted, unwanted, y_T, y_U, label_U in (("a", "b", b_T, b_U, a_U), ("b", "a", a_T, a_U, b_U)):
-        probe_D = probes[unwanted][0]
-        difference_N = f_TN[y_T.bool()].mean(0) - f_TN[~y_T.bool()].mean(0)
-        effect_N = (difference_N * (W_dec_ND @ probe_D)).abs()
-        biased = probe_accuracy(x_UD, label_U, weight_D, bias)
-        clean = probes[wanted][2]
-        scores = {}
-        for count in counts:
-            top_S = effect_N.topk(min(count, len(effect_N))).indices
-            ablated = probe_accuracy(x_UD - f_UN[:, top_S] @ W_dec_ND[top_S], label_U, weight_D, bias)
-            scores[count] = (ablated - biased) / (clean - biased) if clean - biased >= 0.001 else 0.0
+    (even_T, _), (even_U, _), headline, result = scr_rows(a_T, b_T), scr_rows(a_U, b_U), None, {}
+    f_TN, a_T, b_T = f_TN[even_T], a_T[even_T].bool(), b_T[even_T].bool()
+    x_UD, f_UN, a_U, b_U = x_UD[even_U], f_UN[even_U], a_U[even_U], b_U[even_U]
+    for wanted, unwanted, y_T, label_U in (("a", "b", b_T, a_U), ("b", "a", a_T, b_U)):
+        effect_N = ((f_TN[y_T].mean(0) - f_TN[~y_T].mean(0)) * (W_dec_ND @ probes[unwanted][0])).abs()
+        order_N = effect_N.argsort(descending=True)[: int((effect_N > 0).sum())]
+        w_D, b, _ = probes["biased"]
+        biased, clean = accuracy(x_UD, label_U, w_D, b), accuracy(x_UD, label_U, *probes[wanted][:2])
         if headline is None or biased < headline:
-            headline, result = biased, scores
+            headline = biased
+            for n in counts:
+                top_S = order_N[:n]
+                ablated = accuracy(x_UD - f_UN[:, top_S] @ W_dec_ND[top_S], label_U, w_D, b)
+                result[n] = (ablated - biased) / (clean - biased) if clean - biased >= 0.001 else 0.0
     return result
 
 
 # --------------------------------------------------------------------------------------------- absorption
-
-
 def letter_split(f_train, y_train, f_test, y_test, order_S, gain=0.03):
-    """The latents that share a letter: of `order_S`, best first, as long as one more lifts the test F1 by over `gain`."""
+    """The latents that share a letter: of `order_S`, best first, while one more lifts the test F1 by over `gain`."""
     best, split = 0.0, 0
+    weight_T = torch.where(y_train, len(y_train) / 2 / y_train.sum(), len(y_train) / 2 / (~y_train).sum())
     for k in range(1, len(order_S) + 1):
-        x = f_train[:, order_S[:k]]
-        balance_1T = torch.where(y_train, len(y_train) / 2 / y_train.sum(), len(y_train) / 2 / (~y_train).sum())[None]
-        w_1S, b_1 = logistic_regression(x, y_train[None], balance_1T)
-        score = f1(f_test[:, order_S[:k]].double() @ w_1S[0] + b_1 > 0, y_test)
+        w_S, b = logistic_regression(f_train[:, order_S[:k]], y_train, weight_T)
+        score = f1(f_test[:, order_S[:k]].double() @ w_S + b > 0, y_test)
         if k > 1 and score - best <= gain:
             break
         best, split = score, k
@@ -360,33 +307,30 @@ def absorbed_share(f_TN, x_TD, W_dec_ND, direction_D, split_S):
     direction_D = F.normalize(direction_D, dim=0)
     cosine_N = F.normalize(W_dec_ND, dim=1) @ direction_D
     projection_TN = f_TN * cosine_N
-    target_T = x_TD @ direction_D
-    main_T = projection_TN[:, split_S].sum(1)
+    target_T, main_T = x_TD @ direction_D, projection_TN[:, split_S].sum(1)
     others_TN = torch.where(cosine_N >= 0.1, projection_TN.clamp(min=0), 0)
     others_TN[:, split_S] = 0
     absorbers_T = others_TN.topk(min(3, others_TN.shape[1]), dim=1).values.sum(1)
     absorbed_T = torch.minimum(absorbers_T, target_T - main_T)
     share_T = torch.where(main_T <= 0, 1.0, absorbed_T / (absorbed_T + main_T)).clamp(0, 1)
-    share_T[(main_T >= target_T) | (absorbers_T < 0.4 * target_T)] = 0
+    share_T[(main_T >= target_T) | (absorbers_T < 0.4 * target_T) | (target_T <= 0)] = 0
     top_T = projection_TN.argmax(1)
     full_T = (f_TN[:, split_S] <= 1e-8).all(1) & (cosine_N[top_T] >= 0.025) & (target_T >= 0)
-    full_T &= projection_TN.gather(1, top_T[:, None])[:, 0] >= 0.4 * target_T
-    return share_T, full_T
+    return share_T, full_T & (projection_TN.gather(1, top_T[:, None])[:, 0] >= 0.4 * target_T)
 
 
-def multi_probe(x_TD, y_TC, l1=0.0, l2=1e-6, epochs=50, batch=4096, lr=0.01, end_lr=1e-5):
-    """SAEBench's 26-way probe: Adam with an exponentially falling rate, positives weighted by their rarity; W (C, D), b (C,)."""
-    torch.manual_seed(0)
-    probe = nn.Linear(x_TD.shape[1], y_TC.shape[1]).to(x_TD.device)
-    nn.init.zeros_(probe.weight)  # the problem is convex; few words leave Adam too few steps to forget a random start
-    positives_C = y_TC.float().sum(0).clamp(min=1)
-    adam = torch.optim.Adam(probe.parameters(), lr=lr, weight_decay=l2)
+def multi_probe(x_TD, y_T, batch, l2, l1=0.0, epochs=50, lr=0.01, end_lr=1e-5, seed=0):
+    """SAEBench's 26-way probe: Adam, rate falling exponentially, positives weighted by rarity; W (26, D), b (26,)."""
+    torch.manual_seed(seed)
+    probe, y_TC = nn.Linear(x_TD.shape[1], 26).to(x_TD.device), F.one_hot(y_T, 26).float()
+    nn.init.zeros_(probe.weight)  # the problem is convex; few words leave too few steps to forget a random start
+    rarity_C = (len(y_T) - y_TC.sum(0)) / y_TC.sum(0).clamp(min=1)
+    adam = torch.optim.Adam(probe.parameters(), lr=lr, weight_decay=l2, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(adam, (end_lr / lr) ** (1 / epochs))
     for _ in range(epochs):
-        for rows in torch.randperm(len(x_TD)).split(batch):
-            logits = probe(x_TD[rows])
-            loss = F.binary_cross_entropy_with_logits(logits, y_TC[rows].float(), pos_weight=(len(x_TD) - positives_C) / positives_C)
-            loss = loss + l1 * probe.weight.abs().sum(1).mean()
+        for rows in torch.randperm(len(x_TD)).to(x_TD.device).split(batch):
+            loss = F.binary_cross_entropy_with_logits(probe(x_TD[rows]), y_TC[rows], pos_weight=rarity_C)
+            loss = loss + l1 * probe.weight.abs().sum(1).mean() if l1 else loss
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -394,184 +338,117 @@ def multi_probe(x_TD, y_TC, l1=0.0, l2=1e-6, epochs=50, batch=4096, lr=0.01, end
     return probe.weight.detach(), probe.bias.detach()
 
 
-def absorption(sae, x_train, y_train, x_test, y_test, probe, max_split=10):
-    """Mean absorption over the letters that the residual stream spells (F1 > 0.6), {"absorption", "full_absorption"}.
+def absorption(sae, x_TD, y_T, x_UD, y_U, probe, seed=0, max_split=10):
+    """Mean absorption over the letters that the residual stream spells (F1 over 0.6), {"absorption", "full", "letters"}.
 
-    x (T, D): activations at the words; y (T,): their letters, 0 to 25; probe: multi_probe's on x. Raises InputError
-    where fewer than 20 letters are spelled.
+    x: activations at the words; y: their letters, 0 to 25; probe: multi_probe's on x. InputError under 20 letters.
     """
     W_CD, b_C = probe
-    logits = x_test @ W_CD.T + b_C
-    letters = [c for c in range(26) if f1(logits[:, c] > 0, y_test == c) > 0.6]
+    positive_UC = x_UD @ W_CD.T + b_C > 0
+    letters = [c for c in range(26) if f1(positive_UC[:, c], y_U == c) > 0.6]
     if len(letters) < 20:
         raise InputError(f"the model spells {len(letters)} of 26 letters, 20 are needed")
     with torch.no_grad():
-        f_train, f_test = (torch.cat([sae.encode(x) for x in part.split(512)]) for part in (x_train, x_test))
-    sparse_CN, _ = multi_probe(f_train, F.one_hot(y_train, 26), l1=0.01)
-    shares, fulls = [], []
+        f_TN, f_UN = (torch.cat([sae.encode(x) for x in part.split(2048)]) for part in (x_TD, x_UD))
+    sparse_CN, _ = multi_probe(f_TN, y_T, batch=4096, l2=1e-6, l1=0.01, seed=seed)
+    shares = []
     for c in letters:
-        split_S = letter_split(f_train, y_train == c, f_test, y_test == c, sparse_CN[c].topk(max_split).indices)
-        right_T = (y_test == c) & (logits.argmax(1) == c)
-        if right_T.any():
-            share_T, full_T = absorbed_share(f_test[right_T], x_test[right_T], sae.W_dec.detach(), W_CD[c], split_S)
-            shares.append(share_T.mean().item())
-            fulls.append(full_T.float().mean().item())
-    return {"absorption": sum(shares) / len(shares), "full_absorption": sum(fulls) / len(fulls)}
+        split_S = letter_split(f_TN, y_T == c, f_UN, y_U == c, sparse_CN[c].topk(max_split).indices)
+        scored_U = (y_U == c) & positive_UC[:, c]
+        if scored_U.any():
+            share_U, full_U = absorbed_share(f_UN[scored_U], x_UD[scored_U], sae.W_dec.detach(), W_CD[c], split_S)
+            shares.append((share_U.mean().item(), full_U.float().mean().item()))
+    mean, full = (sum(values) / len(shares) for values in zip(*shares))
+    return {"absorption": mean, "full": full, "letters": len(letters)}
 
 
 # -------------------------------------------------------------------------------------- texts with labels
-
-
-@dataclasses.dataclass
-class Task:
-    """Texts with a label, and for SCR an attribute, parted into training and test texts of which no document is in both."""
+class Task(NamedTuple):
+    """Texts with a label (T,), and for SCR an attribute (T,), 0 or 1; `test` (T,) parts them; `note` is what it lacks."""
 
     name: str
     texts: list
-    labels: torch.Tensor  # (T,), small integers
-    test: torch.Tensor  # (T,), bool
-    attribute: torch.Tensor = None  # (T,), 0 or 1
+    labels: torch.Tensor
+    test: torch.Tensor
+    attribute: torch.Tensor = None
+    note: str = ""
 
 
-def make_task(name, rows, train, test, seed, attribute=False):
-    """Task from rows (text, label, attribute, is_test): up to `train` and `test` texts in equal parts per label, and per
-    attribute where there is one. Raises InputError where a class has too few."""
+def make_task(name, rows, train, test, seed, balanced=False):
+    """Task from rows (text, label, attribute, is_test): `train` and `test` random texts of each label or, where one has
+    fewer, as many as it has; `balanced`: as many of each attribute. InputError where one has under 20."""
     labels = sorted({row[1] for row in rows}, key=str)
-    if len(labels) < 2:
-        raise InputError(f"{name}: at least two labels are needed, found {len(labels)}")
-    cells = {}
-    for row in rows:
-        cells.setdefault((row[1], row[2] if attribute else None, row[3]), []).append(row)
-    values = sorted({row[2] for row in rows}, key=str) if attribute else [None]
-    chosen = []
-    for is_test, total in ((False, train), (True, test)):
-        parts = {(label, value): cells.get((label, value, is_test), []) for label in labels for value in values}
-        (label, value), fewest = min(parts.items(), key=lambda part: len(part[1]))
+    values = sorted({row[2] if balanced else None for row in rows}, key=str)
+    if len(labels) < 2 or len(values) != 1 + balanced:
+        raise InputError(f"{name}: two labels or more are needed, and two attributes where they are balanced")
+    chosen, note = [], ""
+    for is_test, count in ((False, train // len(values)), (True, test // len(values))):
+        parts = {(label, value): [] for label in labels for value in values}
+        for row in rows:
+            if row[3] == is_test:
+                parts[row[1], row[2] if balanced else None].append(row)
+        cell, fewest = min(parts.items(), key=lambda part: len(part[1]))
+        has = f"{name}: {' with '.join(str(c) for c in cell if c is not None)} has {len(fewest)} texts"
+        has += " to test on" if is_test else " to train on"
         if len(fewest) < 20:
-            where = f"{label}" + (f" with attribute {value}" if attribute else "")
-            kind = "test" if is_test else "training"
-            raise InputError(f"{name}: class {where} has {len(fewest)} {kind} texts, 20 are needed")
+            raise InputError(f"{has}, 20 are needed")
+        note = f"{has}, so each class has no more, not {count}" if len(fewest) < count else note
         for part in parts.values():
-            chosen += random.Random(seed).sample(part, min(total // len(parts), len(fewest)))
-    return Task(
-        name,
-        [row[0] for row in chosen],
-        torch.tensor([labels.index(row[1]) for row in chosen]),
-        torch.tensor([row[3] for row in chosen]),
-        torch.tensor([values.index(row[2]) for row in chosen]) if attribute else None,
-    )
+            chosen += random.Random(seed).sample(part, min(count, len(fewest)))
+    random.Random(seed).shuffle(chosen)
+    y_T, test_T = torch.tensor([labels.index(row[1]) for row in chosen]), torch.tensor([row[3] for row in chosen])
+    attribute_T = torch.tensor([values.index(row[2]) for row in chosen]) if balanced else None
+    return Task(name, [row[0] for row in chosen], y_T, test_T, attribute_T, note)
 
 
-def library_pieces():
-    """Pieces of about 200 characters of the demo's documents: dicts of file, package, kind, text and what the tasks ask.
-
-    Kinds: window (consecutive lines), docstring, comment, body (of a function) and prose (Python's help).
-    """
+def library_pieces(size=300):
+    """Docstrings and function bodies of the demo's documents, (file, package, kind, text), cut after `size` characters."""
     for file, text in sgo_sae.library_texts():
-        package = file.split("/")[0] if "/" in file else None
-        if package == "help":
-            for part in cut(text.splitlines(keepends=True)):
-                yield dict(file=file, package=package, kind="prose", text=part)
-            continue
-        lines = text.splitlines(keepends=True)
-        start = 0
-        for part in cut(lines):
-            first = part.lstrip("\n")
-            indent, place = len(first) - len(first.lstrip(" ")), start / max(1, len(text))
-            start += len(part)
-            yield dict(file=file, package=package, kind="window", text=part, indent=min(8, indent // 4 * 4),
-                       place="head" if place < 0.15 else "tail" if place > 0.85 else None)  # fmt: skip
-        for block in re.findall(r"(?:^[ \t]*#.*\n){4,}", text, re.M):
-            plain = re.sub(r"^[ \t]*#+ ?", "", block, flags=re.M)
-            yield dict(file=file, package=package, kind="comment", text=plain[:200])
         try:
-            tree = ast.parse(text)
+            nodes = list(ast.walk(ast.parse(text if file.endswith(".py") else "")))
         except SyntaxError:  # templates and grammars of old versions that the library carries
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
-                doc = ast.get_docstring(node) or ""
-                for part in list(cut(doc.splitlines(keepends=True))) or [doc] * (len(doc) > 80):
-                    yield dict(file=file, package=package, kind="docstring", text=part)
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                code = node.body[1:] if ast.get_docstring(node) else node.body
-                source = "".join(lines[code[0].lineno - 1 : code[-1].end_lineno]) if code else ""
-                if len(source) > 120:
-                    names = [a.arg for a in node.args.args]
-                    yield dict(file=file, package=package, kind="body", text=source[:200], method=names[:1] == ["self"])
-
-
-def cut(lines, size=200):
-    """Groups of consecutive lines, each of at least `size` characters."""
-    part = ""
-    for line in lines:
-        part += line
-        if len(part) >= size:
-            yield part[: 2 * size]
-            part = ""
+        for node in nodes:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                doc, body = ast.get_docstring(node), node.body[bool(ast.get_docstring(node)) :]
+                code = "\n".join(text.splitlines()[body[0].lineno - 1 : node.end_lineno]) if body else ""
+                for kind, part in (("docstring", doc or ""), ("body", code)):
+                    if len(part) > 80:
+                        yield file, file.split("/")[0], kind, part[:size]
 
 
 def library_tasks(train, test, seed):
-    """Eight probing tasks and two for SCR from the standard library; of each package, files with a third of the text test."""
-    pieces = list(library_pieces())
-    length = Counter()
-    for p in pieces:
-        length[p["package"], p["file"]] += len(p["text"])
-    whole, held, test_files = Counter(), Counter(), set()
-    for (package, _), size in length.items():
-        whole[package] += size
-    for (package, file), size in sorted(length.items(), key=lambda item: zlib.crc32(item[0][1].encode())):
-        if held[package] + size <= whole[package] / 2 and held[package] < whole[package] / 3:
-            held[package] += size
-            test_files.add(file)
-
-    def rows(label, kinds=("window",), attribute=lambda p: None):
-        labelled = ((p, label(p)) for p in pieces if p["kind"] in kinds)
-        return [(p["text"], y, attribute(p), p["file"] in test_files) for p, y in labelled if y is not None]
-
-    def ranking(kinds):
-        """Packages by the number of examples in the smallest of their parts, largest first."""
-        counts = Counter((p["package"], p["kind"], p["file"] in test_files) for p in pieces)
-        fewest = {n: min(counts[n, k, t] for k in kinds for t in (False, True)) for n in whole if n not in (None, "help")}
-        return sorted(fewest, key=lambda n: (-fewest[n], n))
-
-    ranked = ranking(["window"])
-    probing = [
-        (f"packages {i + 1}", rows(lambda p, s=ranked[5 * i : 5 * i + 5]: p["package"] if p["package"] in s else None))
-        for i in range(3)
-    ] + [
-        ("prose or code", rows(lambda p: p["kind"], ("prose", "window"))),
-        ("docstring, comment or code", rows(lambda p: p["kind"], ("docstring", "comment", "body"))),
-        ("indentation", rows(lambda p: p["indent"])),
-        ("head or tail of a file", rows(lambda p: p["place"])),
-        ("method or function", rows(lambda p: p["method"], ("body",))),
+    """Three probing tasks and one for SCR from the standard library; no file is in both training and test texts."""
+    pieces = [(*piece, zlib.crc32(piece[0].encode()) % 3 == 0) for piece in library_pieces()]
+    sizes = Counter((p[1], p[2], p[4]) for p in pieces if "." not in p[1])
+    fewest = {name: min(sizes[name, kind, t] for kind in ("docstring", "body") for t in (0, 1)) for name, _, _ in sizes}
+    packages = sorted(fewest, key=lambda name: (-fewest[name], name))[:5]
+    by_package = {
+        kind: [(p[3], p[1], None, p[4]) for p in pieces if p[2] == kind and p[1] in packages]
+        for kind in ("body", "docstring")
+    }
+    tasks = [
+        make_task("docstring or body", [(p[3], p[2], None, p[4]) for p in pieces], train, test, seed),
+        make_task("package of a body", by_package["body"], train, test, seed),
+        make_task("package of a docstring", by_package["docstring"], train, test, seed),
     ]
-    tasks = [make_task(name, part, train, test, seed) for name, part in probing]
-    kinds = ("docstring", "body")
-    best = ranking(kinds)
-    spurious = [
-        make_task(
-            f"{a} or {b}, docstring or code",
-            rows(lambda p: p["package"] if p["package"] in (a, b) else None, kinds, lambda p: p["kind"]),
-            train, test, seed, attribute=True,
-        )
-        for a, b in (best[0:2], best[2:4])
-    ]  # fmt: skip
-    return tasks, spurious
+    rows = [(p[3], p[1], p[2], p[4]) for p in pieces if p[1] in packages[:2]]
+    name = f"{packages[0]} or {packages[1]}, docstring or body"
+    return tasks, [make_task(name, rows, 2 * train, 2 * test, seed, balanced=True)]
 
 
 BIOS = ("LabHC/bias_in_bios", None, "hard_text", "profession", "gender")
 AMAZON = ("canrager/amazon_reviews_mcauley_1and5", None, "text", "category", "rating")
 EUROPARL = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
-PROBING = [  # name, (dataset, subset, text column, label column, attribute column), classes, balance by attribute
-    ("bias_in_bios 1", BIOS, (0, 1, 2, 6, 9), True),
-    ("bias_in_bios 2", BIOS, (11, 13, 14, 18, 19), True),
-    ("bias_in_bios 3", BIOS, (20, 21, 22, 25, 26), True),
-    ("amazon category", AMAZON, (1, 2, 3, 5, 6), False),
-    ("amazon sentiment", (*AMAZON[:3], "rating", None), (1.0, 5.0), False),
-    ("github-code", ("codeparrot/github-code", None, "code", "language", None), ("C", "Python", "HTML", "Java", "PHP"), False),
-    ("ag_news", ("fancyzhx/ag_news", None, "text", "label", None), (0, 1, 2, 3), False),
-    ("europarl", ("Helsinki-NLP/europarl", EUROPARL, "translation", None, None), tuple(EUROPARL), False),
+PROBING = [  # name, (dataset, subset, text column, label column, attribute column that is balanced), classes
+    ("bias_in_bios 1", BIOS, (0, 1, 2, 6, 9)),
+    ("bias_in_bios 2", BIOS, (11, 13, 14, 18, 19)),
+    ("bias_in_bios 3", BIOS, (20, 21, 22, 25, 26)),
+    ("amazon category", AMAZON, (1, 2, 3, 5, 6)),
+    ("amazon sentiment", (*AMAZON[:3], "rating", None), (1.0, 5.0)),
+    ("github-code", ("codeparrot/github-code", None, "code", "language", None), ("C", "Python", "HTML", "Java", "PHP")),
+    ("ag_news", ("fancyzhx/ag_news", None, "text", "label", None), (0, 1, 2, 3)),
+    ("europarl", ("Helsinki-NLP/europarl", EUROPARL, "translation", None, None), tuple(EUROPARL)),
 ]
 SPURIOUS = [  # first and second class, as SAEBench pairs them; gender 0 is male
     ("professor or nurse", BIOS, (21, 13)),
@@ -585,268 +462,407 @@ SPURIOUS = [  # first and second class, as SAEBench pairs them; gender 0 is male
 ]
 
 
-def hub_rows(source, classes, per_class, split):
-    """Rows (text, label, attribute) of a Hub dataset, at most `per_class` of a label and attribute."""
+def hub_rows(source, classes, count, split, seed):
+    """Rows (text, label, attribute) of a Hub dataset, in random order, `count` of each label and attribute."""
     import datasets
 
     dataset, subset, text, label, attribute = source
-    with sgo_sae.loading(dataset):
-        if isinstance(subset, dict):  # Europarl: a language is one side of a pair
-            for language, pair in subset.items():
-                stream = datasets.load_dataset(dataset, pair, split=split, streaming=True)
-                for row in islice(stream, per_class):
-                    yield row[text][language], language, None
-            return
-        counts = {}
-        for row in datasets.load_dataset(dataset, subset, split=split, streaming=True):
-            cell = (row[label], row[attribute] if attribute else None)
-            if row[label] in classes and counts.get(cell, 0) < per_class:
-                counts[cell] = counts.get(cell, 0) + 1
-                yield row[text][150:] if label == "language" else row[text], *cell
-            if len(counts) == len(classes) * (2 if attribute else 1) and min(counts.values()) >= per_class:
-                return
+    missing = {
+        (c, a): count for c in classes for a in ((0, 1) if source == BIOS else (1.0, 5.0) if attribute else (None,))
+    }
+    for c, part in (
+        subset.items() if isinstance(subset, dict) else [(None, subset)]
+    ):  # of Europarl, one part per language
+        with sgo_sae.loading(dataset):
+            stream = datasets.load_dataset(dataset, part, split=split, streaming=True)
+            for row in stream.shuffle(seed=seed, buffer_size=20_000):
+                cell = (c or row[label], row[attribute] if attribute else None)
+                content = row[text][c] if c else row[text]
+                if label == "language":  # of code, long files without their head
+                    content = content[150:] if len(content) > 534 else ""
+                if missing.get(cell, 0) > 0 and content:
+                    missing[cell] -= 1
+                    yield content, *cell
+                if not any(n for other, n in missing.items() if not c or other[0] == c):
+                    break
 
 
-def benchmark_task(name, source, classes, balanced, train, test, seed):
-    """A task of SAEBench from the Hub; datasets without a test split give their last fifth."""
-    parts = len(classes) * (2 if balanced else 1)
-    source = source if balanced else (*source[:4], None)
-    only_train = source[0] in ("codeparrot/github-code", "Helsinki-NLP/europarl")
-    rows = []
-    if only_train:
-        by_class = {}
-        for text, label, _ in hub_rows(source, classes, math.ceil((train + test) / parts), "train"):
-            by_class.setdefault(label, []).append(text)
-        for label, texts in by_class.items():
-            rows += [(text, label, None, i >= len(texts) * train / (train + test)) for i, text in enumerate(texts)]
+def benchmark_task(name, source, classes, train, test, seed):
+    """A task of SAEBench from the Hub; of datasets without a test split, the last rows read are the test texts."""
+    halves, rows, seen = 2 if source[4] else 1, [], Counter()
+    if source[0] in ("codeparrot/github-code", "Helsinki-NLP/europarl"):
+        for text, label, _ in hub_rows(source, classes, train + test, "train", seed):
+            rows.append((text, label, None, seen[label] >= train))
+            seen[label] += 1
     else:
         for split, count in (("train", train), ("test", test)):
-            found = hub_rows(source, classes, math.ceil(count / parts), split)
-            rows += [(text, classes.index(label), attribute, split == "test") for text, label, attribute in found]
-    return make_task(name, rows, train, test, seed, attribute=balanced)
+            rows += [
+                (*row, split == "test") for row in hub_rows(source, classes, math.ceil(count / halves), split, seed)
+            ]
+    rows = [(text, classes.index(label), value, is_test) for text, label, value, is_test in rows]
+    return make_task(name, rows, train, test, seed, balanced=halves == 2)
 
 
 def file_tasks(path, train, test, seed):
-    """Probing task, and one for SCR where there is a column `attribute`, from a csv, jsonl or parquet file; a fifth tests."""
-    cfg = sgo_sae.Config(dataset=str(path))
-    stream = sgo_sae.load_texts(cfg)
-    rows = []
+    """Probing task, and one for SCR where there is a column `attribute`, from a local file; a fifth of the rows test."""
+    rows, stream = [], sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
     for row in stream:
-        if missing := [name for name in ("text", "label") if name not in row]:
-            raise InputError(f"{path} lacks the column {missing[0]}; its columns are {', '.join(row)}")
-        if sgo_sae.is_text(row["text"]) and row["label"] is not None:
-            is_test = zlib.crc32(row["text"].encode()) % 5 == 0
-            rows.append((row["text"], row["label"], row.get("attribute"), is_test))
-    name = Path(path).stem
-    tasks, values = [make_task(name, rows, train, test, seed)], {row[2] for row in rows} - {None}
-    if not values:
-        return tasks, []
-    two = sorted({row[1] for row in rows}, key=str)[:2]
-    if len(values) != 2:
-        raise InputError(f"{path}: the column attribute must hold two values for SCR, found {len(values)}")
-    return tasks, [make_task(name, [r for r in rows if r[1] in two and r[2] is not None], train, test, seed, attribute=True)]
+        if "label" not in row:
+            raise InputError(f"{path} lacks the column label; its columns are {', '.join(row)}")
+        if row["label"] is not None:
+            rows.append((row["text"], row["label"], row.get("attribute"), zlib.crc32(row["text"].encode()) % 5 == 0))
+    name, two = Path(path).stem, sorted({row[1] for row in rows}, key=str)[:2]
+    tasks, rows = [make_task(name, rows, train, test, seed)], [r for r in rows if r[1] in two and r[2] is not None]
+    return tasks, [make_task(name, rows, 2 * train, 2 * test, seed, balanced=True)] if rows else []
 
 
 # ------------------------------------------------------------------------------------ the language model
+def padded(ids, tokenizer, device, desc, batch=64):
+    """Token id lists in batches of like length: their indices, ids (B, L) filled up on the right, and which are real."""
+    order = sorted(range(len(ids)), key=lambda t: len(ids[t]))
+    for start in progress_bar(range(0, len(order), batch), desc=desc, unit="batch", leave=False):
+        rows = order[start : start + batch]
+        longest = len(ids[rows[-1]])
+        ids_BL = torch.tensor([ids[t] + [tokenizer.pad_token_id or 0] * (longest - len(ids[t])) for t in rows])
+        real_BL = torch.arange(longest) < torch.tensor([len(ids[t]) for t in rows])[:, None]
+        yield rows, ids_BL.to(device), real_BL.to(device)
+
+
+def bos_of(tokenizer):
+    return [i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None][:1]
 
 
 @torch.no_grad()
-def mean_latents(read, tokenizer, saes, texts, length, device, batch=64):
+def mean_latents(read, tokenizer, saes, texts, length, device, desc="texts"):
     """Mean over each text's tokens, special ones left out, of the activations (T, D) and of each SAE's latents (T, N).
 
-    read: token ids (B, L) -> activations (B, L, D). Texts are cut at `length` tokens; batches are of like length.
+    read: token ids (B, L) -> activations (B, L, D). Texts are cut at `length` tokens, BOS included.
     """
-    special = torch.tensor(sgo_sae.special_ids(tokenizer), device=device)
-    bos = [i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None][:1]
+    special, bos = torch.tensor(sgo_sae.special_ids(tokenizer), device=device), bos_of(tokenizer)
     ids = [bos + i[: length - len(bos)] for i in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    pad = tokenizer.pad_token_id or 0
-    order = sorted(range(len(ids)), key=lambda t: len(ids[t]))
     encoders = [lambda x: x, *(sae.encode for sae in saes)]
     means = [torch.zeros(len(ids), width) for width in (len(saes[0].b_dec), *(len(sae.b_enc) for sae in saes))]
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        longest = max(len(ids[t]) for t in rows)
-        ids_BL = torch.tensor([ids[t] + [pad] * (longest - len(ids[t])) for t in rows], device=device)
-        real_BL = torch.arange(longest, device=device) < torch.tensor([len(ids[t]) for t in rows], device=device)[:, None]
+    for rows, ids_BL, real_BL in padded(ids, tokenizer, device, desc):
         keep_BL = real_BL & ~torch.isin(ids_BL, special)
         x_ED, text_E = read(ids_BL)[keep_BL].float(), keep_BL.nonzero()[:, 0]
-        count_B1 = keep_BL.sum(1, keepdim=True).clamp(min=1)
         for encode, mean_TN in zip(encoders, means, strict=True):
             part_EN = encode(x_ED)
-            mean_BN = part_EN.new_zeros(len(rows), part_EN.shape[1]).index_add_(0, text_E, part_EN) / count_B1
-            mean_TN[rows] = mean_BN.cpu()
+            sum_BN = part_EN.new_zeros(len(rows), part_EN.shape[1]).index_add_(0, text_E, part_EN)
+            mean_TN[rows] = (sum_BN / keep_BL.sum(1, keepdim=True).clamp(min=1)).cpu()
     return means[0], means[1:]
 
 
 @torch.no_grad()
 def word_activations(read, tokenizer, device, count, seed):
-    """Activations at the last word of prompts that name first letters, its letter (0 to 25) and whether it is for testing.
+    """Activations (T, D) at the word of prompts that ask for its first letter after ten examples; the letters, 0 to 25.
 
-    Words are the tokenizer's alphabetic tokens. Prompts are put together from token ids, so that the word is one token.
+    Words are the tokenizer's alphabetic tokens, with at most one space before them. Prompts are put together from token
+    ids, so that a word is one, and end with it: what follows changes nothing there in a causal model.
     """
-    rng = random.Random(seed)
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    words = [(i, t.strip()) for i, t in enumerate(texts) if t.strip().isascii() and t.strip().isalpha()]
-    words = rng.sample(words, min(count, len(words)))
-    cut_at = len(words) * 4 // 5
-    tail = tokenizer(" has the first letter:", add_special_tokens=False)["input_ids"]
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    answers = {c: tokenizer(f" {c}", add_special_tokens=False)["input_ids"] for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
-    bos = [i for i in (tokenizer.bos_token_id,) if i is not None]
-    rows = []
-    for word in words:
-        examples = rng.sample([w for w in words[: min(cut_at, 1000)] if w != word], min(10, cut_at - 1))
-        ids = sum((newline + [i] + tail + answers[text[0].upper()] for i, text in examples), bos)
-        rows.append(ids + newline + [word[0]])
-    x = []
-    longest = max(map(len, rows))
-    pad = tokenizer.pad_token_id or 0
-    for start in range(0, len(rows), 64):
-        batch = rows[start : start + 64]
-        # what follows the word does not change a causal model's activation there, so the prompt may end with it
-        ids_BL = torch.tensor([r + [pad] * (longest - len(r)) for r in batch], device=device)
-        last_B = torch.tensor([len(r) - 1 for r in batch], device=device)
-        x.append(read(ids_BL)[torch.arange(len(batch), device=device), last_B].float())
-    letters = torch.tensor([ord(text[0].upper()) - ord("A") for _, text in words], device=device)
-    return torch.cat(x), letters, torch.arange(len(words), device=device) >= cut_at
+    rng, texts = random.Random(seed), tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    words = [(i, t.strip(" ")) for i, t in enumerate(texts) if re.fullmatch(" ?[A-Za-z]+", t)]
+    words = rng.sample(words, min(count or len(words), len(words)))
+    if len(words) < 100:
+        raise InputError(f"the tokenizer has {len(words)} words, 100 are needed")
+    tail, newline = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (" has the first letter:", "\n"))
+    answers = [tokenizer(f" {c}", add_special_tokens=False)["input_ids"] for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    letters, prompts = [ord(text[0].upper()) - ord("A") for _, text in words], []
+    for word, _ in words:
+        examples = [j for j in rng.sample(range(len(words)), 11) if words[j][0] != word][:10]
+        prompts.append(sum((newline + [words[j][0]] + tail + answers[letters[j]] for j in examples), bos_of(tokenizer)))
+        prompts[-1] += [*newline, word]
+    x_TD = None
+    for rows, ids_BL, real_BL in padded(prompts, tokenizer, device, "words"):
+        x_BD = read(ids_BL)[torch.arange(len(rows), device=device), real_BL.sum(1) - 1].float()
+        x_TD = x_BD.new_empty(len(prompts), x_BD.shape[1]) if x_TD is None else x_TD
+        x_TD[torch.tensor(rows, device=device)] = x_BD
+    return x_TD, torch.tensor(letters, device=device)
 
 
-def load_full_lm(name, layer, device, dtype):
-    """The whole language model, its list of layers and whether it predicts next tokens."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+# --------------------------------------------------------------------------------------------- evaluation
+class Evaluation:
+    """Autoencoders of one language model and layer; `results`: for each {family: {key: value} or the reason why not}."""
 
-    with sgo_sae.loading(name):
-        config = AutoConfig.from_pretrained(name)
-        causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or [])
-        lm = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(name, dtype=dtype)
-    n_layers = config.get_text_config().num_hidden_layers
-    if layer >= n_layers:
-        raise InputError(f"layer {layer}: the layers of {name} are 0 to {n_layers - 1}")
-    lm.config.use_cache = False
-    return lm.eval().to(device), sgo_sae.layer_list(lm, n_layers), causal
+    def __init__(self, args, model, layer, saes, device, dtype):
+        from transformers import AutoConfig
+
+        self.args, self.saes, self.device = args, saes, device
+        self.results = [
+            {"settings": getattr(sae.cfg, "settings", None) or {}, "samples": {}, "notes": []} for sae in saes
+        ]
+        first = self.results[0]["settings"]
+        self.demo, self.bar = bool(first.get("demo")), {"unit": "SAE", "leave": False}
+        asked = {"model": model, "layer": layer, "data_seed": args.seed, "ctx": first.get("ctx", 128)}
+        if not args.text and not self.demo:
+            asked |= {k: first[k] for k in ("dataset", "subset", "text_column") if k in first} | {"split": "validation"}
+            if Path(asked.get("dataset", "")).exists() and "dataset" in asked:
+                raise InputError(f"give --text: no text of {asked['dataset']} is known to be held out from training")
+        else:
+            asked["dataset"] = args.text or str(Path(model) / "heldout.jsonl")
+        self.cfg = sgo_sae.Config(**asked)
+        with sgo_sae.loading(model):
+            names = AutoConfig.from_pretrained(model).architectures or []
+        self.head = any(re.search("CausalLM|LMHead|ConditionalGeneration", name) for name in names)
+        self.lm, self.layers, self.tokenizer = sgo_sae.load_lm(self.cfg, device, dtype, head=self.head)
+        self.special = sgo_sae.special_ids(self.tokenizer)
+        for sae in saes:
+            if len(sae.b_dec) != (D := self.lm.config.get_text_config().hidden_size):
+                raise InputError(f"the autoencoder is for {len(sae.b_dec)} dimensions, {model} has {D}")
+        self.train, self.test = args.train or (500 if self.demo else 2000), args.test or (200 if self.demo else 500)
+
+    def read(self, ids_BL):
+        return sgo_sae.hooked(self.lm, self.layers[self.cfg.layer], ids_BL)
+
+    def record(self, family, values):
+        for result, value in zip(self.results, values if isinstance(values, list) else [values] * len(self.saes)):
+            result[family] = value
+
+    def note(self, text):
+        for result in self.results:
+            result["notes"].append(text)
+
+    def text(self, families):
+        """Reconstruction, behaviour and competition on contexts of text."""
+        try:
+            stream = sgo_sae.load_texts(self.cfg)
+            texts = (row[self.cfg.text_column] for row in stream)  # once through
+            contexts = sgo_sae.token_contexts(texts, self.tokenizer, self.cfg.ctx, deque())
+            ids_TL = torch.tensor(list(islice(contexts, self.args.contexts)), device=self.device)
+            if not len(ids_TL):
+                raise InputError(f"{self.cfg.dataset} does not fill a context of {self.cfg.ctx} tokens")
+        except InputError as error:
+            if self.args.text:
+                raise
+            for family in families:
+                self.record(family, str(error))
+            return
+        if "behaviour" in families:
+            why = "the model has no language-model head"
+            place = (self.lm, self.layers[self.cfg.layer], self.saes, ids_TL, self.special)
+            self.record("behaviour", behaviour(*place) if self.head else why)
+        special = torch.tensor(self.special, device=self.device)
+        parts = progress_bar(ids_TL.split(32), desc="activations", unit="batch", leave=False)
+        x_TD = torch.cat([self.read(ids_BL)[~torch.isin(ids_BL, special)] for ids_BL in parts])
+        x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)]
+        if len(ids_TL) < self.args.contexts:
+            self.note(
+                f"text: {self.cfg.dataset} has {len(ids_TL)} contexts of {self.cfg.ctx} tokens, not {self.args.contexts}"
+            )
+        for sae, result in zip(progress_bar(self.saes, desc="reconstruction", **self.bar), self.results):
+            result["samples"]["tokens"] = len(x_TD)
+            if "core" in families:
+                result["core"] = reconstruction(sae, x_TD, self.cfg.ctx)
+            if "competition" in families:
+                scale = getattr(sae.cfg, "activation_scale", 1.0)
+                result["competition"] = competition(sae, x_TD[: 8 * 2048], result["settings"], scale)
+
+    def tasks(self, families):
+        """Sparse probing and SCR: every text is read once, for all autoencoders."""
+        args, sets = self.args, {"probe": PROBING, "scr": SPURIOUS}
+        if args.probe or self.demo:
+            load = partial(file_tasks, args.probe) if args.probe else library_tasks
+            sets["probe"], sets["scr"] = load(self.train, self.test, args.seed)
+        for family in families:
+            scores = [{} for _ in self.saes]
+            for task in sets[family]:
+                try:
+                    double = 2 if family == "scr" else 1
+                    if not isinstance(task, Task):
+                        task = benchmark_task(*task, double * self.train, double * self.test, args.seed)
+                except InputError as error:
+                    self.note(f"{family}: a task is left out, {error}")
+                    continue
+                desc, length = f"{family}: {task.name}", args.length or (64 if self.demo else 128)
+                x, latents = mean_latents(self.read, self.tokenizer, self.saes, task.texts, length, self.device, desc)
+                found = (self.probing if family == "probe" else self.removal)(
+                    task, x, progress_bar(latents, desc=desc, **self.bar)
+                )
+                for score, values, result in zip(scores, found, self.results):
+                    score[task.name] = values
+                    result["samples"][desc] = {"train": int((~task.test).sum()), "test": int(task.test.sum())}
+                if task.note:
+                    self.note(f"{family}: {task.note}")
+            why = "none of its datasets can be had" if sets[family] else "the probe file has no column `attribute`"
+            keys = next(iter(scores[0].values()), {})
+            self.record(
+                family, [{k: sum(s[k] for s in score.values()) / len(score) for k in keys} or why for score in scores]
+            )
+            self.record(f"{family}_tasks", scores)
+
+    def probing(self, task, x_TD, latents):
+        fit, held, y_T = ~task.test, task.test, task.labels
+        residual = sparse_probing(x_TD[fit], y_T[fit], x_TD[held], y_T[held], self.args.seed)
+        common = {f"x_{k}": score for k, score in residual.items()}
+        for f_TN in latents:
+            found = sparse_probing(f_TN[fit], y_T[fit], f_TN[held], y_T[held], self.args.seed)
+            yield common | {f"latents_{k}": score for k, score in found.items()}
+
+    def removal(self, task, x_TD, latents):
+        fit, held, a, b = ~task.test, task.test, task.labels, task.attribute
+        probes = scr_probes(x_TD[fit], a[fit], b[fit], x_TD[held], a[held], b[held], self.args.seed)
+        for f_TN, sae in zip(latents, self.saes):
+            tests = (x_TD[held], f_TN[held], a[held], b[held], sae.W_dec.detach().cpu())
+            yield {f"scr_{n}": score for n, score in scr(probes, f_TN[fit], a[fit], b[fit], *tests).items()}
+
+    def absorption(self):
+        """Absorption, its mean over --splits partitions of the words into training and test ones."""
+        try:
+            if not self.head:
+                raise InputError("the model has no language-model head")
+            x_TD, y_T = word_activations(self.read, self.tokenizer, self.device, self.args.words, self.args.seed)
+            found, splits = [[] for _ in self.saes], self.args.splits
+            with progress_bar(total=splits * len(self.saes), desc="absorption", **self.bar) as bar:
+                for split in range(splits):
+                    generator = torch.Generator().manual_seed(self.args.seed + split)
+                    order = torch.randperm(len(y_T), generator=generator).to(self.device)
+                    fit, held = order[: len(y_T) * 4 // 5], order[len(y_T) * 4 // 5 :]
+                    parts = (x_TD[fit], y_T[fit], x_TD[held], y_T[held])
+                    probe = multi_probe(*parts[:2], batch=64, l2=1e-4, seed=self.args.seed + split)
+                    for sae, figures in zip(self.saes, found):
+                        figures.append(absorption(sae, *parts, probe, self.args.seed + split))
+                        bar.update()
+            for result, figures in zip(self.results, found):
+                result["absorption"] = {key: sum(f[key] for f in figures) / splits for key in figures[0]}
+                result["samples"] |= {"words": len(y_T), "splits": figures}
+        except InputError as error:
+            self.record("absorption", str(error))
 
 
 # -------------------------------------------------------------------------------------------------- table
+HIGHER = r"cosine|explained_variance|.*_score|latents_.*|x_.*|scr_.*"  # is better; of these lower:
+LOWER = r"mse.*|never_fire|dense|ce_sae|kl_sae|w_mean|mean_max.*|pairs_over_half|absorption|full"
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided 95 %, by degrees of freedom
 
 
-ROWS = [  # family, key in eval.json, name in the table, direction
-    ("core", "mse", "MSE per element", "↓"),
-    ("core", "mse_benchmark", "MSE as SAEBench divides it", "↓"),
-    ("core", "cosine", "cosine similarity", "↑"),
-    ("core", "explained_variance", "explained variance", "↑"),
-    ("core", "l0", "L0", ""),
-    ("core", "l1", "L1", ""),
-    ("core", "norm_ratio", "norm of x̂ over norm of x", ""),
-    ("core", "reconstruction_bias", "relative reconstruction bias", ""),
-    ("core", "never_fire", "latents that never fire", "↓"),
-    ("core", "dense", "latents on > 10 % of tokens", "↓"),
-    ("behaviour", "ce_clean", "cross-entropy, clean", ""),
-    ("behaviour", "ce_sae", "cross-entropy with the SAE", "↓"),
-    ("behaviour", "ce_zero", "cross-entropy, zeroed", ""),
-    ("behaviour", "ce_score", "CE score", "↑"),
-    ("behaviour", "kl_score", "KL score", "↑"),
-    ("competition", "w_mean", "mean w_ij of co-active pairs", "↓"),
-    ("competition", "mean_max_w", "mean max w_ij", "↓"),
-    ("competition", "pairs_over_half", "pairs with w_ij > 0.5", "↓"),
-    ("competition", "mean_max_cos", "mean max |cos| of decoder rows", "↓"),
-    ("competition", "penalty_share", "αΩ over reconstruction", ""),
-    *(("probe", f"top_{k}", f"probing, {k} latent{'s' * (k > 1)}", "↑") for k in KS),
-    ("probe", "all", "probing, all latents", "↑"),
-    *(("probe", f"residual_{k}", f"probing, {k} dimension{'s' * (k > 1)} of x", "↑") for k in KS),
-    ("probe", "residual_all", "probing, x", "↑"),
-    *(("scr", f"scr_{n}", f"SCR, {n} latents", "↑") for n in ABLATED),
-    ("absorption", "absorption", "absorption", "↓"),
-    ("absorption", "full_absorption", "full absorption", "↓"),
-]
-PAPER = {"mse_benchmark": 1.41, "cosine": 0.93, "top_1": 0.961, "top_20": 0.959, "scr_2": 0.172, "absorption": 0.025}
+def table(names, results, paired=False):
+    """Markdown of results {family: {key: value} or reason}: a column per setting, mean ± standard deviation over seeds.
 
-
-def table(names, results, paper=False, markdown=False, means=False):
-    """The table of results {family: {key: value} or reason}: a column per run, and mean ± standard deviation over seeds.
-
-    With `means`, a column per setting, whatever its number of seeds, takes the place of the runs'.
+    paired: the difference to the first setting instead, seed by seed, and half its 95 % interval.
     """
-    def of(result):
-        return lambda family, key: result[family].get(key) if isinstance(result.get(family), dict) else None
-
-    columns = [] if means else [(name, of(result)) for name, result in zip(names, results, strict=True)]
-    groups = {}
-    for name, r in zip(names, results, strict=True):
-        same = {k: v for k, v in r["settings"].items() if k not in ("seed", "out", "cache")} or name
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append((name, r))
-    for group in groups.values():
-        if len(group) > 1:
-
-            def spread(family, key, group=group):
-                values = [value for _, r in group if (value := of(r)(family, key)) is not None]
-                if len(values) > 1:
-                    values = torch.tensor(values, dtype=torch.double)
-                    mean, deviation = values.mean().item(), values.std().item()
-                    return f"{number(mean)} ± {number(deviation, mean)}"
-
-            settings = group[0][1]["settings"]
-            name = "{}, α {:g}, N {}, {} seeds".format(*(settings.get(n) for n in ("arch", "alpha", "dict")), len(group))
-            columns.append((name, spread))
-        elif means:
-            columns.append((group[0][0], of(group[0][1])))
-    if paper:
-        columns.append(("the paper's, as reported", lambda family, key: PAPER.get(key)))
-    lines = [["", *(name for name, _ in columns)]]
-    for family, key, label, direction in ROWS:
-        values = [value(family, key) for _, value in columns]
-        if any(of(result)(family, key) is not None for result in results):
-            cells = ["" if v is None else v if isinstance(v, str) else number(v) for v in values]
-            lines.append([f"{label} {direction}".strip(), *cells])
-    notes = [f"{family}: not measured, {r[family]}" for family in FAMILIES for r in results if isinstance(r.get(family), str)]
-    notes += [note for r in results for note in r["notes"]]
-    lines += [[note] for note in dict.fromkeys(notes)]
-    return layout(lines, markdown)
+    groups, runs = {}, ("seed", "out", "log_every", "save_every", "resume", "device")
+    for name, result in zip(names, results, strict=True):
+        setting = {k: v for k, v in result["settings"].items() if k not in runs} or {"run": name}
+        flat = {
+            (f, key): value for f in FAMILIES if isinstance(result.get(f), dict) for key, value in result[f].items()
+        }
+        groups.setdefault(json.dumps(setting, sort_keys=True), {})[result["settings"].get("seed", name)] = flat
+    settings, seeds = [json.loads(group) for group in groups], list(groups.values())
+    differing = [k for k in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(k)) for s in settings}) > 1]
+    labels = [", ".join(f"{k} {s[k]}" for k in differing if k in s) or Path(names[0]).name for s in settings]
+    lines = [["", *(f"{label}, {len(s)} seeds" if len(s) > 1 else label for label, s in zip(labels, seeds))]]
+    for family, key in dict.fromkeys(k for group in seeds for flat in group.values() for k in flat):
+        cells = []
+        for i, group in enumerate(seeds):
+            values = {seed: flat[family, key] for seed, flat in group.items() if (family, key) in flat}
+            if difference := paired and i > 0:
+                values = {
+                    s: v - seeds[0][s][family, key] for s, v in values.items() if (family, key) in seeds[0].get(s, ())
+                }
+            cells.append(spread(list(values.values()), difference))
+        arrow = " ↑" if re.fullmatch(HIGHER, key) else " ↓" if re.fullmatch(LOWER, key) else ""
+        lines.append([f"{family}: {key.replace('_', ' ')}{arrow}", *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = [
+        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))) + " |"
+        for line in lines
+    ]
+    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
+    notes = [
+        f"{family}: not measured, {r[family]}" for family in FAMILIES for r in results if isinstance(r.get(family), str)
+    ]
+    notes = dict.fromkeys(notes + [note for r in results for note in r["notes"]])
+    return "\n".join([rows[0], f"|{rule}|", *rows[1:], *(f"\n{note}" for note in notes)])
 
 
-def number(value, like=None):
-    """A figure with three or four digits that count, or with as many decimals as the figure `like` gets."""
-    size = abs(value if like is None else like)
-    return f"{value:,.{0 if size >= 1000 else 1 if size >= 100 else 3}f}"
-
-
-def layout(lines, markdown):
-    full = [line for line in lines if len(line) > 1]
-    widths = [max(len(line[i]) for line in full) for i in range(len(full[0]))]
-    out = []
-    for n, line in enumerate(lines):
-        if len(line) == 1:
-            line = line + [""] * (len(widths) - 1) if markdown else line
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))]
-        out.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
-        if markdown and n == 0:
-            out.append("|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|")
-    return "\n".join(out)
+def spread(values, difference=False):
+    """Mean ± standard deviation, of differences ± half the 95 % interval, with three or four digits that count."""
+    if not values:
+        return ""
+    n, mean = len(values), sum(values) / len(values)
+    digits, sign = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 100 else 3, "+" if difference else ""
+    if n == 1:
+        return f"{mean:{sign},.{digits}f}"
+    deviation = (sum((value - mean) ** 2 for value in values) / (n - 1)) ** 0.5
+    return (
+        f"{mean:{sign},.{digits}f} ± {deviation * (STUDENT[min(n, 10) - 2] / n**0.5 if difference else 1):,.{digits}f}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- main
+def open_sae(path, device):
+    """An autoencoder as SAEBench measures it: decoder rows of unit length where that changes no latent's being active.
+
+    path: a folder of SAELens's format or Gemma Scope's params.npz, on disk or as OWNER/NAME/PATH on the Hub.
+    """
+    import numpy
+
+    place = Path(path)
+    if not place.exists() and len(place.parts) > 2:
+        from huggingface_hub import snapshot_download
+
+        repository, inside = "/".join(place.parts[:2]), "/".join(place.parts[2:])
+        with sgo_sae.loading(repository):
+            place = Path(snapshot_download(repository, allow_patterns=[inside, f"{inside}/*"])) / inside
+    place = place / "params.npz" if (place / "params.npz").exists() else place
+    if place.suffix == ".npz":
+        with sgo_sae.loading(path):
+            weights = {name: torch.from_numpy(array).float() for name, array in numpy.load(place).items()}
+            weights["theta"] = weights.pop("threshold")
+            weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]  # it does not subtract b_dec
+            (N, D), layer = weights["W_dec"].shape, re.search(r"layer_(\d+)", str(path))
+            sae = sgo_sae.Baseline(D, N, N, "relu")
+            sae.load_state_dict(weights)
+            sae.cfg = argparse.Namespace(hook_name=f"blocks.{layer[1]}.hook_resid_post" if layer else None)
+    else:
+        sae = sgo_sae.load_sae(place)
+    if not hasattr(sae, "theta") and not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return sae.to(device)  # top-k of the latents as they are
+    with torch.no_grad():
+        norm_N = sae.W_dec.norm(dim=1).clamp(min=1e-8)
+        for tensor in (sae.W_enc, sae.b_enc, *([sae.theta] if hasattr(sae, "theta") else [])):
+            tensor.mul_(norm_N)
+        sae.W_dec.div_(norm_N[:, None])
+    return sae.to(device)
+
+
+def origin(sae, args, path):
+    """Model and layer of an autoencoder."""
+    hook = getattr(sae.cfg, "hook_name", None)
+    known = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook or "")
+    if hook and not known:
+        raise InputError(
+            f"{path} reads {hook}: only the residual stream after a layer, hook_resid_post, can be evaluated"
+        )
+    if not known and args.layer is None:
+        raise InputError(f"{path} does not name its layer: give --layer")
+    model = args.model or getattr(sae.cfg, "model_name", None) or sgo_sae.Config.model
+    return model, args.layer if args.layer is not None else int(known[1])
 
 
 def parse_args(argv):
-    parser = sgo_sae.make_parser("eval_sae.py", __doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a trained SAE or of a grid of them, or Gemma Scope params.npz")
-    parser.add_argument("--metrics", default=",".join(FAMILIES), help="families to measure")
-    parser.add_argument("--model", help="language model, where a RUN does not name one that can be loaded")
-    parser.add_argument("--layer", type=int, help="layer, where a RUN does not name it")
-    parser.add_argument("--text", help="text for core, behaviour and competition (default: the demo's held-out documents, "
-                        "else the split `validation` of the run's dataset)")  # fmt: skip
-    parser.add_argument("--probe", help="csv, jsonl or parquet file with text, label and, for SCR, attribute")
-    parser.add_argument("--contexts", type=int, default=512, help="contexts of text for core and behaviour")
-    parser.add_argument("--train", type=int, help="training texts of a probing task (default: 4000, of the demo's 1500)")
-    parser.add_argument("--test", type=int, help="test texts of a probing task (default: 1000, of the demo's 2000)")
-    parser.add_argument("--length", type=int, help="tokens of a text (default: 128, of the demo's 64)")
-    parser.add_argument("--words", type=int, default=20000, help="words of the absorption task, at most")
-    parser.add_argument("--paper", action="store_true", help="add the paper's figures for its run 4, as it reports them")
-    parser.add_argument("--means", action="store_true", help="a column per setting, over its seeds, instead of one per run")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--device", default="auto", help="cuda, cpu; auto is cuda where there is one")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                        help="precision of the language model; auto is bfloat16 on cuda, else float32")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of samples and probes")
+    parser = sgo_sae.Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add(
+        "runs", nargs="+", metavar="RUN", help="folder of a trained SAE or of a grid of them, or Gemma Scope params.npz"
+    )
+    add("--metrics", default=",".join(FAMILIES), help="families to measure")
+    add("--model", help="language model, where a RUN does not name one that can be loaded")
+    add("--layer", type=int, help="layer, where a RUN does not name it")
+    add(
+        "--text",
+        help="text for core, behaviour and competition; else the demo's or the split `validation` of the dataset",
+    )
+    add("--probe", help="csv, jsonl or parquet file with text, label and, for SCR, attribute")
+    add("--contexts", type=int, default=512, help="contexts of text for core, behaviour and competition")
+    add("--train", type=int, help="training texts of each class (default: 2000, of the demo's 500)")
+    add("--test", type=int, help="test texts of each class (default: 500, of the demo's 200)")
+    add("--length", type=int, help="tokens of a text (default: 128, of the demo's 64)")
+    add("--words", type=int, help="words of the absorption task (default: all of the tokenizer's)")
+    add("--splits", type=int, default=1, help="partitions of the words over which absorption is averaged")
+    add("--paired", action="store_true", help="differences to the first setting, seed by seed, with 95 %% intervals")
+    add("--device", default="auto", help="cuda, cpu; auto is cuda where there is one")
+    add("--dtype", default="auto", choices=sgo_sae.DTYPES, help="the model's; auto is bfloat16 on cuda, else float32")
+    add("--seed", type=int, default=0, help="seed of samples and probes")
     args = parser.parse_args(argv)
     runs, args.runs = args.runs, []
     for run in runs:
@@ -855,187 +871,44 @@ def parse_args(argv):
     args.metrics = args.metrics.split(",")
     if unknown := [m for m in args.metrics if m not in FAMILIES]:
         raise InputError(f"--metrics {unknown[0]}: the families are {', '.join(FAMILIES)}")
-    for name in ("contexts", "train", "test", "length", "words"):
+    for name in ("contexts", "train", "test", "length", "words", "splits"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, but is {getattr(args, name)}")
     return args
 
 
-def origin(sae, args):
-    """Model, layer and the training settings, {} where they are not known, of an autoencoder."""
-    known = vars(sae.cfg)
-    hook = re.search(r"blocks\.(\d+)\.hook_resid_post", str(known.get("hook_name")))
-    model = args.model or known.get("model_name") or "google/gemma-2-2b"
-    layer = args.layer if args.layer is not None else int(hook.group(1)) if hook else 12
-    return model, layer, known.get("settings") or {}
-
-
-def task_scores(family, tasks, saes, latents_of, train, test, seed):
-    """Probing or SCR of each autoencoder, {task: {key: score}}; numbers of texts; notes on tasks that can't be had.
-
-    latents_of(texts): their mean activations, and a list of their mean latents, one per autoencoder.
-    """
-    from tqdm import tqdm
-
-    scores, samples, notes = [{} for _ in saes], {}, []
-    for task in tqdm(tasks, desc=family, unit="task"):
-        try:
-            if not isinstance(task, Task):
-                name, source, classes, *balanced = task
-                task = benchmark_task(name, source, classes, (balanced or [True])[0], train, test, seed)
-        except InputError as error:
-            notes.append(f"{family}: {name} is left out, {error}")
-            continue
-        x, latents = latents_of(task.texts)
-        fit, held = ~task.test, task.test
-        if family == "probe":
-            split = lambda f: (f[fit], task.labels[fit], f[held], task.labels[held])  # noqa: E731
-            residual = sparse_probing(*split(x), train=train, test=test, seed=seed)
-            for f, score in zip(latents, scores):
-                ours = sparse_probing(*split(f), train=train, test=test, seed=seed)
-                score[task.name] = {f"top_{k}" if k != "all" else k: v for k, v in ours.items()}
-                score[task.name] |= {f"residual_{k}": v for k, v in residual.items()}
-        else:
-            a, b = task.labels, task.attribute
-            probes = scr_probes(x[fit], a[fit], b[fit], x[held], a[held], b[held], seed)
-            for f, sae, score in zip(latents, saes, scores):
-                W_dec_ND = sae.W_dec.detach().cpu()
-                removal = scr(probes, f[fit], a[fit], b[fit], x[held], f[held], a[held], b[held], W_dec_ND)
-                score[task.name] = {f"scr_{n}": v for n, v in removal.items()}
-        samples[f"{family}: {task.name}"] = {"train": int(fit.sum()), "test": int(held.sum())}
-    return scores, samples, notes
-
-
-def evaluate(args, device, saes, model, layer, settings):
-    """Results of autoencoders of one model and layer: a dict {family: {key: value} or the reason why not} for each."""
-    from tqdm import tqdm
-
-    dtype = sgo_sae.find_dtype(args.dtype, device)
-    demo = bool(settings[0].get("demo"))
-    train, test = args.train or (1500 if demo else 4000), args.test or (2000 if demo else 1000)
-    length = args.length or (64 if demo else 128)
-    ctx = settings[0].get("ctx", 128)
-    cfg = sgo_sae.Config(model=model, layer=layer, ctx=ctx, data_seed=args.seed)
-    lm_config, tokenizer = sgo_sae.load_tokenizer(cfg)
-    for sae in saes:
-        if len(sae.b_dec) != lm_config.hidden_size:
-            raise InputError(f"the autoencoder is for {len(sae.b_dec)} dimensions, {model} has {lm_config.hidden_size}")
-    results = [{"settings": s, "samples": {}, "notes": []} for s in settings]
-
-    def record(families, values):
-        for result, value in zip(results, values if isinstance(values, list) else [values] * len(results), strict=True):
-            for family in families:
-                result[family] = value
-
-    probing, spurious = None, None
-    if {"probe", "scr"} & set(args.metrics):
-        if args.probe:
-            probing, spurious = file_tasks(args.probe, train, test, args.seed)
-        elif demo:
-            probing, spurious = library_tasks(train, test, args.seed)
-    if args.text:
-        cfg = dataclasses.replace(cfg, dataset=args.text)
-    elif demo:
-        cfg = dataclasses.replace(cfg, dataset=str(Path(model) / "heldout.jsonl"))
-    else:
-        cfg = dataclasses.replace(cfg, dataset=settings[0].get("dataset", cfg.dataset), split="validation")
-        if Path(cfg.dataset).exists():
-            raise InputError(f"give --text: no text of {cfg.dataset} is known to be held out from training")
-    lm, layers, causal = load_full_lm(model, layer, device, dtype)
-    special = sgo_sae.special_ids(tokenizer)
-
-    text_families = [f for f in ("core", "behaviour", "competition") if f in args.metrics]
-    if text_families:
-        try:
-            stream = sgo_sae.load_texts(cfg)
-            contexts = sgo_sae.token_contexts(sgo_sae.text_batches(stream, "text", dict(epoch=0, row=0)), tokenizer, ctx)
-            ids_TL = torch.tensor(list(islice(contexts, args.contexts)), device=device)
-        except InputError as error:
-            if args.text:
-                raise
-            record(text_families, str(error))
-            text_families = []
-    if "behaviour" in text_families:
-        if causal:
-            with tqdm(total=len(ids_TL), desc="behaviour", unit="context") as bar, torch.inference_mode():
-                record(["behaviour"], behaviour(lm, layers[layer], saes, ids_TL, special, bar))
-        else:
-            record(["behaviour"], "the model has no language-model head")
-    del layers[layer + 1 :]  # nothing below needs what comes after the layer
-    lm = lm.base_model
-
-    def read(ids_BL):
-        with torch.inference_mode():
-            return sgo_sae.hooked(lm, layers[layer], ids_BL)
-
-    if {"core", "competition"} & set(text_families):
-        source = sgo_sae.activations(lm, layers[layer], iter(ids_TL.tolist()), special, dict(left=ids_TL.numel()))
-        x_TD = torch.cat([chunk.clone() for chunk in tqdm(source, desc="activations", unit="batch")])
-        x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(args.seed)).to(device)]
-        for sae, result, s in zip(tqdm(saes, desc="reconstruction", unit="SAE"), results, settings):
-            result["samples"]["tokens"] = len(x_TD)
-            if "core" in args.metrics:
-                result["core"] = reconstruction(sae, x_TD, ctx)
-            if "competition" in args.metrics:
-                result["competition"] = competition(sae, x_TD[: 8 * 2048], s.get("alpha"))
-        del x_TD
-
-    for family, tasks, benchmark in (("probe", probing, PROBING), ("scr", spurious, SPURIOUS)):
-        tasks = benchmark if tasks is None else tasks
-        if family not in args.metrics:
-            continue
-        if not tasks:
-            record([family], "the probe file has no column `attribute`")
-            continue
-        scores, samples, notes = task_scores(
-            family, tasks, saes, partial(mean_latents, read, tokenizer, saes, length=length, device=device), train, test, args.seed
-        )
-        for result, score in zip(results, scores):
-            result["samples"] |= samples
-            result["notes"] += notes
-            if not score:
-                result[family] = "none of its datasets can be had"
-                continue
-            keys = next(iter(score.values()))
-            result[family] = {key: sum(s[key] for s in score.values()) / len(score) for key in keys}
-            result[f"{family}_tasks"] = score
-
-    if "absorption" in args.metrics:
-        try:
-            if not causal:
-                raise InputError("the model has no language-model head")
-            x, letters, held = word_activations(read, tokenizer, device, args.words, args.seed)
-            probe = multi_probe(x[~held], F.one_hot(letters[~held], 26))
-            for sae, result in zip(tqdm(saes, desc="absorption", unit="SAE"), results):
-                result["absorption"] = absorption(sae, x[~held], letters[~held], x[held], letters[held], probe)
-                result["samples"]["words"] = len(letters)
-        except InputError as error:
-            record(["absorption"], str(error))
-    return results
-
-
 def work(argv):
     args = parse_args(argv)
-    device = sgo_sae.find_device(args.device)
-    sgo_sae.quiet_libraries()
+    device, dtype = sgo_sae.find_device(args.device, args.dtype)
     torch.manual_seed(args.seed)
-    saes = [sgo_sae.load_sae(run, device) for run in args.runs]
-    origins = [origin(sae, args) for sae in saes]
+    saes = [open_sae(run, device) for run in args.runs]
+    origins = [origin(sae, args, run) for sae, run in zip(saes, args.runs)]
     results = [None] * len(saes)
-    for key in dict.fromkeys((model, layer) for model, layer, _ in origins):
-        members = [i for i, (model, layer, _) in enumerate(origins) if (model, layer) == key]
-        found = evaluate(args, device, [saes[i] for i in members], *key, [origins[i][2] for i in members])
-        for i, result in zip(members, found):
+    for key in dict.fromkeys(origins):
+        members = [i for i, place in enumerate(origins) if place == key]
+        evaluation = Evaluation(args, *key, [saes[i] for i in members], device, dtype)
+        if text := [f for f in ("core", "behaviour", "competition") if f in args.metrics]:
+            evaluation.text(text)
+        if tasks := [f for f in ("probe", "scr") if f in args.metrics]:
+            evaluation.tasks(tasks)
+        if "absorption" in args.metrics:
+            evaluation.absorption()
+        for i, result in zip(members, evaluation.results):
             results[i] = result
     for run, result in zip(args.runs, results):
         if Path(run).exists():
-            folder = Path(run) if Path(run).is_dir() else Path(run).parent
-            sgo_sae.write_json(folder / "eval.json", {"command": vars(args), "versions": sgo_sae.versions(), **result})
-    print(table([Path(run).name for run in args.runs], results, args.paper, args.markdown, args.means))
+            folder, name = (
+                (Path(run), "eval.json") if Path(run).is_dir() else (Path(run).parent, f"{Path(run).stem}.eval.json")
+            )
+            (folder / name).write_text(
+                json.dumps({"command": vars(args), "torch": torch.__version__, **result}, indent=2)
+            )
+    print(table(args.runs, results, args.paired))
+    return 0
 
 
 def main(argv):
-    return sgo_sae.exit_code("eval_sae.py", work, argv)
+    return sgo_sae.main(argv, work, "eval_sae.py")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """Tests of sgo_sae.py and eval_sae.py against independent truth; no network. `python -m pytest` runs them."""
 
-import ast
+import argparse
 import dataclasses
 import gzip
 import http.server
+import importlib.util
 import json
 import math
 import os
 import pickle
 import random
 import re
-import shlex
+import resource
+import runpy
 import signal
 import statistics
 import string
@@ -19,9 +21,16 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
+from itertools import count, islice
 from pathlib import Path
+
+os.environ |= {"TRANSFORMERS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "critical"}  # as main() sets them, but earlier
+os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+import operator
 
 import pytest
 import torch
@@ -29,7 +38,15 @@ import torch.nn.functional as F
 
 import eval_sae
 import sgo_sae
-from sgo_sae import SAE, InputError, coactivation_weights, sgo_penalty, sgo_penalty_decoder, sgo_penalty_reference
+from sgo_sae import (
+    SAE,
+    Baseline,
+    InputError,
+    coactivation_weights,
+    sgo_penalty,
+    sgo_penalty_decoder,
+    sgo_penalty_reference,
+)
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "sgo_sae.py"
@@ -45,6 +62,15 @@ def sparse_latents(B, N, K, seed=0, skew=2.0, dtype=torch.float64):
     return vals_BK.relu(), idx_BK
 
 
+def make_sae(d_in, d_sae, k, arch="topk"):
+    return SAE(d_in, d_sae, k) if arch == "topk" else Baseline(d_in, d_sae, k, arch)
+
+
+def weights_of_all(f_BN):
+    """Eq. 3 of all pairs."""
+    return coactivation_weights(f_BN, f_BN)
+
+
 def dense(vals_BK, idx_BK, N):
     return vals_BK.new_zeros(len(vals_BK), N).scatter(1, idx_BK, vals_BK)
 
@@ -57,7 +83,9 @@ def definition(f_BN):
     w = [[len(M[i] & M[j]) / min(len(M[i]), len(M[j])) if M[i] and M[j] else 0.0 for j in range(N)] for i in range(N)]
     gram = [[sum(f[b][i] * f[b][j] for b in range(B)) / B for j in range(N)] for i in range(N)]
     omega = sum(w[i][j] * gram[i][j] ** 2 for i in range(N) for j in range(N) if i != j)
-    grad = [[4 / B * sum(f[b][j] * w[i][j] * gram[i][j] for j in range(N) if j != i) for i in range(N)] for b in range(B)]
+    grad = [
+        [4 / B * sum(f[b][j] * w[i][j] * gram[i][j] for j in range(N) if j != i) for i in range(N)] for b in range(B)
+    ]
     return omega, torch.tensor(w, dtype=torch.float64), torch.tensor(grad, dtype=torch.float64)
 
 
@@ -71,26 +99,34 @@ SHAPES = [(7, 5, 1), (16, 12, 12), (40, 30, 6), (1, 9, 3), (33, 64, 2), (64, 100
 def test_reference_is_the_definition(B, N, K):
     f_BN = dense(*sparse_latents(B, N, K), N)
     omega, w_NN, _ = definition(f_BN)
-    assert torch.allclose(coactivation_weights(f_BN), w_NN, atol=1e-12, rtol=0)
+    assert torch.allclose(weights_of_all(f_BN), w_NN, atol=1e-12, rtol=0)
     assert math.isclose(sgo_penalty_reference(f_BN).item(), omega, rel_tol=1e-12, abs_tol=1e-15)
 
 
 def test_weights_of_a_case_worked_by_hand():
     f_BN = torch.tensor([[1.0, 2, 0, 0], [3, 0, 1, 0], [1, 1, 0, 0], [0, 0, 2, 0]])
     expected = [[1, 1, 0.5, 0], [1, 1, 0, 0], [0.5, 0, 1, 0], [0, 0, 0, 0]]  # fourth latent never fires
-    assert coactivation_weights(f_BN).tolist() == expected
+    assert weights_of_all(f_BN).tolist() == expected
     # ⟨f0,f1⟩ = (2 + 1)/4, ⟨f0,f2⟩ = 3/4, each pair counted in both orders
     assert sgo_penalty_reference(f_BN).item() == pytest.approx(2 * (1 * 0.75**2 + 0.5 * 0.75**2))
 
 
-@pytest.mark.parametrize("way, rows", [("pairs", 1), ("pairs", 7), ("pairs", 1000), ("tiles", 1), ("tiles", 7), ("tiles", 1000)])
+def take(way, monkeypatch, **sizes):
+    """Makes sgo_penalty compute its gradient in one way, whatever the sizes: by pairs or by tiles."""
+    chosen = partial(getattr(sgo_sae, f"penalty_gradient_{way}"), **sizes)
+    monkeypatch.setattr(sgo_sae, "penalty_gradient_pairwise", chosen)
+    monkeypatch.setattr(sgo_sae, "penalty_gradient_tiled", chosen)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("way", ["pairwise", "tiled"])
 @pytest.mark.parametrize("B, N, K", SHAPES)
 def test_penalty_and_gradient_match_the_definition(B, N, K, way, rows, monkeypatch):
-    monkeypatch.setattr(sgo_sae, "tile_rows", lambda d_sae, device: rows)
-    monkeypatch.setattr(sgo_sae, "penalty_gradient_tiled", partial(sgo_sae.penalty_gradient_tiled, tile=rows))
-    monkeypatch.setitem(sgo_sae.CROSSOVER, "cpu", 0 if way == "pairs" else math.inf)
+    take(way, monkeypatch, **({"cells": rows * (N + 1)} if way == "pairwise" else {"tile": rows}))
     vals_BK, idx_BK = sparse_latents(B, N, K)
-    omega, w_NN, grad_BN = definition(dense(vals_BK, idx_BK, N)) if N <= 64 else reference_by_autograd(vals_BK, idx_BK, N)
+    omega, w_NN, grad_BN = (
+        definition(dense(vals_BK, idx_BK, N)) if N <= 64 else reference_by_autograd(vals_BK, idx_BK, N)
+    )
     vals_BK.requires_grad_()
     value = sgo_penalty(vals_BK, idx_BK, N)
     (grad_BK,) = torch.autograd.grad(value, vals_BK)
@@ -98,13 +134,26 @@ def test_penalty_and_gradient_match_the_definition(B, N, K, way, rows, monkeypat
     expected_BK = grad_BN.gather(1, idx_BK) * (vals_BK > 0)  # only active entries receive a gradient
     assert torch.allclose(grad_BK, expected_BK, rtol=1e-10, atol=1e-14)
     rivals_N = w_NN.clone().fill_diagonal_(0).amax(1)
-    assert torch.allclose(sgo_sae.max_coactivation(vals_BK.detach(), idx_BK, N), rivals_N, atol=1e-12, rtol=0)
+    found_N = sgo_sae.max_coactivation(dense(vals_BK.detach(), idx_BK, N), tile=rows)
+    assert torch.allclose(found_N, rivals_N, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("device, N, K, expected", [("cpu", 151, 10, "pairwise"), ("cpu", 150, 10, "tiled")])
+def test_penalty_takes_the_cheaper_way(device, N, K, expected, monkeypatch):
+    called = []
+    for way in ("pairwise", "tiled"):
+        real = getattr(sgo_sae, f"penalty_gradient_{way}")
+        monkeypatch.setattr(
+            sgo_sae, f"penalty_gradient_{way}", lambda *a, way=way, real=real: called.append(way) or real(*a)
+        )
+    sgo_penalty(*sparse_latents(20, N, K), N)
+    assert called == [expected]
 
 
 def reference_by_autograd(vals_BK, idx_BK, N):
     f_BN = dense(vals_BK, idx_BK, N).requires_grad_()
     omega = sgo_penalty_reference(f_BN)
-    return omega.item(), coactivation_weights(f_BN.detach()), torch.autograd.grad(omega, f_BN)[0]
+    return omega.item(), weights_of_all(f_BN.detach()), torch.autograd.grad(omega, f_BN)[0]
 
 
 def test_penalty_passes_gradcheck():
@@ -123,15 +172,14 @@ def test_penalty_does_not_depend_on_the_order_of_tokens_or_slots():
     same = sgo_penalty(vals_BK[rows][:, slots], idx_BK[rows][:, slots], 40)
     assert torch.allclose(same, sgo_penalty(vals_BK, idx_BK, 40), rtol=1e-12)
     f_BN = dense(vals_BK, idx_BK, 40)
-    assert torch.equal(coactivation_weights(f_BN), coactivation_weights(f_BN[rows]))
+    assert torch.equal(weights_of_all(f_BN), weights_of_all(f_BN[rows]))
 
 
-@pytest.mark.parametrize("rows", [1, 1000])
-def test_decoder_penalty_matches_its_definition(rows, monkeypatch):
-    monkeypatch.setattr(sgo_sae, "tile_rows", lambda d_sae, device: rows)
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_decoder_penalty_matches_its_definition(rows):
     vals_BK, idx_BK = sparse_latents(40, 30, 5)
     W_ND = F.normalize(torch.randn(30, 7, dtype=torch.float64), dim=1).requires_grad_()
-    value = sgo_penalty_decoder(vals_BK, idx_BK, W_ND)
+    value = sgo_penalty_decoder(vals_BK, idx_BK, W_ND, tile=rows)
     w_NN = definition(dense(vals_BK, idx_BK, 30))[1].fill_diagonal_(0)
     expected = (w_NN * (W_ND @ W_ND.T) ** 2).sum()
     assert torch.allclose(value, expected, rtol=1e-12)
@@ -144,16 +192,25 @@ def test_penalty_is_the_same_in_float32():
     assert torch.allclose(sgo_penalty(vals_BK.float(), idx_BK, 256).double(), exact, rtol=1e-5)
 
 
+def adam_of(sae, lr):
+    return torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999))
+
+
+def step_of(sae, adam, x_BD, cfg, alpha, lr, lam):
+    return sgo_sae.training_step(sae, adam, x_BD, cfg, alpha, lr, torch.tensor(lam, dtype=x_BD.dtype))
+
+
 def test_training_is_the_same_with_either_way_of_the_penalty(monkeypatch):
     losses = {}
-    for way, crossover in (("pairs", 0), ("tiles", math.inf)):
-        monkeypatch.setitem(sgo_sae.CROSSOVER, "cpu", crossover)
-        torch.manual_seed(0)
-        sae, cfg = SAE(16, 64, 8).double(), sgo_sae.Config(dict=64, k=8)
-        adam = sgo_sae.optimizer(sae, 3e-3)
-        steps = [torch.randn(256, 16, dtype=torch.float64) * 2 for _ in range(30)]
-        losses[way] = [sgo_sae.training_step(sae, adam, x_BD, cfg, 0.5, 3e-3, 0.04)["loss"].item() for x_BD in steps]
-    assert losses["pairs"] == pytest.approx(losses["tiles"], rel=1e-9)
+    for way in ("pairwise", "tiled"):
+        with monkeypatch.context() as patch:
+            take(way, patch)
+            torch.manual_seed(0)
+            sae, cfg = SAE(16, 64, 8).double(), sgo_sae.Config(dict=64, k=8)
+            adam = adam_of(sae, 3e-3)
+            steps = [torch.randn(256, 16, dtype=torch.float64) * 2 for _ in range(30)]
+            losses[way] = [step_of(sae, adam, x_BD, cfg, 0.5, 3e-3, 0.04)["loss"].item() for x_BD in steps]
+    assert losses["pairwise"] == pytest.approx(losses["tiled"], rel=1e-9)
 
 
 def plain_topk(sae, x_BD):
@@ -172,8 +229,7 @@ def test_sae_and_its_gradients_match_a_dense_one():
     assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-14)
     assert torch.allclose(sae(x_BD), f_BN @ sae.W_dec + sae.b_dec, atol=1e-12)
     inputs = [x_BD, *sae.parameters()]
-    vals_BK, idx_BK, active_BK = sae.sparse(x_BD)
-    assert torch.equal(active_BK, (vals_BK > 0).double())
+    vals_BK, idx_BK = sae.sparse(x_BD)
     xhat_BD = sae.decode_sparse(vals_BK, idx_BK)
     assert torch.allclose(dense(vals_BK, idx_BK, 20), f_BN, atol=1e-14)
     ours = torch.autograd.grad((xhat_BD - x_BD).square().sum() + vals_BK.sum(), inputs)
@@ -186,85 +242,113 @@ ARCHS = ("topk", "batchtopk", "relu", "jumprelu")
 
 @pytest.mark.parametrize("arch", ARCHS[1:])
 def test_other_architectures_and_their_gradients_match_dense_ones(arch):
-    """jumprelu's threshold by the formulas of Rajamanoharan et al. 2024: (θ/ε) and (1/ε) times a rectangle of width ε."""
+    """jumprelu's threshold by the formulas of Rajamanoharan et al. 2024: (θ/ε) and (1/ε) times a rectangle of width ε,
+    which is θ/5; the derivative in log θ is θ times that in θ."""
     torch.manual_seed(0)
-    sae, x_BD = SAE(6, 20, 4, arch).double(), torch.randn(50, 6, dtype=torch.float64)
-    sample_BD = torch.randn(1000, 6, dtype=torch.float64)
-    sae.initialize(sample_BD, sgo_sae.geometric_median(sample_BD), bandwidth=0.4)
+    sae, x_BD = make_sae(6, 20, 4, arch).double(), torch.randn(50, 6, dtype=torch.float64)
+    if arch != "batchtopk":
+        sae.calibrate(torch.randn(1000, 6, dtype=torch.float64))
     weights = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
     for p in weights:
         p.data += 0.1 * torch.randn_like(p)
-    vals_BK, idx_BK, active_BK = sae.sparse(x_BD)
+    vals_BK, idx_BK = sae.sparse(x_BD)
     lam, loss = 0.3, (sae.decode_sparse(vals_BK, idx_BK) - x_BD).square().sum()
-    loss = loss + lam * (active_BK if arch == "jumprelu" else vals_BK).sum()
+    loss = loss + lam * (sae.active_BK if arch == "jumprelu" else vals_BK).sum()
 
+    theta_N = sae.threshold().detach()
     pre_BN = (x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc
     if arch == "batchtopk":
         f_BN = torch.where(pre_BN >= pre_BN.flatten().sort(descending=True).values[50 * 4 - 1], pre_BN, 0)
         assert (vals_BK > 0).sum() == 50 * 4
-        assert sae.threshold.unique() == pytest.approx(f_BN[f_BN > 0].min().item())
+        assert theta_N.unique() == pytest.approx(f_BN[f_BN > 0].min().item())
     else:
-        f_BN = torch.where(pre_BN > sae.threshold.detach(), pre_BN, 0)
+        f_BN = torch.where(pre_BN > theta_N, pre_BN, 0)
     assert torch.allclose(dense(vals_BK, idx_BK, 20), f_BN, atol=1e-14)
-    assert torch.equal(dense(active_BK, idx_BK, 20), (f_BN > 0).double())
     f_BN.retain_grad()
     expected = (sae.decode(f_BN) - x_BD).square().sum() + lam * (0 if arch == "jumprelu" else f_BN.sum())
     grads = torch.autograd.grad(expected, weights + [f_BN])
-    ours = torch.autograd.grad(loss, weights + ([sae.threshold] if arch == "jumprelu" else []))
+    ours = torch.autograd.grad(loss, weights + ([sae.log_theta] if arch == "jumprelu" else []))
     assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(ours[:4], grads[:4], strict=True))
     if arch == "jumprelu":
-        near_BN = ((pre_BN - sae.threshold).abs() < sae.bandwidth / 2).double() / sae.bandwidth
+        assert torch.equal(dense(sae.active_BK, idx_BK, 20), (f_BN > 0).double())
+        near_BN = ((pre_BN - theta_N).abs() < theta_N / 10).double() / (theta_N / 5)
         assert 10 < (near_BN > 0).sum() < 200
-        assert torch.allclose(ours[-1], -(near_BN * (sae.threshold * grads[-1] + lam)).sum(0), atol=1e-10)
+        theta_N = 10 * theta_N  # θ is exp(10 p)
+        assert torch.allclose(ours[-1], -theta_N * (near_BN * (theta_N / 10 * grads[-1] + lam)).sum(0), atol=1e-10)
 
 
 def test_learned_threshold_counts_as_a_step_in_l0():
     """On average over the batch the pseudo-gradient of L0 is the slope of the true L0, wherever the kernel is narrow."""
     torch.manual_seed(0)
-    sae, x_BD = SAE(4, 6, 2, "jumprelu").double(), torch.randn(200_000, 4, dtype=torch.float64)
-    sae.initialize(x_BD, sgo_sae.geometric_median(x_BD), bandwidth=0.2)
-    (grad_N,) = torch.autograd.grad(sae.sparse(x_BD)[2].sum(1).mean(), sae.threshold)
-    pre_BN, h = (x_BD - sae.b_dec) @ sae.W_enc, 0.05
-    slope_N = ((pre_BN > sae.threshold + h).double().mean(0) - (pre_BN > sae.threshold - h).double().mean(0)) / (2 * h)
-    assert torch.allclose(grad_N, slope_N, rtol=0.1)
+    sae, x_BD = make_sae(4, 6, 2, "jumprelu").double(), torch.randn(200_000, 4, dtype=torch.float64)
+    sae.calibrate(x_BD)
+    sae.sparse(x_BD)
+    (grad_N,) = torch.autograd.grad(sae.active_BK.sum(1).mean(), sae.log_theta)
+    pre_BN, theta_N, h = x_BD @ sae.W_enc + sae.b_enc, sae.threshold(), 0.05
+    slope_N = ((pre_BN > theta_N + h).double().mean(0) - (pre_BN > theta_N - h).double().mean(0)) / (2 * h)
+    assert torch.allclose(grad_N, 10 * theta_N * slope_N, rtol=0.1)
+
+
+@pytest.mark.parametrize("k", [2, 30, 59])
+@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
+def test_steered_architectures_start_where_l0_is_k(arch, k):
+    """Up to k near N, where the largest pre-activations that must stay out are negative."""
+    torch.manual_seed(0)
+    sae, x_BD = make_sae(16, 60, k, arch), torch.randn(3000, 16)
+    sae.calibrate(x_BD)
+    assert (sae.encode(x_BD) > 0).sum(1).float().mean() == pytest.approx(k, rel=0.01)
+    assert (sae.threshold() >= 0).all() and (arch == "relu" or sae.threshold().min() > 0)
+
+
+def test_batchtopk_takes_exactly_k_a_token_where_many_tie():
+    torch.manual_seed(0)
+    sae = make_sae(8, 40, 5, "batchtopk")
+    pre_BN = (torch.randn(64, 40) * 2).round() / 2  # as coarse as bfloat16, and coarser
+    vals_BK, idx_BK = sae.select(pre_BN)
+    assert (vals_BK > 0).sum() == 64 * 5
+    assert torch.equal(vals_BK.sort(1).values, pre_BN.gather(1, idx_BK).where(vals_BK > 0, 0).sort(1).values)
 
 
 @pytest.mark.parametrize("arch", ["relu", "jumprelu"])
 def test_sparsity_is_steered_to_k(tmp_path, arch):
-    def train(steps, **settings):
-        cfg = sgo_sae.Config(arch=arch, dict=96, k=5, lr=3e-3, alpha=0.0, out=str(tmp_path), **settings)
-        run, l0 = sgo_sae.Run(cfg, 32, torch.device("cpu")), []
-        true_ND = F.normalize(torch.randn(48, 32), dim=1)
-        for step in range(steps):
-            f_BN = torch.rand(512, 48) * (torch.rand(512, 48) < 3 / 48)
-            x_BD = f_BN @ true_ND * 5
-            if step == 0:
-                run.start(x_BD, sgo_sae.geometric_median(x_BD))
-            run.step(x_BD, step, steps)
-            l0.append(run.part["l0"].item())
-        return run, sum(l0[-50:]) / 50
-
+    mix_DD = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) * torch.linspace(2, 0.2, 32)[:, None]
     for sparsity in (0.001, 1.0):
-        assert train(700, sparsity=sparsity)[1] == pytest.approx(5, rel=0.05)
-    run, _ = train(20, fixed_sparsity=True)
-    assert run.lam == pytest.approx(0.04)
+        cfg = sgo_sae.Config(arch=arch, dict=96, k=5, lr=1e-3, alpha=0.0, out=str(tmp_path), sparsity=sparsity)
+        l0 = []
+        for step in range(1500):
+            x_BD = torch.randn(512, 32) @ mix_DD
+            if step == 0:
+                run = sgo_sae.Run(cfg, x_BD, sgo_sae.geometric_median(x_BD))
+            run.step(x_BD, step, 1500)
+            l0.append(run.part["l0"].item())
+        assert sum(l0[-50:]) / 50 == pytest.approx(5, rel=0.05)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_penalty_of_a_step_is_that_of_its_codes(arch):
+def test_loss_of_a_step_is_that_of_its_codes(arch):
     torch.manual_seed(0)
-    sae, x_BD = SAE(16, 64, 4, arch), torch.randn(128, 16)
-    sae.initialize(x_BD, sgo_sae.geometric_median(x_BD))
-    part = sgo_sae.training_step(sae, sgo_sae.optimizer(sae, 0.0), x_BD, sgo_sae.Config(arch=arch, dict=64, k=4), 0.5, 0.0, 0.1)
+    sae, x_BD = make_sae(16, 64, 4, arch), torch.randn(128, 16)
+    if arch in sgo_sae.STEERED:
+        sae.calibrate(x_BD)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    part = step_of(sae, adam_of(sae, 0.0), x_BD, sgo_sae.Config(arch=arch, dict=64, k=4), 0.5, 0.0, 0.1)
+    sae.load_state_dict(before)
     f_BN = dense(part["vals_BK"], part["idx_BK"], 64)
     terms = (x_BD - sae.decode(f_BN)).square().sum(1).mean() + 0.5 * sgo_penalty_reference(f_BN)
-    terms = terms + 0.1 * ((f_BN > 0).float() if arch == "jumprelu" else f_BN).sum(1).mean()
+    terms = terms + part["lambda"] * ((f_BN > 0).float() if arch == "jumprelu" else f_BN).sum(1).mean()
     assert part["loss"].item() == pytest.approx(terms.item(), rel=1e-4)
+    assert part["l0"] == (f_BN > 0).sum(1).float().mean()
+    if arch in sgo_sae.STEERED:
+        assert part["lambda"].item() == pytest.approx(0.1 * part["l0"].item() / 4) and part[
+            "next_lambda"
+        ] == pytest.approx(0.1)
+    else:
+        assert part["lambda"] == part["next_lambda"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_encode_takes_any_leading_shape(arch):
-    sae, x = SAE(6, 20, 4, arch), torch.randn(2, 3, 5, 6)
+    sae, x = make_sae(6, 20, 4, arch), torch.randn(2, 3, 5, 6)
     assert sae.encode(x).shape == (2, 3, 5, 20) and sae(x).shape == x.shape
     assert torch.allclose(sae.encode(x)[1, 2, 4], sae.encode(x[1, 2, 4]), atol=1e-6)
     assert torch.allclose(sae.decode(sae.encode(x)), sae(x), atol=1e-6)
@@ -273,10 +357,10 @@ def test_encode_takes_any_leading_shape(arch):
 def test_decoder_constraint():
     torch.manual_seed(0)
     sae = SAE(16, 64, 4)
-    adam = sgo_sae.optimizer(sae, 1e-2)
+    adam = adam_of(sae, 1e-2)
     cfg = sgo_sae.Config(dict=64, k=4)
     for _ in range(5):
-        sgo_sae.training_step(sae, adam, torch.randn(128, 16), cfg, 0.05, 1e-2, 0.04)
+        step_of(sae, adam, torch.randn(128, 16), cfg, 0.05, 1e-2, 0.04)
         assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
         sae.zero_grad()
         (sae(torch.randn(128, 16)) ** 2).sum().backward()
@@ -291,6 +375,7 @@ def test_schedules_at_their_corners():
     assert sgo_sae.alpha_at(999) == pytest.approx(0.01 + 0.065 * 0.999)
     assert sgo_sae.alpha_at(1000) == sgo_sae.alpha_at(4881) == pytest.approx(0.075)
     assert sgo_sae.alpha_at(0, alpha=0) == sgo_sae.alpha_at(500, alpha=0) == 0
+    assert sgo_sae.alpha_at(0, alpha=0.004) == sgo_sae.alpha_at(500, alpha=0.004) == 0.004  # it never falls
     assert sgo_sae.lr_at(0) == sgo_sae.lr_at(4270) == sgo_sae.lr_at(4271) == pytest.approx(3e-4)
     assert sgo_sae.lr_at(4272) == pytest.approx(3e-4 * 610 / 611)
     assert sgo_sae.lr_at(4881) == pytest.approx(3e-4 / 611)
@@ -317,10 +402,10 @@ def test_alpha_zero_is_a_separate_plain_topk_step():
     sae = SAE(16, 64, 4)
     plain = SAE(16, 64, 4)
     plain.load_state_dict(sae.state_dict())
-    ours = sgo_sae.optimizer(sae, 1e-3)
+    ours = adam_of(sae, 1e-3)
     theirs = torch.optim.Adam(plain.parameters(), lr=1e-3)
     for _ in range(10):
-        sgo_sae.training_step(sae, ours, x_BD, sgo_sae.Config(dict=64, k=4, alpha=0.0), 0.0, 1e-3, 0.04)
+        step_of(sae, ours, x_BD, sgo_sae.Config(dict=64, k=4, alpha=0.0), 0.0, 1e-3, 0.04)
         f_BN = plain_topk(plain, x_BD)
         loss = (x_BD - plain.decode(f_BN)).square().sum(1).mean() + 0.04 * f_BN.sum(1).mean()
         theirs.zero_grad()
@@ -341,12 +426,12 @@ def test_planted_features_are_recovered():
     true_ND = F.normalize(torch.randn(N, D), dim=1)
     sae = SAE(D, 2 * N, active)
     cfg = sgo_sae.Config(dict=2 * N, k=active)
-    adam = sgo_sae.optimizer(sae, 3e-3)
+    adam = adam_of(sae, 3e-3)
     for step in range(1000):
         slots_BK = torch.rand(1024, N).topk(active, dim=1).indices
         f_BN = torch.zeros(1024, N).scatter(1, slots_BK, torch.rand(1024, active) + 0.5)
         alpha = sgo_sae.alpha_at(step, 0.075, warmup=300)
-        sgo_sae.training_step(sae, adam, f_BN @ true_ND, cfg, alpha, sgo_sae.lr_at(step, 3e-3, 800, 1000), 0.0)
+        step_of(sae, adam, f_BN @ true_ND, cfg, alpha, sgo_sae.lr_at(step, 3e-3, 800, 1000), 0.0)
     matched_N = (true_ND @ sae.W_dec.T).amax(1)
     assert (matched_N > 0.9).float().mean() > 0.95
 
@@ -356,10 +441,10 @@ def test_penalty_lowers_competition_in_training():
     for alpha in (0.0, 0.5):
         torch.manual_seed(0)
         sae, cfg = SAE(16, 64, 8), sgo_sae.Config(dict=64, k=8)
-        adam = sgo_sae.optimizer(sae, 3e-3)
+        adam = adam_of(sae, 3e-3)
         for _ in range(200):
             x_BD = torch.randn(512, 16) * 2
-            sgo_sae.training_step(sae, adam, x_BD, cfg, alpha, 3e-3, 0.04)
+            step_of(sae, adam, x_BD, cfg, alpha, 3e-3, 0.04)
         shares[alpha] = sgo_penalty_reference(sae.encode(x_BD).detach()).item()
     assert shares[0.5] < 0.8 * shares[0.0]
 
@@ -370,22 +455,24 @@ def test_method_needs_torch_alone(tmp_path):
         "for name in ('transformers', 'datasets', 'numpy', 'tqdm', 'safetensors', 'tokenizers'): sys.modules[name] = None\n"
         "import torch, sgo_sae\n"
         "sae = sgo_sae.SAE(8, 32, 4)\n"
-        "vals, idx, _ = sae.sparse(torch.randn(64, 8))\n"
+        "vals, idx = sae.sparse(torch.randn(64, 8))\n"
         "sgo_sae.sgo_penalty(vals, idx, 32).backward()\n"
         "assert sae.W_enc.grad.abs().sum() > 0\n"
     )
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=HERE, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=HERE, check=False, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
 
 
-def test_method_section_stands_alone():
-    """The method part, copied with the imports of torch alone, runs."""
+def test_method_section_stands_alone(tmp_path):
+    """The method part, copied under `import torch` and nothing else, runs, and names no process group or file."""
     source = SCRIPT.read_text()
-    section = re.search(r"# -+ method\n(.*?)# -+ activations\n", source, re.S).group(1)
-    names = {}
-    exec("import torch\nimport torch.distributed as dist\nimport torch.nn.functional as F\nfrom torch import nn\n"
-         "from torch.autograd.function import once_differentiable\n" + section, names)  # fmt: skip
-    vals_BK, idx_BK, _ = names["SAE"](8, 32, 4).sparse(torch.randn(64, 8))
+    section = re.search(r"# -+ method\n(.*?)# -+ baselines\n", source, re.DOTALL).group(1)
+    assert not re.search(r"\b(dist|ranks|Path|Config|arch)\b", section)
+    (tmp_path / "lifted.py").write_text("import torch\n" + section)
+    names = runpy.run_path(tmp_path / "lifted.py")
+    vals_BK, idx_BK = names["SAE"](8, 32, 4).sparse(torch.randn(64, 8))
     assert names["sgo_penalty"](vals_BK, idx_BK, 32) > 0
 
 
@@ -401,7 +488,7 @@ def make_model(folder, bos=True, layers=4, vocab=80):
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<pad>", "<eos>", "<bos>"], show_progress=False)
-    names = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>") if bos else {}
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"} if bos else {}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names)
     torch.manual_seed(0)
     lm = Gemma2ForCausalLM(Gemma2Config(
@@ -430,14 +517,15 @@ def texts(tmp_path_factory):
 
 
 def flags(language_model, texts, out, **other):
-    settings = dict(model=language_model[0], dataset=texts, layer=1, dict=64, k=4, batch=64, tokens=64 * 12, ctx=16, buffer=16,
-                    lm_batch=4, log_every=5, out=out, device="cpu") | other  # fmt: skip
+    settings = {"model": language_model[0], "dataset": texts, "layer": 1, "dict": 64, "k": 4, "batch": 64, "tokens": 64 * 12, "ctx": 16, "buffer": 16,
+                    "lm_batch": 4, "log_every": 5, "out": out, "device": "cpu"} | other  # fmt: skip
     return [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
 def loaded(model, layer):
-    cfg = sgo_sae.Config(model=model[0], layer=layer)
-    return sgo_sae.load_lm(cfg, torch.device("cpu"), torch.float32)
+    """The language model up to a layer, and that layer."""
+    lm, layers, _ = sgo_sae.load_lm(sgo_sae.Config(model=model[0], layer=layer), torch.device("cpu"), torch.float32)
+    return lm, layers[layer]
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -453,66 +541,146 @@ def test_hook_reads_the_hidden_states_of_the_full_model(model, layer):
     assert not module._forward_hooks
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
-def test_other_architectures_load(tmp_path, kind):
-    import transformers
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "multimodal gemma3"])
+def test_other_models_load(model, tmp_path, kind):
+    import transformers as t
 
-    sizes = dict(vocab_size=40, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model[2].save_pretrained(tmp_path)
+    sizes = {"vocab_size": len(model[2]), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    gemma = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     if kind == "gpt2":
-        full = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, **sizes))
-    else:
-        config = transformers.BertConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, **sizes)
-        full = transformers.BertForMaskedLM(config)
+        full = t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=3, n_head=2, **sizes))
+    elif kind == "bert":
+        full = t.BertForMaskedLM(t.BertConfig(**gemma, **sizes))
+    else:  # 3 layers in the vision tower too, and wider ones: the text model's are wanted
+        text = t.Gemma3TextConfig(**gemma, num_key_value_heads=1, head_dim=8, sliding_window=8, **sizes)
+        vision = t.SiglipVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                      image_size=28, patch_size=14)  # fmt: skip
+        full = t.Gemma3ForConditionalGeneration(t.Gemma3Config(text_config=text, vision_config=vision))
     full.eval().save_pretrained(tmp_path)
-    lm, module = sgo_sae.load_lm(sgo_sae.Config(model=str(tmp_path), layer=1), torch.device("cpu"), torch.float32)
+    lm, module = loaded((tmp_path,), 1)
     ids_BL = torch.randint(3, 40, (2, 9))
     with torch.inference_mode():
         expected = full(ids_BL, output_hidden_states=True).hidden_states[2]
         assert torch.equal(sgo_sae.hooked(lm, module, ids_BL), expected)
 
 
+def test_a_tokenizer_may_know_more_than_the_model_reads(model, texts, tmp_path, capsys):
+    """As Gemma 3's, whose one entry more than the model has rows no text produces; an id that is produced is refused."""
+    from transformers import AutoTokenizer
+
+    make_model(tmp_path / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path / "lm")
+    assert len(tokenizer) == json.loads((tmp_path / "lm" / "config.json").read_text())["vocab_size"] + 1
+    assert sgo_sae.main(flags((tmp_path / "lm",), texts, tmp_path / "run")) == 0
+    tokenizer.add_tokens(["fox"])
+    tokenizer.save_pretrained(tmp_path / "lm")
+    capsys.readouterr()
+    assert sgo_sae.main(flags((tmp_path / "lm",), texts, tmp_path / "other")) == 2
+    assert "the tokenizer gives the id" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_packing_loses_and_repeats_no_token(model):
     _, _, tokenizer = model
     documents = [f"{TEXT[: 7 * i]} {i}" for i in range(1, 30)]
-    contexts = list(sgo_sae.token_contexts(iter([documents[:10], documents[10:11], documents[11:]]), tokenizer, 12))
-    assert all(len(c) == 12 and c[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in c[1:] for c in contexts)
+    contexts = list(sgo_sae.token_contexts(documents, tokenizer, 12, deque()))
+    assert all(
+        len(c) == 12 and c[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in c[1:] for c in contexts
+    )
     stream = [i for c in contexts for i in c[1:]]
-    whole = [i for d in documents for i in tokenizer(d, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]]
+    whole = [
+        i for d in documents for i in tokenizer(d, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    ]
     assert stream == whole[: len(stream)] and len(whole) - len(stream) < 11
 
 
 def test_packing_without_bos(tmp_path):
     _, tokenizer = make_model(tmp_path, bos=False)
-    contexts = list(sgo_sae.token_contexts(iter([[TEXT] * 4]), tokenizer, 8))
-    assert sum(contexts, []) == (tokenizer(TEXT)["input_ids"] * 4)[: 8 * len(contexts)]
+    contexts = list(sgo_sae.token_contexts([TEXT] * 4, tokenizer, 8, deque()))
+    assert reduce(operator.iadd, contexts, []) == (tokenizer(TEXT)["input_ids"] * 4)[: 8 * len(contexts)]
 
 
-def test_special_tokens_never_reach_the_autoencoder(model):
+def data_of(cfg):
+    """The batches of a configuration, without the autoencoders."""
+    lm, layers, tokenizer = sgo_sae.load_lm(cfg, torch.device("cpu"), torch.float32)
+    return sgo_sae.batches(cfg, sgo_sae.load_texts(cfg), lm, layers[cfg.layer], tokenizer)
+
+
+def test_special_tokens_never_reach_the_autoencoder(model, tmp_path):
     """A text that spells special tokens gives ordinary ones, and positions of BOS and EOS are left out."""
-    cfg = sgo_sae.Config(model=model[0], layer=1)
-    _, tokenizer = sgo_sae.load_tokenizer(cfg)
+    (tmp_path / "t.jsonl").write_text('{"text": "a <bos> b <eos><pad> c"}\n' * 20)
+    cfg = sgo_sae.Config(
+        model=model[0], dataset=str(tmp_path / "t.jsonl"), layer=1, ctx=8, batch=4, tokens=60, lm_batch=3
+    )
+    lm, layers, tokenizer = sgo_sae.load_lm(cfg, torch.device("cpu"), torch.float32)
     special = sgo_sae.special_ids(tokenizer)
-    contexts = list(sgo_sae.token_contexts(iter([["a <bos> b <eos><pad> c"] * 20]), tokenizer, 8))
+    rest = deque()
+    contexts = list(sgo_sae.token_contexts(["a <bos> b <eos><pad> c"] * 20, tokenizer, 8, rest))[:10]
     inner = [i for c in contexts for i in c[1:]]
     assert tokenizer.bos_token_id not in inner and tokenizer.pad_token_id not in inner
-    lm, module = loaded(model, 1)
-    rows = torch.cat(list(sgo_sae.activations(lm, module, iter(contexts), special, dict(left=10**6), lm_batch=3)))
     with torch.inference_mode():
-        x_BLD = sgo_sae.hooked(lm, module, torch.tensor(contexts))
-    kept = [x_BLD[i, j] for i, c in enumerate(contexts) for j, token in enumerate(c) if token not in special]
-    assert torch.allclose(rows, torch.stack(kept), atol=1e-5) and len(rows) < 7 * len(contexts)
+        x_BLD = sgo_sae.hooked(lm, layers[1], torch.tensor(contexts))
+    kept = torch.stack([x_BLD[i, j] for i, c in enumerate(contexts) for j, t in enumerate(c) if t not in special])
+    assert len(kept) < 70
+    harvested = torch.cat([x_BD for x_BD, _ in islice(data_of(cfg), len(kept) // 4)])  # the first round: 10 contexts
+    distance = (harvested[:, None] - kept).abs().amax(2)
+    assert distance.amin(1).max() < 1e-4  # each is one of them, and, less than a batch aside, each of them is there
+    assert (distance.amin(0) < 1e-4).sum() > len(kept) - 4
 
 
-@pytest.mark.parametrize("chunk, capacity, batch", [(7, 40, 8), (64, 40, 16), (5, 16, 16), (300, 100, 7)])
-def test_buffer_delivers_each_activation_exactly_once(chunk, capacity, batch):
-    rows_ND = torch.arange(500.0)[:, None].expand(-1, 3)
-    buffer = sgo_sae.ShuffleBuffer(rows_ND.split(chunk), capacity, 3, "cpu", torch.float32, seed=0)
-    served, sizes = [], []
-    while len(x_BD := buffer.batch(batch)):
-        served += x_BD[:, 0].tolist()
-        sizes.append(len(x_BD))
-    assert sorted(served) == list(range(500)) and served != sorted(served)
-    assert set(sizes[:-1]) <= {batch}
+@pytest.mark.parametrize("lm_batch, batch", [(3, 8), (64, 16), (5, 31)])
+def test_rounds_serve_each_activation_once_and_in_another_order(model, texts, lm_batch, batch, monkeypatch):
+    """With numbers in place of activations: a round is all of its contexts', shuffled; the next one follows on it."""
+    served = count()
+
+    def numbered(lm, layer, ids_BL):
+        return torch.tensor([[[next(served)] * 16 for _ in row] for row in ids_BL.tolist()], dtype=torch.float32)
+
+    monkeypatch.setattr(sgo_sae, "hooked", numbered)
+    cfg = sgo_sae.Config(
+        model=model[0], dataset=texts, layer=1, ctx=16, buffer=16, batch=batch, tokens=10**6, lm_batch=lm_batch
+    )
+    rounds = {}
+    for x_BD, position in islice(data_of(cfg), 150):
+        assert x_BD.shape == (batch, 16) and x_BD.dtype == torch.float32
+        rounds.setdefault(position["round"], []).extend(x_BD[:, 0].tolist())
+    whole = [rounds[r] for r in sorted(rounds)[:-1]]
+    assert len(whole) > 2
+    for r, numbers in enumerate(whole):
+        assert len(set(numbers)) == len(numbers) and numbers != sorted(numbers)
+        contexts = max(16, -(-2 * batch // 15))
+        assert min(numbers) >= r * contexts * 16 and max(numbers) < (r + 1) * contexts * 16
+        assert contexts * 15 - len(numbers) < batch + contexts * 2  # BOS, EOS and less than a batch are left out
+
+
+def test_a_position_gives_the_same_batches_again(model, texts):
+    cfg = sgo_sae.Config(model=model[0], dataset=texts, layer=1, ctx=16, buffer=16, batch=16, tokens=10**6)
+    seen = list(islice(data_of(cfg), 600))  # several times through the data
+    assert seen[-1][1]["epoch"] > 0
+    lm, layers, tokenizer = sgo_sae.load_lm(cfg, torch.device("cpu"), torch.float32)
+    for at in (0, 12, 13, 14, 111, 480):
+        position = json.loads(json.dumps(seen[at][1]))
+        again = sgo_sae.batches(cfg, sgo_sae.load_texts(cfg), lm, layers[1], tokenizer, position)
+        for (x_BD, where), (y_BD, other) in zip(islice(again, 19), seen[at + 1 :]):
+            assert torch.equal(x_BD, y_BD) and where == other
+
+
+def test_processes_take_turns_at_contexts(model, texts, monkeypatch):
+    """Two processes read, between them, what one reads; each forward pass is of their own."""
+    read, real = {}, sgo_sae.hooked
+    for world in (1, 2):
+        for rank in range(world):
+            monkeypatch.setattr(sgo_sae, "ranks", lambda rank=rank, world=world: (rank, world))
+            monkeypatch.setattr(sgo_sae, "reduced", lambda t, op=None: t)
+            ids = read.setdefault((rank, world), [])
+            monkeypatch.setattr(
+                sgo_sae, "hooked", lambda lm, layer, i, ids=ids: ids.extend(i.tolist()) or real(lm, layer, i)
+            )
+            cfg = sgo_sae.Config(model=model[0], dataset=texts, layer=1, ctx=16, buffer=16, batch=16, tokens=10**6)
+            next(data_of(cfg))
+    assert read[0, 2] == read[0, 1][::2] and read[1, 2] == read[0, 1][1::2] and len(read[0, 1]) == 16
 
 
 FORMATS = {
@@ -523,7 +691,9 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("form", ["txt", "jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "txt.gz", "folder"])
+@pytest.mark.parametrize(
+    "form", ["txt", "jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "txt.gz", "folder"]
+)
 def test_local_texts_are_read(tmp_path, form):
     rows = [f"document {i}: {TEXT}" for i in range(30)]
     kind, _, packed = form.partition(".")
@@ -543,10 +713,7 @@ def test_local_texts_are_read(tmp_path, form):
         compress = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}[packed]
         path.write_bytes(compress(FORMATS[kind](rows).encode()))
     stream = sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
-    batches = sgo_sae.text_batches(stream, "text", dict(epoch=0, row=0), rows=8)
-    read = []
-    while len(read) < 60:
-        read += next(batches)
+    read = list(islice(sgo_sae.read_texts(stream, sgo_sae.Config(dataset=str(path)), {"epoch": 0, "row": 0}), 60))
     assert sorted(t.strip() for t in read[:30]) == sorted(t.strip() for t in rows)
     assert sorted(read[30:60]) == sorted(read[:30]) and read[30:60] != read[:30]  # second pass: all again, reshuffled
 
@@ -554,8 +721,9 @@ def test_local_texts_are_read(tmp_path, form):
 def test_odd_documents_are_passed_over(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ["", None, "  ", "good one", None, "another"]))
-    stream = sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
-    assert sorted(next(sgo_sae.text_batches(stream, "text", dict(epoch=0, row=0)))) == ["another", "good one"]
+    cfg = sgo_sae.Config(dataset=str(path))
+    texts = sgo_sae.read_texts(sgo_sae.load_texts(cfg), cfg, {"epoch": 0, "row": 0})
+    assert sorted(islice(texts, 2)) == ["another", "good one"]
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -568,7 +736,7 @@ def test_run_is_complete_and_repeatable(model, texts, tmp_path, capsys):
         weights.append((tmp_path / name / "sae_weights.safetensors").read_bytes())
     assert weights[0] == weights[1]
     captured = capsys.readouterr()
-    for word in ("EV", "MSE", "L0", "dead", "max w", "αΩ/rec", "768 tokens, 12 steps", "saved in"):
+    for word in ("EV 0.", "MSE", "L0 4.0", "dead", "max w", "αΩ/rec", "12 steps", "saved in"):
         assert word in captured.out
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12]
@@ -576,12 +744,14 @@ def test_run_is_complete_and_repeatable(model, texts, tmp_path, capsys):
             "mean_max_w", "lr", "alpha", "lambda", "tokens", "tokens_per_s", "memory_gb"}  # fmt: skip
     assert keys <= set(lines[0]) and all(math.isfinite(v) for line in lines for v in line.values())
     assert lines[-1]["alpha"] == pytest.approx(sgo_sae.alpha_at(11))
-    assert lines[0]["penalty_share"] == pytest.approx(lines[0]["alpha"] * lines[0]["omega"] / lines[0]["reconstruction"])
+    assert lines[0]["penalty_share"] == pytest.approx(
+        lines[0]["alpha"] * lines[0]["omega"] / lines[0]["reconstruction"]
+    )
     settings = json.loads((tmp_path / "a" / "settings.json").read_text())
     assert settings["settings"][0]["k"] == 4 and settings["versions"]["torch"].startswith("2.13.0")
 
 
-@pytest.mark.parametrize("option", [["--penalty", "mean"], ["--penalty", "decoder"], ["--normalize"], ["--alpha", "0"],
+@pytest.mark.parametrize("option", [["--penalty", "decoder"], ["--normalize"], ["--alpha", "0"],
                                     ["--dtype", "bfloat16"]])  # fmt: skip
 def test_options_train(model, texts, tmp_path, option):
     assert sgo_sae.main(flags(model, texts, tmp_path / "run") + option) == 0
@@ -597,17 +767,19 @@ def test_starting_over_is_said_once(model, texts, tmp_path, capsys):
 def random_sae(arch):
     """An autoencoder with biases and thresholds of all kinds, on 8 dimensions."""
     torch.manual_seed(0)
-    sae = SAE(8, 32, 4, arch)
+    sae = make_sae(8, 32, 4, arch)
     sae.b_dec.data.normal_(), sae.b_enc.data.normal_()
-    if arch in ("batchtopk", "jumprelu"):
-        sae.threshold.data.uniform_(0.1, 2)
+    if arch == "batchtopk":
+        sae.theta.uniform_(0.1, 2)
+    elif arch == "jumprelu":
+        sae.log_theta.data.uniform_(-0.2, 0.07)
     return sae, torch.randn(100, 8)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_normalize_folds_back_into_the_saved_weights(tmp_path, arch):
     (sae, x_BD), scale = random_sae(arch), 0.37
-    sgo_sae.save_sae(sae, sgo_sae.Config(), tmp_path, scale)
+    sgo_sae.save_sae(sae, sgo_sae.Config(arch=arch), tmp_path, scale)
     folded = sgo_sae.load_sae(tmp_path)
     assert torch.allclose(folded(x_BD), sae(x_BD * scale) / scale, atol=1e-5)
     assert torch.allclose(folded.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
@@ -616,14 +788,15 @@ def test_normalize_folds_back_into_the_saved_weights(tmp_path, arch):
 @pytest.mark.parametrize("arch, name", list(zip(ARCHS, ["topk", "jumprelu", "standard", "jumprelu"])))
 def test_saved_and_loaded_outputs_are_identical(tmp_path, arch, name):
     sae, x_BD = random_sae(arch)
-    sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
+    sgo_sae.save_sae(sae, sgo_sae.Config(k=4, arch=arch), tmp_path)
     again = sgo_sae.load_sae(tmp_path)
     assert torch.equal(again(x_BD), sae(x_BD)) and torch.equal(again.encode(x_BD), sae.encode(x_BD))
     assert again.cfg.architecture == name and again.cfg.hook_name == "blocks.12.hook_resid_post"
     from safetensors import safe_open
 
     with safe_open(tmp_path / "sae_weights.safetensors", "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        names = file.keys()
+        shapes = {name: file.get_slice(name).get_shape() for name in names}
     threshold = {"threshold": [32]} if name == "jumprelu" else {}
     assert shapes == {"W_enc": [8, 32], "b_enc": [32], "W_dec": [32, 8], "b_dec": [8]} | threshold
 
@@ -632,7 +805,7 @@ def test_saved_and_loaded_outputs_are_identical(tmp_path, arch, name):
 def test_saelens_loads_the_folder(tmp_path, arch):
     sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
     sae, x_BD = random_sae(arch)
-    sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
+    sgo_sae.save_sae(sae, sgo_sae.Config(k=4, arch=arch), tmp_path)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
     assert torch.allclose(theirs.encode(x_BD), sae.encode(x_BD), atol=1e-4)
     assert torch.allclose(theirs(x_BD), sae(x_BD), atol=1e-4)
@@ -643,11 +816,21 @@ def test_loaded_autoencoder_has_the_interface_of_saebench(tmp_path):
     sgo_sae.save_sae(random_sae("topk")[0], sgo_sae.Config(k=4, layer=5, ctx=64), tmp_path)
     sae = sgo_sae.load_sae(tmp_path).to(dtype=torch.bfloat16)
     assert (sae.device, sae.dtype) == (torch.device("cpu"), torch.bfloat16)
-    assert sae.W_enc.shape == (8, 32) and sae.W_dec.shape == (32, 8) and sae.b_enc.shape == (32,) and sae.b_dec.shape == (8,)
+    assert (
+        sae.W_enc.shape == (8, 32)
+        and sae.W_dec.shape == (32, 8)
+        and sae.b_enc.shape == (32,)
+        and sae.b_dec.shape == (8,)
+    )
     cfg = sae.cfg
     assert (cfg.model_name, cfg.hook_name, cfg.hook_layer) == ("google/gemma-2-2b", "blocks.5.hook_resid_post", 5)
     assert (cfg.d_in, cfg.d_sae, cfg.dtype, cfg.context_size, cfg.prepend_bos) == (8, 32, "float32", 64, True)
-    assert cfg.model_from_pretrained_kwargs == {} and cfg.hook_head_index is None
+    assert cfg.model_from_pretrained_kwargs == {}
+    # SAEBench sets its own attributes on cfg and on cfg.metadata, which it makes where there is none, and saves to_dict().
+    assert not hasattr(cfg, "metadata")
+    cfg.metadata = argparse.Namespace()
+    cfg.metadata.hook_layer = cfg.hook_layer
+    assert cfg.to_dict()["metadata"] == {"hook_layer": 5}
     assert json.loads(json.dumps(cfg.to_dict()))["architecture"] == "topk"
     x_BLD = torch.randn(2, 3, 8, dtype=torch.bfloat16)
     assert torch.equal(sae(x_BLD), sae.decode(sae.encode(x_BLD)))
@@ -682,60 +865,56 @@ TWO_PROCESSES = """
 import sys, torch, sgo_sae
 import torch.distributed as dist
 torch.set_num_threads(1)
-sgo_sae.CROSSOVER["cpu"] = float(sys.argv[1])
-sgo_sae.tile_rows = lambda d_sae, device: 20  # five tiles, so that both processes have some
-sgo_sae.penalty_gradient_tiled.__defaults__ = (20,)
+way = getattr(sgo_sae, "penalty_gradient_" + sys.argv[1])
+sgo_sae.penalty_gradient_tiled = sgo_sae.penalty_gradient_pairwise = way
 dist.init_process_group("gloo")
 rank, world = sgo_sae.ranks()
-steps, weights = 6, []
-batches = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) * 3 for i in range(steps)]
+steps, batches = 6, [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) * 3 for i in range(6)]
 for penalty in ("sum", "decoder"):
-    for arch in ("topk", "batchtopk", "relu", "jumprelu"):
+    for arch in ("topk", "relu", "jumprelu"):
         cfg = sgo_sae.Config(arch=arch, dict=96, k=4, lr=1e-2, batch=64, penalty=penalty, alpha_start=0.05, out=sys.argv[2])
+        found = []
         for together in (True, False):
             if not together:
                 sgo_sae.ranks = lambda: (0, 1)
             share = batches if not together else [x.chunk(world)[rank] for x in batches]
-            run = sgo_sae.Run(cfg, 16, torch.device("cpu"))
-            run.start(batches[0], sgo_sae.geometric_median(batches[0]))
+            run = sgo_sae.Run(cfg, batches[0], sgo_sae.geometric_median(batches[0]))
             for step, x_BD in enumerate(share):
                 run.step(x_BD, step, steps)
             run.measure(x_BD, steps, 1.0)
-            weights.append(run.sae.state_dict() | {k: torch.tensor(v) for k, v in run.metrics.items() if k not in
-                           ("tokens_per_s", "memory_gb")})
+            figures = {k: torch.tensor(v) for k, v in run.history[-1].items() if k not in ("tokens_per_s", "memory_gb")}
+            found.append(run.state_dict() | figures)
         sgo_sae.ranks = lambda: (rank, world)
-        ours, alone = weights[-2:]
-        difference = max(((ours[n] - alone[n]).abs() / (1 + alone[n].abs())).max().item() for n in alone)
+        ours, alone = found
+        difference = max(((ours[n] - alone[n]).abs() / (1 + alone[n].abs())).max().item() for n in alone if n != "fired_N")
         if rank == 0:
             print(penalty, arch, difference, flush=True)
 """
 
 
-@pytest.mark.parametrize("crossover", [0, 1e9])
-def test_two_processes_train_as_one_does(tmp_path, crossover):
+@pytest.mark.parametrize("way", ["pairwise", "tiled"])
+def test_two_processes_train_as_one_does(tmp_path, way):
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    result = subprocess.run([*TORCHRUN, tmp_path / "two.py", str(crossover), tmp_path], capture_output=True, text=True,
+    result = subprocess.run([*TORCHRUN, tmp_path / "two.py", way, tmp_path], check=False, capture_output=True, text=True,
                             env=os.environ | {"PYTHONPATH": str(HERE)}, timeout=300)  # fmt: skip
     assert result.returncode == 0, result.stderr
     differences = [float(line.split()[-1]) for line in result.stdout.splitlines()]
-    assert len(differences) == 8 and max(differences) < 1e-5, result.stdout
+    assert len(differences) == 6 and max(differences) < 1e-5, result.stdout
 
 
 def test_torchrun_trains_and_the_first_process_alone_writes(model, texts, tmp_path):
-    result = subprocess.run([*TORCHRUN, SCRIPT, *flags(model, texts, tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*TORCHRUN, SCRIPT, *flags(model, texts, tmp_path / "run")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("saved in") == 1 and result.stdout.count("buffer") == 1
+    assert result.stdout.count("saved in") == 1 and result.stdout.count("model   ") == 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 12]
     assert torch.isfinite(sgo_sae.load_sae(tmp_path / "run").W_dec).all()
-
-
-def test_processes_read_documents_of_their_own(texts, monkeypatch):
-    read = []
-    for rank in (0, 1):
-        monkeypatch.setattr(sgo_sae, "ranks", lambda rank=rank: (rank, 2))
-        read.append([row["text"] for row in sgo_sae.load_texts(sgo_sae.Config(dataset=texts))])
-    assert len(read[0]) == len(read[1]) == 30 and not set(read[0]) & set(read[1])
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -753,22 +932,24 @@ def refused(argv, capsys):
     ("--k 65", "65 is more than the 64 latents"),
     ("--k 0", "--k must be at least 1"),
     ("--dict 0", "--dict must be at least 1"),
-    ("--alpha -0.1", "--alpha must be 0 or more"),
-    ("--alpha nan", "--alpha must be 0 or more"),
-    ("--alpha inf", "--alpha must be 0 or more"),
+    ("--alpha -0.1", "--alpha must be at least 0"),
+    ("--alpha nan", "--alpha must be at least 0"),
+    ("--alpha inf", "--alpha must be at least 0"),
     ("--alpha x", "invalid float value: 'x'"),
-    ("--lr -1", "--lr must be 0 or more"),
-    ("--sparsity nan", "--sparsity must be 0 or more"),
+    ("--lr -1", "--lr must be at least 0"),
+    ("--sparsity nan", "--sparsity must be at least 0"),
     ("--decay-start 2", "--decay-start is a share"),
     ("--ctx 1", "--ctx must be at least 2"),
     ("--tokens 10", "less than one batch"),
     ("--log-every 0", "--log-every must be at least 1"),
-    ("--penalty max", "invalid choice"),
+    ("--penalty mean", "invalid choice"),
+    ("--demo", "--demo makes its own model and text"),
+    ("--arch relu --sparsity 0", "leaves relu nothing to adjust"),
     ("--nonsense 1", "unrecognized arguments"),
     ("--device cuda:7", "--device cuda:7"),
     ("--device toaster", "--device toaster"),
     ("--layer 4", "the layers of"),
-    ("--layer -1", "--layer must be 0 or more"),
+    ("--layer -1", "--layer must be at least 0"),
     ("--text-column body", "the columns of"),
     ("--split test", "train"),
     ("--model /nowhere/at/all", "/nowhere/at/all"),
@@ -811,10 +992,6 @@ def test_bad_models_are_refused_in_one_line(model, texts, tmp_path, capsys):
     make_model(other, layers=1)
     (other / "config.json").write_text((Path(model[0]) / "config.json").read_text())
     assert "lack" in refused(flags((other,), texts, tmp_path / "run"), capsys)
-    make_model(tmp_path / "small")
-    config = json.loads((tmp_path / "small" / "config.json").read_text())
-    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
-    assert "tokens in the tokenizer, 50 in the model" in refused(flags((tmp_path / "small",), texts, tmp_path / "run"), capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -822,24 +999,72 @@ def test_finished_run_is_not_overwritten(model, texts, tmp_path, capsys):
     assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     capsys.readouterr()
-    assert "already holds a finished run" in refused(flags(model, texts, tmp_path / "run"), capsys)
+    for argv in (flags(model, texts, tmp_path / "run"), flags(model, texts, tmp_path / "run", lr=0.1) + ["--resume"]):
+        assert "holds a run: --resume continues one that was stopped" in refused(argv, capsys)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_non_finite_loss_names_step_and_last_good_state(model, texts, tmp_path, capsys, monkeypatch):
-    real, calls = sgo_sae.training_step, []
+def poisoned(monkeypatch, when):
+    """From the step `when`(cfg, number of its steps so far) says, a run's activations are not finite."""
+    real, calls = sgo_sae.training_step, {}
 
-    def poisoned(sae, adam, x_BD, *rest):
-        calls.append({name: p.detach().clone() for name, p in sae.named_parameters()})
-        return real(sae, adam, x_BD * (float("nan") if len(calls) == 4 else 1), *rest)
+    def step(sae, adam, x_BD, cfg, *rest):
+        calls[cfg.out] = calls.get(cfg.out, 0) + 1
+        return real(sae, adam, x_BD * (float("nan") if when(cfg, calls[cfg.out]) else 1), cfg, *rest)
 
-    monkeypatch.setattr(sgo_sae, "training_step", poisoned)
-    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 2
+    monkeypatch.setattr(sgo_sae, "training_step", step)
+
+
+def test_gradient_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(model, texts, tmp_path, capsys, monkeypatch):
+    poisoned(monkeypatch, lambda cfg, calls: calls == 4)
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run", save_every=2)) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite at step 3" in message and str(tmp_path / "run" / "last_good") in message
-    good = sgo_sae.load_sae(tmp_path / "run" / "last_good")
-    assert all(torch.equal(p, calls[3][name]) for name, p in good.named_parameters())
+    assert "gradient not finite at step 3" in message and str(tmp_path / "run") in message
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
     assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
+    monkeypatch.undo()
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run", save_every=2) + ["--resume"]) == 0
+    assert sgo_sae.main(flags(model, texts, tmp_path / "whole")) == 0
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_a_step_whose_gradient_is_not_finite_leaves_the_weights():
+    sae, x_BD = SAE(6, 20, 4), torch.randn(50, 6)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    x_BD[3, 2] = float("inf")
+    assert step_of(sae, adam_of(sae, 0.1), x_BD, sgo_sae.Config(dict=20, k=4), 0.1, 0.1, 0.04) is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+def test_one_bad_member_ends_alone(model, texts, tmp_path, capsys, monkeypatch):
+    """Also where the grid is stopped and resumed after that."""
+    bad = "topk-n64-a0.05-s0"
+    argv = [flags(model, texts, tmp_path / name) + ["--alpha", "0", "0.05", "--seed", "0", "1"] for name in "ab"]
+    assert sgo_sae.main(argv[0]) == 0
+    with monkeypatch.context() as patch:
+        poisoned(patch, lambda cfg, calls: bad in cfg.out and calls == 3)
+        stop_at(patch, 17)  # three of them have made a fifth step by then
+        assert sgo_sae.main(argv[1]) in (2, 143)
+    capsys.readouterr()
+    assert sgo_sae.main([*argv[1], "--resume"]) == 2
+    printed = capsys.readouterr()
+    assert (
+        f"{bad}: gradient not finite at step 2" in printed.err.splitlines()[-1]
+        and bad not in printed.out.split("run  ")[-1]
+    )
+    names = sorted(p.parent.name for p in (tmp_path / "b").glob("*/cfg.json"))
+    assert len(names) == 3 and bad not in names
+    assert all(weights_of(tmp_path / "a" / name) == weights_of(tmp_path / "b" / name) for name in names)
+
+
+def test_a_penalty_that_outweighs_the_reconstruction_is_said_once(model, texts, tmp_path, capsys):
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run", alpha=50, alpha_warmup=0, log_every=1)) == 0
+    err = capsys.readouterr().err
+    assert err.count("use --normalize or a smaller --alpha") == 1
+    shares = [
+        json.loads(line)["penalty_share"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert f"weighs {next(s for s in shares if s > 1):.3g} times" in err and sum(s > 1 for s in shares) > 1
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -850,7 +1075,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         body = b'{"error": "no"}'
         self.send_response(403 if gated else 404)
         self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("X-Error-Message", "Access to this resource is restricted." if gated else "Repository not found")
+        self.send_header(
+            "X-Error-Message", "Access to this resource is restricted." if gated else "Repository not found"
+        )
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
@@ -871,14 +1098,14 @@ def hub():
 
 
 def command(argv, **environment):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], check=False, capture_output=True, text=True,
                           env={k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | environment)  # fmt: skip
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(model="some/gated-model"), "accept its licence at https://huggingface.co/some/gated-model"),
-    (dict(model="some/missing-model"), "neither a local path nor a public repository"),
-    (dict(dataset="some/missing-data"), "neither a local path nor a public repository"),
+    ({"model": "some/gated-model"}, "gated repo. Make sure to have access to it at https://huggingface.co/some/gated-model"),
+    ({"model": "some/missing-model"}, "is not a local folder and is not a valid model identifier"),
+    ({"dataset": "some/missing-data"}, "doesn't exist on the Hub or cannot be accessed"),
 ])  # fmt: skip
 def test_what_the_hub_refuses_is_explained(model, texts, tmp_path, hub, settings, words):
     result = command(flags(model, texts, tmp_path / "run", **settings), HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
@@ -888,11 +1115,13 @@ def test_what_the_hub_refuses_is_explained(model, texts, tmp_path, hub, settings
 
 def test_no_network_is_explained(model, texts, tmp_path):
     def run(settings):  # the Hub's libraries try again for half a minute: both cases at once
-        return command(flags(model, texts, tmp_path / "run", **settings), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+        return command(
+            flags(model, texts, tmp_path / "run", **settings), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)
+        )
 
     with ThreadPoolExecutor() as pool:
-        for result in pool.map(run, [dict(model="some/model"), dict(dataset="some/data")]):
-            assert result.returncode == 2 and "can't be reached" in result.stderr, result.stderr
+        for result in pool.map(run, [{"model": "some/model"}, {"dataset": "some/data"}]):
+            assert result.returncode == 2 and re.search("couldn't connect|Couldn't reach", result.stderr), result.stderr
             assert "--demo" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
@@ -922,7 +1151,7 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(sgo_sae, "training_step", step_and_signal)
 
 
-LONG = dict(tokens=64 * 400, save_every=7)  # the data is used more than twice
+LONG = {"tokens": 64 * 400, "save_every": 7}  # the data is used more than twice
 
 
 @pytest.fixture(scope="module")
@@ -932,22 +1161,32 @@ def whole(model, texts, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("steps, number", [([1], signal.SIGTERM), ([113], signal.SIGINT), ([140, 7, 1, 200], signal.SIGTERM)])
-def test_stopped_and_resumed_is_the_run_that_never_stopped(model, texts, tmp_path, monkeypatch, capsys, whole, steps, number):
+@pytest.mark.parametrize(
+    "steps, number", [([1], signal.SIGTERM), ([113], signal.SIGINT), ([140, 7, 1, 200], signal.SIGTERM)]
+)
+def test_stopped_and_resumed_is_the_run_that_never_stopped(
+    model, texts, tmp_path, monkeypatch, capsys, whole, steps, number
+):
     argv = flags(model, texts, tmp_path / "run", **LONG)
     for n, step in enumerate(steps):
         with monkeypatch.context() as patch:
             stop_at(patch, step, number)
             assert sgo_sae.main(argv + ["--resume"] * (n > 0)) == 128 + number
-        assert f"stopped after step {sum(steps[: n + 1])}; this continues it" in capsys.readouterr().err
+        assert (
+            f"stopped after step {sum(steps[: n + 1])}; the same command with --resume continues it"
+            in capsys.readouterr().err
+        )
         assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
-    assert "add --resume to continue it" in refused(argv, capsys)
+    assert "--resume continues one that was stopped" in refused(argv, capsys)
     assert sgo_sae.main([*argv, "--resume"]) == 0
     assert weights_of(tmp_path / "run") == weights_of(whole) and metrics_of(tmp_path / "run") == metrics_of(whole)
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
-@pytest.mark.parametrize("options", [["--arch", *ARCHS, "--seed", "0", "1"], ["--normalize"], ["--penalty", "decoder", "--dtype", "bfloat16"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--arch", *ARCHS, "--seed", "0", "1"], ["--normalize"], ["--penalty", "decoder", "--dtype", "bfloat16"]],
+)
 def test_grids_and_options_resume_exactly(model, texts, tmp_path, monkeypatch, options):
     argv = [flags(model, texts, tmp_path / name, tokens=64 * 40) + options for name in "ab"]
     assert sgo_sae.main(argv[0]) == 0
@@ -955,39 +1194,48 @@ def test_grids_and_options_resume_exactly(model, texts, tmp_path, monkeypatch, o
     assert sgo_sae.main(argv[1]) == 143
     assert sgo_sae.main([*argv[1], "--resume"]) == 0
     results = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("sae_weights.safetensors")]
-    assert results and all(weights_of((tmp_path / "a" / p).parent) == weights_of((tmp_path / "b" / p).parent) for p in results)
+    assert results and all(
+        weights_of((tmp_path / "a" / p).parent) == weights_of((tmp_path / "b" / p).parent) for p in results
+    )
 
 
-def test_the_printed_command_resumes(model, texts, tmp_path, whole):
-    argv = flags(model, texts, tmp_path / "run", **LONG | dict(tokens=64 * 20_000))
-    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_sigterm_stops_a_process_that_resumes(model, texts, tmp_path, whole):
+    argv = flags(model, texts, tmp_path / "run", **LONG | {"tokens": 64 * 20_000})
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "run" / "checkpoint.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopping after this step" in err
-    printed = err.splitlines()[-1]
-    assert printed.startswith("python ") and printed.endswith(" --resume")
-    again = subprocess.Popen([sys.executable, *shlex.split(printed)[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert any("resume  after step" in line for line in again.stdout)
+    assert process.returncode == 143
+    step = int(re.search(r"stopped after step ([\d,]+); the same command with --resume", err)[1].replace(",", ""))
+    again = subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, argv), "--resume"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert any(f"run     steps {step:,} to 20,000" in line for line in again.stdout)
     again.kill()
     again.communicate()
 
 
 @slow
 def test_two_processes_are_stopped_and_resumed(model, texts, tmp_path):
-    argv = {name: flags(model, texts, tmp_path / name, **LONG | dict(tokens=64 * 400)) for name in "ab"}
-    result = subprocess.run([*TORCHRUN, SCRIPT, *argv["a"]], capture_output=True, text=True)
+    argv = {name: flags(model, texts, tmp_path / name, **LONG | {"tokens": 64 * 400}) for name in "ab"}
+    result = subprocess.run([*TORCHRUN, SCRIPT, *argv["a"]], check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    process = subprocess.Popen([*TORCHRUN, SCRIPT, *argv["b"]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*TORCHRUN, SCRIPT, *argv["b"]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "b" / "checkpoint.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
     assert "stopped after step" in process.communicate(timeout=60)[1]
-    assert subprocess.run([*TORCHRUN, SCRIPT, *argv["b"], "--resume"], capture_output=True).returncode == 0
-    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") and metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
+    assert subprocess.run([*TORCHRUN, SCRIPT, *argv["b"], "--resume"], check=False, capture_output=True).returncode == 0
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") and metrics_of(tmp_path / "a") == metrics_of(
+        tmp_path / "b"
+    )
 
 
 def test_resume_without_a_checkpoint_starts(model, texts, tmp_path, whole):
@@ -1002,8 +1250,13 @@ def test_resume_of_another_run_is_refused_by_name(model, texts, tmp_path, monkey
     capsys.readouterr()
     kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     line = refused([*argv, "--resume", "--lr", "0.01", "--alpha", "0.2", "--log-every", "1"], capsys)
-    assert line.endswith("another value of --alpha, --lr")
-    for content in (b"", kept[: len(kept) // 2], b"\x80\x02cos\nsystem\n(S'touch pwned'\ntR.", pickle.dumps({"settings": Path("x")}, protocol=2)):
+    assert line.endswith("another value of alpha, lr")
+    for content in (
+        b"",
+        kept[: len(kept) // 2],
+        b"\x80\x02cos\nsystem\n(S'touch pwned'\ntR.",
+        pickle.dumps({"settings": Path("x")}, protocol=2),
+    ):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
         assert "checkpoint.pt can't be loaded" in refused([*argv, "--resume"], capsys)
     assert not Path("pwned").exists()
@@ -1037,10 +1290,17 @@ print(kills)
 
 @slow
 def test_killed_at_any_moment_resumes_to_the_same_weights(model, texts, tmp_path):
-    settings = dict(tokens=64 * 1500, save_every=3)
+    settings = {"tokens": 64 * 1500, "save_every": 3}
     assert sgo_sae.main(flags(model, texts, tmp_path / "whole", **settings)) == 0
     argv = [tmp_path / "run" / "checkpoint.pt", *flags(model, texts, tmp_path / "run", **settings), "--resume"]
-    result = subprocess.run([sys.executable, "-c", KILL, *map(str, argv)], cwd=HERE, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(
+        [sys.executable, "-c", KILL, *map(str, argv)],
+        cwd=HERE,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) >= 20
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
@@ -1048,43 +1308,16 @@ def test_killed_at_any_moment_resumes_to_the_same_weights(model, texts, tmp_path
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
-class Faulty:
-    """A stream of numbered documents whose reads fail where `fails` says so."""
-
-    def __init__(self, fails):
-        self.fails = fails
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        for i in range(200):
-            if self.fails(self.epoch, i):
-                raise ConnectionError(f"no answer at document {i}")
-            yield {"text": f"epoch {self.epoch} document {i}"}
-
-
-def test_failed_reads_are_tried_again_without_loss_or_repeat(monkeypatch, capsys):
-    waits, failures = [], {(0, 70): 3, (0, 150): 5, (1, 10): 1}
-    monkeypatch.setattr(sgo_sae.time, "sleep", waits.append)
-
-    def fails(*place):
-        failures[place] = failures.get(place, 0) - 1
-        return failures[place] >= 0
-
-    at = dict(epoch=0, row=0)
-    batches, read = sgo_sae.text_batches(Faulty(fails), "text", at), []
-    while len(read) < 400:
-        read += next(batches)
-    assert read == [f"epoch {e} document {i}" for e in (0, 1) for i in range(200)]
-    assert waits == [1, 4, 16, 1, 4, 16, 64, 256, 1]
-    assert "no answer at document 70" in capsys.readouterr().err
-
-
-def test_reads_that_keep_failing_end_with_a_checkpoint(model, texts, tmp_path, monkeypatch, capsys, whole):
+def test_a_read_that_fails_ends_the_run_at_once_and_keeps_its_checkpoint(
+    model, texts, tmp_path, monkeypatch, capsys, whole
+):
     """The run that ends so is continued, when reading works again, to the same weights."""
     real, broken = sgo_sae.load_texts, [True]
-    monkeypatch.setattr(sgo_sae.time, "sleep", lambda seconds: None)
+    cfg = sgo_sae.Config(
+        model=model[0], dataset=texts, layer=1, ctx=16, buffer=16, batch=64, tokens=64 * 400, lm_batch=4
+    )
+    last_epoch = [position for _, position in islice(data_of(cfg), 300)][-1]["epoch"] + 1  # read after 256 steps' worth
+    assert last_epoch > 1
 
     class Breaks:
         def __init__(self, stream):
@@ -1096,7 +1329,7 @@ def test_reads_that_keep_failing_end_with_a_checkpoint(model, texts, tmp_path, m
 
         def __iter__(self):
             for i, row in enumerate(self.stream):
-                if broken and (self.epoch, i) == (1, 47):
+                if broken and (self.epoch, i) == (last_epoch, 47):
                     raise OSError("connection reset")
                 yield row
 
@@ -1104,17 +1337,28 @@ def test_reads_that_keep_failing_end_with_a_checkpoint(model, texts, tmp_path, m
     argv = flags(model, texts, tmp_path / "run", **LONG)
     assert sgo_sae.main(argv) == 2
     error = capsys.readouterr().err.splitlines()
-    assert error[-1] == "sgo_sae.py: error: reading the data failed 6 times: connection reset"
+    assert error[-1] == f"sgo_sae.py: error: {texts} can't be loaded: connection reset"
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     broken.clear()
     assert sgo_sae.main([*argv, "--resume"]) == 0
     assert weights_of(tmp_path / "run") == weights_of(whole)
 
 
-@pytest.mark.parametrize("failure", ["continue", "stop"])
-def test_full_disk_keeps_the_checkpoint_before(model, texts, tmp_path, whole, failure):
+def test_a_truncated_file_is_an_error_at_once(model, tmp_path, capsys):
+    content = gzip.compress(
+        "".join(json.dumps({"text": f"{random.random()} {TEXT}"}) + "\n" for _ in range(20_000)).encode()
+    )
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(content[: len(content) * 9 // 10])
+    started = time.monotonic()
+    assert sgo_sae.main(flags(model, str(path), tmp_path / "run", tokens=64 * 10_000)) == 2
+    assert "cut.jsonl.gz can't be loaded" in capsys.readouterr().err.splitlines()[-1]
+    assert time.monotonic() - started < 60
+
+
+def test_full_disk_keeps_the_checkpoint_before(model, texts, tmp_path, whole):
     """A limit on the size of files stands for the full disk: writes end in the middle, with an OSError."""
-    argv = flags(model, texts, tmp_path / "run", **LONG, save_failure=failure)
+    argv = flags(model, texts, tmp_path / "run", **LONG)
     program = """
 import resource, sys, sgo_sae
 real, calls = sgo_sae.torch.save, []
@@ -1123,27 +1367,27 @@ def save(*args):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if len(calls) in (2, 3) else -1, -1))
     try:
         real(*args)
-        args[1].flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 sgo_sae.torch.save = save
 sys.exit(sgo_sae.main(sys.argv[1:]))
 """
-    result = subprocess.run([sys.executable, "-c", program, *map(str, argv)], cwd=HERE, capture_output=True, text=True)
-    assert "checkpoint of step 14 can't be written, the one before it stays: [Errno 27] File too large" in result.stderr
-    assert not (tmp_path / "run" / "checkpoint.pt.part").exists()
-    if failure == "stop":
-        assert result.returncode == 2
-        assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 7
-        assert sgo_sae.main([*map(str, argv), "--resume"]) == 0
-    else:
-        assert result.returncode == 0 and result.stderr.count("can't be written") == 2
+    result = subprocess.run(
+        [sys.executable, "-c", program, *map(str, argv)], cwd=HERE, check=False, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stderr.count("can't be written, the one before it stays") == 2, (
+        result.stderr
+    )
+    assert "checkpoint of step 14 " in result.stderr and "checkpoint of step 21 " in result.stderr
+    assert not (tmp_path / "run" / "checkpoint.part").exists()
     assert weights_of(tmp_path / "run") == weights_of(whole)
 
 
 def test_result_that_cannot_be_written_leaves_the_checkpoint(model, texts, tmp_path, monkeypatch, capsys, whole):
     argv, real = flags(model, texts, tmp_path / "run", **LONG), sgo_sae.save_sae
-    monkeypatch.setattr(sgo_sae, "save_sae", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        sgo_sae, "save_sae", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     assert sgo_sae.main(argv) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr(sgo_sae, "save_sae", real)
@@ -1153,35 +1397,24 @@ def test_result_that_cannot_be_written_leaves_the_checkpoint(model, texts, tmp_p
 
 def test_out_of_memory_names_the_size_and_the_flags(model, texts, tmp_path, capsys):
     line = refused(flags(model, texts, tmp_path / "run", batch=10**12, tokens=10**12), capsys)
-    assert "out of memory when 64000000000000 bytes were asked for" in line and "--batch" in line and "--buffer" in line
+    assert "out of memory" in line and "--batch" in line and "--buffer" in line and re.search(r"\d{12,} bytes", line), (
+        line
+    )
 
 
-def test_activations_that_are_not_finite_are_left_out_and_counted(model, texts, tmp_path, monkeypatch, capsys):
+def test_activations_that_are_not_finite_end_the_run(model, texts, tmp_path, monkeypatch, capsys):
     real, calls = sgo_sae.hooked, []
 
-    def poisoned(*args):
+    def infinite(*args):
         x_BLD = real(*args).clone()
         calls.append(1)
-        if len(calls) in bad:
+        if len(calls) == 6:
             x_BLD[0, 3:5, 0] = float("inf")
         return x_BLD
 
-    monkeypatch.setattr(sgo_sae, "hooked", poisoned)
-    bad = {2, 5}
-    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 0
-    assert capsys.readouterr().err.count("2 of its 60 are not finite") == 2
-    calls.clear()
-    bad = range(3, 1000)
-    assert sgo_sae.main(flags(model, texts, tmp_path / "other")) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("11 batches of activations were not finite; try --dtype float32")
-
-
-def test_two_runs_into_one_folder_are_refused(model, texts, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    held = sgo_sae.lock(tmp_path / "run")
-    assert "is in use" in refused(flags(model, texts, tmp_path / "run"), capsys)
-    held.close()
-    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 0
+    monkeypatch.setattr(sgo_sae, "hooked", infinite)
+    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("activations are not finite; try --dtype float32")
 
 
 @slow
@@ -1206,7 +1439,7 @@ def bad_flag(rng):
     return rng.choice([
         [name, rng.choice(["nan", "-inf", "-1", "-7.5", "1e400x", "", " ", "0x10", "--", "1,5", "1_", "None"]) or junk],
         [name, junk], [name], ["--" + junk, "1"], [junk],
-        ["--" + rng.choice(["arch", "penalty", "dtype", "save-failure"]), junk],
+        ["--" + rng.choice(["arch", "penalty", "dtype"]), junk],
         ["--device", junk], ["--layer", str(rng.randint(4, 10**6))], ["--k", str(rng.randint(65, 10**9))],
         ["--alpha", "0.1", "0.1"], ["--seed", "1", "1"], ["--arch", "topk", junk], ["--tokens", str(rng.randint(-100, 63))],
     ])  # fmt: skip
@@ -1241,7 +1474,9 @@ def damaged(rng, folder):
         weights.write_bytes(weights.read_bytes()[: rng.randrange(weights.stat().st_size)])
     elif kind == 4:
         start = rng.randrange(8)
-        weights.write_bytes(weights.read_bytes()[:start] + rng.randbytes(8 - start) + rng.randbytes(rng.randrange(2000)))
+        weights.write_bytes(
+            weights.read_bytes()[:start] + rng.randbytes(8 - start) + rng.randbytes(rng.randrange(2000))
+        )
     elif kind == 5:
         save_file({n: t for n, t in tensors.items() if n != name}, weights)
     elif kind == 6:
@@ -1260,7 +1495,11 @@ def test_200_damaged_autoencoders_are_refused_in_one_line(model, tmp_path, capsy
         kind = damaged(rng, folder)
         assert eval_sae.main([str(folder)]) == 2, (n, kind)
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("eval_sae.py: error: ") and str(folder) in lines[0], (n, kind, lines)
+        assert len(lines) == 1 and lines[0].startswith("eval_sae.py: error: ") and str(folder) in lines[0], (
+            n,
+            kind,
+            lines,
+        )
 
 
 def test_50_damaged_data_files_are_refused_in_one_line(model, tmp_path, capsys):
@@ -1276,10 +1515,10 @@ def test_50_damaged_data_files_are_refused_in_one_line(model, tmp_path, capsys):
 def test_memory_is_flat(tmp_path):
     """Resident memory of a run of the demo's sizes after 200 and after 2,000 steps."""
     documents = [text for _, text in sgo_sae.library_texts()][:300]
-    sgo_sae.train_demo_lm(documents, documents[:20], tmp_path / "lm", steps=1)
+    sgo_sae.train_demo_lm(documents, tmp_path / "lm", steps=1)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
-    settings = sgo_sae.DEMO | dict(model=tmp_path / "lm", dataset=tmp_path / "texts.jsonl", tokens=2048 * 2060, log_every=100,
-                                   save_every=100, out=tmp_path / "run")  # fmt: skip
+    settings = sgo_sae.DEMO | {"dict": 256, "k": 8, "model": tmp_path / "lm", "dataset": tmp_path / "texts.jsonl", "tokens": 2048 * 2060, "log_every": 100,
+                                   "save_every": 100, "out": tmp_path / "run"}  # fmt: skip
     argv = [str(part) for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]
     process = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     metrics, resident = tmp_path / "run" / "metrics.jsonl", {}
@@ -1289,7 +1528,9 @@ def test_memory_is_flat(tmp_path):
         resident.setdefault(steps, []).append(pages)
         time.sleep(0.02)
     assert process.returncode == 0, process.stderr.read()
-    middle = {steps: statistics.median(pages) for steps, pages in resident.items()}  # harvesting takes 60 MB for a moment
+    middle = {
+        steps: statistics.median(pages) for steps, pages in resident.items()
+    }  # harvesting takes 60 MB for a moment
     assert middle[2000] == pytest.approx(middle[200], rel=0.05), middle
 
 
@@ -1320,7 +1561,7 @@ def test_reconstruction_of_constructed_cases():
     assert figures["cosine"] == pytest.approx((x_TD[:, :4].norm(dim=1) / x_TD.norm(dim=1)).mean().item(), rel=1e-5)
     variance = (x_TD.double() - x_TD.double().mean(0)).square().sum().item()
     assert figures["explained_variance"] == pytest.approx(1 - error / variance, rel=1e-6)
-    assert figures["reconstruction_bias"] == pytest.approx(1, rel=1e-6)  # a projection has ‖x̂‖² = ⟨x, x̂⟩
+    assert figures["bias"] == pytest.approx(1, rel=1e-6)  # a projection has ‖x̂‖² = ⟨x, x̂⟩
 
 
 def test_reconstruction_does_not_depend_on_batch_size():
@@ -1328,15 +1569,6 @@ def test_reconstruction_does_not_depend_on_batch_size():
     sae, x_TD = SAE(8, 32, 4), torch.randn(300, 8)
     whole, parts = (eval_sae.reconstruction(sae, x_TD, chunk=c) for c in (300, 7))
     assert all(whole[key] == pytest.approx(parts[key], rel=1e-6) for key in whole)
-
-
-def test_cross_entropy_and_kl_by_hand():
-    logits_BLV = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1 / 3] * 3]]))
-    ids_BL = torch.tensor([[0, 1, 2]])  # predicts 1 with 0.25, then 2 with 0.1
-    assert eval_sae.next_token_loss(logits_BLV, ids_BL) == pytest.approx(-math.log(0.25) - math.log(0.1))
-    uniform = torch.zeros(1, 3, 3)
-    expected = sum(p * math.log(p * 3) for p in (0.5, 0.25, 0.25, 0.1, 0.8, 0.1))
-    assert eval_sae.kl(logits_BLV, uniform) == pytest.approx(expected, rel=1e-5)
 
 
 class Exact(torch.nn.Module):
@@ -1349,62 +1581,81 @@ class Zero(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-def test_splicing_the_exact_activation_changes_nothing_and_zeroing_is_the_ablation(model):
+def test_behaviour_of_the_exact_activation_and_of_zero(model):
+    """Special tokens keep their activations, but where all is zeroed; they are no source of the means."""
     _, full, tokenizer = model
     ids_TL = torch.randint(3, len(tokenizer), (5, 12))
     ids_TL[:, 0] = tokenizer.bos_token_id
-    layer = full.model.layers[1]
+    ids_TL[2, 5] = tokenizer.eos_token_id
+    layer, ordinary_TL = full.model.layers[1], ids_TL > 2
     with torch.inference_mode():
         clean = full(ids_TL).logits
         assert torch.equal(eval_sae.spliced_logits(full, layer, ids_TL, lambda x: x), clean)
         exact, zero = eval_sae.behaviour(full, layer, [Exact(), Zero()], ids_TL, sgo_sae.special_ids(tokenizer))
-        by_hand = F.cross_entropy(clean[:, :-1].flatten(0, 1), ids_TL[:, 1:].flatten()).item()
-        handle = layer.register_forward_hook(lambda m, a, x: torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1))
-        zeroed = full(ids_TL).logits
-        handle.remove()
-    assert exact["ce_clean"] == exact["ce_sae"] == pytest.approx(by_hand, rel=1e-5)
-    assert exact["ce_score"] == 1 and exact["kl_score"] == pytest.approx(1) and exact["kl_sae"] == pytest.approx(0, abs=1e-6)
-    ablated = F.cross_entropy(zeroed[:, :-1].flatten(0, 1), ids_TL[:, 1:].flatten()).item()
-    assert zero["ce_sae"] == zero["ce_zero"] == pytest.approx(ablated, rel=1e-5)
-    assert zero["ce_score"] == 0 and zero["kl_score"] == 0
+        expected = {}
+        for name, keep in (("all zero", torch.zeros_like(ids_TL, dtype=torch.bool)), ("special kept", ~ordinary_TL)):
+            handle = layer.register_forward_hook(lambda m, a, x, keep=keep: x * keep[..., None])
+            log_p, log_q = full(ids_TL).logits.log_softmax(-1), clean.log_softmax(-1)
+            handle.remove()
+            places = [(t, i) for t in range(5) for i in range(12) if ordinary_TL[t, i]]
+            ce = [-log_p[t, i, ids_TL[t, i + 1]].item() for t, i in places if i < 11]
+            kl = [(log_q[t, i].exp() * (log_q[t, i] - log_p[t, i])).sum().item() for t, i in places]
+            expected[name] = (sum(ce) / len(ce), sum(kl) / len(kl))
+        ce = [-clean.log_softmax(-1)[t, i, ids_TL[t, i + 1]].item() for t, i in places if i < 11]
+    assert exact["ce_clean"] == exact["ce_sae"] == pytest.approx(sum(ce) / len(ce), rel=1e-5)
+    assert (
+        exact["ce_score"] == 1
+        and exact["kl_score"] == pytest.approx(1)
+        and exact["kl_sae"] == pytest.approx(0, abs=1e-6)
+    )
+    assert (zero["ce_zero"], zero["kl_zero"]) == pytest.approx(expected["all zero"], rel=1e-4)
+    assert (zero["ce_sae"], zero["kl_sae"]) == pytest.approx(expected["special kept"], rel=1e-4)
+    assert abs(zero["ce_sae"] - zero["ce_zero"]) > 1e-3
 
 
 @pytest.mark.parametrize("separable", [True, False])
 def test_logistic_regression_meets_its_optimality_conditions(separable):
     torch.manual_seed(0)
-    x_PTS = torch.randn(3, 200, 5, dtype=torch.float64) * torch.tensor([0.01, 1, 1, 30, 5]) + 3
-    y_PT = x_PTS[:, :, 1] + x_PTS[:, :, 2] + (0 if separable else 2 * torch.randn(3, 200)) > 6
-    weight_PT = (torch.rand(3, 200) > 0.2).double()
-    w_PS, b_P = eval_sae.logistic_regression(x_PTS, y_PT, weight_PT, C=0.7)
-    residual_PT = weight_PT * (torch.sigmoid((x_PTS @ w_PS[:, :, None])[..., 0] + b_P[:, None]) - y_PT.double())
-    assert (w_PS + 0.7 * (residual_PT[:, None] @ x_PTS)[:, 0]).abs().max() < 1e-4
-    assert residual_PT.sum(1).abs().max() < 1e-4
-    right = eval_sae.accuracy(x_PTS, y_PT, weight_PT, w_PS, b_P)
+    x_TS = torch.randn(200, 5, dtype=torch.float64) * torch.tensor([0.01, 1, 1, 30, 5]) + 3
+    y_T = x_TS[:, 1] + x_TS[:, 2] + (0 if separable else 2 * torch.randn(200)) > 6
+    weight_T = (torch.rand(200) > 0.2).double()
+    w_S, b = eval_sae.logistic_regression(x_TS, y_T, weight_T, C=0.7)
+    residual_T = weight_T * (torch.sigmoid(x_TS @ w_S + b) - y_T.double())
+    assert (w_S + 0.7 * residual_T @ x_TS).abs().max() < 1e-4
+    assert residual_T.sum().abs() < 1e-4
+    right = eval_sae.accuracy(x_TS, y_T, w_S, b)
     assert right > 0.97 if separable else 0.6 < right < 0.95
-    shared = eval_sae.logistic_regression(x_PTS[0], y_PT[:1], weight_PT[:1], C=0.7)
-    assert torch.allclose(shared[0][0], w_PS[0], atol=1e-5)
+
+
+def test_a_probe_sees_as_many_of_its_class_as_of_the_others():
+    labels_T = torch.tensor([0] * 50 + [1] * 60 + [2] * 70)[torch.randperm(180)]
+    rows = eval_sae.class_and_others(labels_T, 1, torch.Generator().manual_seed(0))
+    found = torch.bincount(labels_T[rows])
+    assert found.tolist() == [30, 60, 30] and len(rows.unique()) == 120
 
 
 def test_probing_finds_the_planted_latent():
+    """And noise is told by chance, half, whatever the number of classes."""
     torch.manual_seed(0)
-    labels = torch.arange(900) % 3
-    f_TN = torch.rand(900, 40)
-    for c in range(3):
-        f_TN[:, 7 * c] = (labels == c) + 0.1 * torch.rand(900)
+    labels = torch.arange(1500) % 5
+    f_TN = torch.rand(1500, 40)
+    for c in range(5):
+        f_TN[:, 7 * c] = (labels == c) + 0.1 * torch.rand(1500)
     f_TN[:, 30] *= 3  # large, and tells nothing
-    found = eval_sae.sparse_probing(f_TN[::2], labels[::2], f_TN[1::2], labels[1::2], ks=(1, 2), train=200, test=200)
+    found = eval_sae.sparse_probing(f_TN[:750], labels[:750], f_TN[750:], labels[750:])
     assert found[1] == found[2] == 1 and found["all"] > 0.99
-    noise = eval_sae.sparse_probing(torch.rand(450, 40), labels[::2], torch.rand(450, 40), labels[1::2], train=200, test=200)
-    assert all(abs(v - 0.5) < 0.15 for v in noise.values())
+    noise = eval_sae.sparse_probing(
+        torch.rand(3000, 20), torch.arange(3000) % 5, torch.rand(3000, 20), torch.arange(3000) % 5
+    )
+    assert all(abs(noise[k] - 0.5) < 0.03 for k in eval_sae.KS) and abs(noise["all"] - 0.5) < 0.08  # its best epoch
 
 
-def planted_attributes(T=1200):
+def planted_attributes(T=4800):
     """Activations in which one direction carries attribute a, weakly, and another attribute b, strongly."""
     torch.manual_seed(0)
     a_T, b_T = torch.arange(T) % 2, torch.arange(T) // 2 % 2
     f_TN = torch.rand(T, 8) * 0.05
-    f_TN[:, 0] += a_T
-    f_TN[:, 1] += 10.0 * b_T
+    f_TN[:, :4] += torch.stack([a_T, 1 - a_T, 2.0 * b_T, 2.0 * (1 - b_T)], 1)
     return f_TN, a_T, b_T
 
 
@@ -1412,28 +1663,46 @@ def test_scr_of_a_planted_dictionary():
     f_TN, a_T, b_T = planted_attributes()
     W_ND = torch.eye(8)
     x_TD = f_TN @ W_ND
-    halves = [slice(0, 600), slice(600, 1200)]
+    halves = [slice(0, 2400), slice(2400, 4800)]
     (xa, fa, aa, ba), (xb, fb, ab, bb) = ((x_TD[h], f_TN[h], a_T[h], b_T[h]) for h in halves)
     probes = eval_sae.scr_probes(xa, aa, ba, xb, ab, bb)
     assert probes["a"][2] == 1
-    assert eval_sae.probe_accuracy(xb, ab, *probes["biased"][:2]) < 0.9  # it took b for a
-    one = eval_sae.scr(probes, fa, aa, ba, xb, fb, ab, bb, W_ND, counts=(1,))
-    assert one[1] == pytest.approx(1, abs=0.02)
+    assert eval_sae.accuracy(xb, ab, *probes["biased"][:2]) < 0.9  # it took b for a
+    one = eval_sae.scr(probes, fa, aa, ba, xb, fb, ab, bb, W_ND, counts=(2,))
+    assert one[2] == pytest.approx(1, abs=0.02)
     nothing = eval_sae.scr(probes, fa, aa, ba, xb, fb, ab, bb, torch.zeros(8, 8), counts=(1, 2))
     assert nothing == {1: 0, 2: 0}
+    fa[:, 2:4] = 0  # the latents of b tell no longer: no effect, so they are not among those that are ablated
+    W_ND[2:] = 0
+    assert eval_sae.scr(probes, fa, aa, ba, xb, fb, ab, bb, W_ND, counts=(5,))[5] <= 0
+
+
+def test_scr_balances_what_is_clean_and_takes_as_many_texts_for_what_is_biased():
+    a_T, b_T = torch.arange(4000) % 2, torch.arange(4000) // 2 % 2
+    even_T, equal_T = eval_sae.scr_rows(a_T, b_T)
+    assert len(even_T) == len(equal_T) == 2000 and torch.equal(a_T[equal_T], b_T[equal_T])
+    assert torch.bincount(2 * a_T[even_T] + b_T[even_T]).tolist() == [500] * 4
+    assert torch.bincount(a_T[equal_T]).tolist() == [1000] * 2
 
 
 def test_absorption_of_planted_words():
     direction_D = F.one_hot(torch.tensor(0), 6).float()
     W_ND = torch.eye(6)
     W_ND[3] = F.normalize(torch.tensor([0.6, 0, 0, 0.8, 0, 0]), dim=0)  # an absorber, cosine 0.6 with the letter
-    f_TN = torch.tensor([[2.0, 0, 0, 0, 0, 0],     # the letter's latent carries all of it
-                         [0, 0, 0, 2.5, 0, 0],     # absorbed: 1.5 of 1.5 by latent 3
-                         [0.5, 0, 0, 2.5, 0, 0],   # 0.5 by the letter, 1.5 by latent 3
-                         [1.6, 0, 0, 0.5, 0, 0]])  # latent 3 carries 0.3 of 1.9: under 40 %
+    f_TN = torch.tensor(
+        [
+            [2.0, 0, 0, 0, 0, 0],  # the letter's latent carries all of it
+            [0, 0, 0, 2.5, 0, 0],  # absorbed: 1.5 of 1.5 by latent 3
+            [0.5, 0, 0, 2.5, 0, 0],  # 0.5 by the letter, 1.5 by latent 3
+            [1.6, 0, 0, 0.5, 0, 0],
+        ]
+    )  # latent 3 carries 0.3 of 1.9: under 40 %
     share_T, full_T = eval_sae.absorbed_share(f_TN, f_TN @ W_ND, W_ND, direction_D, torch.tensor([0]))
     assert torch.allclose(share_T, torch.tensor([0, 1, 0.75, 0]))
     assert full_T.tolist() == [False, True, False, False]
+    x_TD = f_TN @ W_ND
+    x_TD[1, 0] = -1.0  # nothing to absorb where the residual does not point to the letter
+    assert eval_sae.absorbed_share(f_TN, x_TD, W_ND, direction_D, torch.tensor([0]))[0][1] == 0
 
 
 @pytest.mark.parametrize("absorbing", [False, True])
@@ -1464,31 +1733,54 @@ def test_absorption_from_planted_letters_to_the_mean(absorbing):
 def test_absorption_refuses_a_model_that_cannot_spell():
     x_TD, y_T = torch.randn(200, 6), torch.randint(26, (200,))
     with pytest.raises(InputError, match="spells .* of 26 letters, 20 are needed"):
-        eval_sae.absorption(SAE(6, 20, 4), x_TD, y_T, x_TD, y_T, eval_sae.multi_probe(x_TD, F.one_hot(y_T, 26), epochs=2))
+        eval_sae.absorption(
+            SAE(6, 20, 4), x_TD, y_T, x_TD, y_T, eval_sae.multi_probe(x_TD, y_T, batch=64, l2=0.0, epochs=2)
+        )
 
 
-def test_competition_is_that_of_the_definitions():
+@pytest.mark.parametrize("penalty", ["sum", "decoder"])
+def test_competition_is_that_of_the_definitions(penalty):
     torch.manual_seed(0)
-    sae, x_TD = SAE(8, 32, 4), torch.randn(256, 8)
-    figures = eval_sae.competition(sae, x_TD, alpha=0.1)
+    sae, x_TD, scale = SAE(8, 32, 4), torch.randn(256, 8), 3.0
+    sae.b_enc.data.normal_()
+    figures = eval_sae.competition(sae, x_TD, {"alpha": 0.1, "penalty": penalty}, scale)
     f_BN = sae.encode(x_TD).detach()
-    w_NN = coactivation_weights(f_BN).fill_diagonal_(0)
+    w_NN = weights_of_all(f_BN).fill_diagonal_(0)
     assert figures["w_mean"] == pytest.approx(w_NN[w_NN > 0].mean().item(), rel=1e-5)
     assert figures["pairs_over_half"] == (w_NN.triu(1) > 0.5).sum().item()
     assert figures["mean_max_w"] == pytest.approx(w_NN.amax(1)[f_BN.any(0)].mean().item(), rel=1e-5)
     cosine_NN = F.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).abs().fill_diagonal_(0)
     assert figures["mean_max_cos"] == pytest.approx(cosine_NN.amax(1).mean().item(), rel=1e-5)
-    error = (x_TD - sae(x_TD)).square().sum(1).mean()
-    assert figures["penalty_share"] == pytest.approx((0.1 * sgo_penalty_reference(f_BN) / error).item(), rel=1e-5)
+    error = (scale * (x_TD - sae(x_TD))).square().sum(1).mean()
+    omega = (
+        (w_NN * (sae.W_dec @ sae.W_dec.T) ** 2).sum() if penalty == "decoder" else sgo_penalty_reference(scale * f_BN)
+    )
+    assert figures["penalty_share"] == pytest.approx((0.1 * omega / error).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [["--normalize"], ["--penalty", "decoder"], []])
+def test_penalty_share_is_that_of_training(model, texts, tmp_path, options):
+    argv = flags(model, texts, tmp_path / "run", tokens=64 * 40, alpha_warmup=0) + options
+    assert sgo_sae.main(argv) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert eval_sae.main([str(tmp_path / "run"), "--text", texts, "--metrics", "competition", "--contexts", "40"]) == 0
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())["competition"]["penalty_share"]
+    assert found == pytest.approx(
+        last["penalty_share"], rel=0.6
+    )  # other batches; without the scale it was off by its square
 
 
 def test_mean_latents_do_not_depend_on_batch_size_or_padding(model):
-    _, full, tokenizer = model
+    _, _full, tokenizer = model
     lm, module = loaded(model, 1)
     sae, texts = SAE(16, 64, 4), [TEXT[: 5 + 3 * i] for i in range(20)]
     read = torch.inference_mode()(lambda ids_BL: sgo_sae.hooked(lm, module, ids_BL))
-    one, many = (eval_sae.mean_latents(read, tokenizer, [sae], texts, 12, "cpu", batch=b) for b in (1, 8))
-    assert torch.allclose(one[0], many[0], atol=1e-4) and torch.allclose(one[1][0], many[1][0], atol=1e-3)
+    one = eval_sae.mean_latents(read, tokenizer, [sae], texts, 12, "cpu")
+    for t in range(20):
+        alone = eval_sae.mean_latents(read, tokenizer, [sae], texts[t : t + 1], 12, "cpu")
+        assert torch.allclose(one[0][t], alone[0][0], atol=1e-4) and torch.allclose(
+            one[1][0][t], alone[1][0][0], atol=1e-3
+        )
     ids = [tokenizer.bos_token_id] + tokenizer(texts[3])["input_ids"][:11]
     alone = read(torch.tensor([ids]))[0, 1:]
     assert torch.allclose(one[0][3], alone.mean(0), atol=1e-4)
@@ -1511,77 +1803,194 @@ def probe_file(tmp_path_factory):
 
 
 def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, capsys):
-    argv = [str(run / "s0"), str(run / "s1"), "--text", texts, "--probe", probe_file, "--contexts", "40", "--paper",
-            "--train", "400", "--test", "200", "--words", "200"]  # fmt: skip
+    argv = [str(run / "s0"), str(run / "s1"), "--text", texts, "--probe", probe_file, "--contexts", "40",
+            "--train", "200", "--test", "100", "--words", "200"]  # fmt: skip
     assert eval_sae.main(argv) == 0
     first = capsys.readouterr().out
     assert eval_sae.main(argv) == 0
     assert capsys.readouterr().out == first
     rows = first.splitlines()
-    assert "2 seeds" in rows[0] and "as reported" in rows[0]
+    assert "2 seeds" in rows[0]
     for label in ("MSE per element ↓", "CE score ↑", "mean max w_ij ↓", "probing, 1 latent ↑", "SCR, 2 latents ↑"):
-        assert any(row.startswith(label) for row in rows), label
-    assert any("±" in row for row in rows)
-    assert any(row.startswith("absorption: not measured, the model spells") for row in rows)
+        assert any(row.startswith(f"| {label}") and "±" in row for row in rows), label
+    assert any("words, 100 are needed" in row or "absorption: not measured, the model spells" in row for row in rows)
     content = json.loads((run / "s0" / "eval.json").read_text())
     assert content["core"]["l0"] == pytest.approx(4, abs=0.2) and content["settings"]["k"] == 4
-    assert content["samples"]["tokens"] > 0 and content["versions"]["torch"]
-    assert eval_sae.main([*argv, "--markdown", "--metrics", "core"]) == 0
-    assert all(row.startswith("|") and row.endswith("|") for row in capsys.readouterr().out.splitlines())
+    assert content["samples"]["tokens"] > 0 and content["torch"] == torch.__version__
+    capsys.readouterr()
+    assert eval_sae.main([*argv[:4], "--metrics", "core", "--contexts", "100000"]) == 0
+    assert re.search(r"text: .* has \d{2,3} contexts of 16 tokens, not 100000", capsys.readouterr().out)  # once through
 
 
-def test_table_means_and_deviations_are_over_seeds_alone():
-    runs = [dict(settings=dict(alpha=a, dict=8, seed=s, out=str(s)), notes=[], core=dict(mse=m))
-            for a, s, m in ((0.0, 0, 1.0), (0.0, 1, 3.0), (0.1, 0, 9.0))]  # fmt: skip
-    rows = eval_sae.table(["a", "b", "c"], runs).splitlines()
-    assert rows[1].split() == ["MSE", "per", "element", "↓", "1.000", "3.000", "9.000", "2.000", "±", "1.414"]
+def test_table_means_and_differences_are_over_seeds():
+    def result(alpha, seed, mse):
+        settings = {"alpha": alpha, "dict": 8, "seed": seed, "out": f"{alpha}{seed}"}
+        return {"settings": settings, "notes": [], "core": {"mse": mse}}
+
+    runs = [result(0.0, 0, 1.0), result(0.0, 1, 3.0), result(0.1, 1, 9.0), result(0.1, 0, 8.0), result(0.2, 0, 2.5)]
+    header, _, row = eval_sae.table("abcde", runs).splitlines()[:3]
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == [
+        "alpha 0.0, 2 seeds",
+        "alpha 0.1, 2 seeds",
+        "alpha 0.2",
+    ]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "MSE per element ↓",
+        "2.000 ± 1.414",
+        "8.500 ± 0.707",
+        "2.500",
+    ]
+    row = eval_sae.table("abcde", runs, paired=True).splitlines()[2]
+    # differences 7 and 6: mean 6.5, deviation 1/√2, half the interval 12.706 · 0.7071 / √2
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["2.000 ± 1.414", "+6.500 ± 6.353", "+1.500"]
 
 
-def test_gemma_scope_file_is_read(tmp_path):
+def gemma_scope(folder, seed=0):
     import numpy
 
-    torch.manual_seed(0)
-    shapes = dict(W_enc=(8, 32), b_enc=(32,), W_dec=(32, 8), b_dec=(8,), threshold=(32,))
+    torch.manual_seed(seed)
+    shapes = {"W_enc": (16, 32), "b_enc": (32,), "W_dec": (32, 16), "b_dec": (16,), "threshold": (32,)}
     arrays = {name: torch.randn(shape).numpy() for name, shape in shapes.items()}
     arrays["threshold"] = abs(arrays["threshold"])
-    numpy.savez(tmp_path / "params.npz", **arrays)
-    sae, x_BD = sgo_sae.load_sae(tmp_path / "params.npz"), torch.randn(50, 8)
-    p = {name: torch.from_numpy(a) for name, a in arrays.items()}
+    folder.mkdir(parents=True)
+    numpy.savez(folder / "params.npz", **arrays)
+    return {name: torch.from_numpy(a) for name, a in arrays.items()}
+
+
+def test_gemma_scope_file_is_read_and_its_decoder_norms_folded(tmp_path):
+    p, x_BD = gemma_scope(tmp_path / "layer_3"), torch.randn(50, 16)
+    sae = eval_sae.open_sae(tmp_path / "layer_3" / "params.npz", "cpu")
     pre_BN = x_BD @ p["W_enc"] + p["b_enc"]
     f_BN = pre_BN.relu() * (pre_BN > p["threshold"])
-    assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-4)
+    assert torch.allclose(sae.encode(x_BD), f_BN * p["W_dec"].norm(dim=1), atol=1e-3)
     assert torch.allclose(sae(x_BD), f_BN @ p["W_dec"] + p["b_dec"], atol=1e-3)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(32)) and sae.cfg.hook_name == "blocks.3.hook_resid_post"
+
+
+def test_two_gemma_scope_files_in_one_call(model, texts, tmp_path, capsys):
+    for layer in (0, 1):
+        gemma_scope(tmp_path / f"layer_{layer}", layer)
+    files = [str(tmp_path / f"layer_{layer}" / "params.npz") for layer in (0, 1)]
+    argv = [*files, "--text", texts, "--metrics", "core", "--contexts", "5", "--model", model[0]]
+    assert eval_sae.main(argv) == 0
+    header = capsys.readouterr().out.splitlines()[0]
+    assert "seeds" not in header and all(f"run {file}" in header for file in files)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"normalize_activations": "layer_norm"}, "normalize_activations"),
+    ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "hook_mlp_out"),
+    ({"metadata": {}}, "does not name its layer"),
+])  # fmt: skip
+def test_autoencoders_that_would_be_measured_wrongly_are_refused(model, texts, tmp_path, capsys, change, words):
+    sgo_sae.save_sae(SAE(16, 64, 4), sgo_sae.Config(model=model[0], layer=1, k=4), tmp_path / "sae")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config | change))
+    assert eval_sae.main([str(tmp_path / "sae"), "--text", texts]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_topk_with_rescaled_latents_is_measured_as_it_selects(tmp_path):
+    """SAELens's rescale_acts_by_decoder_norm: the k largest of the pre-activations times the decoder's norms."""
+    sae, x_BD = random_sae("topk")
+    sae.W_dec.data *= 0.5 + torch.rand(32, 1)
+    sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"rescale_acts_by_decoder_norm": True}))
+    norm_N, opened = sae.W_dec.norm(dim=1), eval_sae.open_sae(tmp_path, "cpu")
+    pre_BN = ((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc).relu() * norm_N
+    f_BN = torch.where(pre_BN >= pre_BN.sort(dim=1, descending=True).values[:, 3:4], pre_BN, 0)
+    assert torch.allclose(opened.encode(x_BD), f_BN, atol=1e-5)
+    assert torch.allclose(opened(x_BD), (f_BN / norm_N) @ sae.W_dec + sae.b_dec, atol=1e-4)
+
+
+def test_hub_rows_are_random_balanced_and_long_enough(monkeypatch):
+    """The loader's calls, answered by rows made here, as the benchmark's datasets have them."""
+    import datasets
+
+    def answer(rows):
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *a, **k: datasets.IterableDataset.from_generator(lambda: iter(rows))
+        )
+
+    answer([{"text": f"{i}", "category": 1 + i % 3, "rating": (1.0, 5.0)[i // 3 % 2]} for i in range(6000)])
+    found = list(eval_sae.hub_rows(eval_sae.AMAZON, (1, 2), 40, "train", seed=0))
+    assert Counter(row[1:] for row in found) == {(c, r): 40 for c in (1, 2) for r in (1.0, 5.0)}
+    assert max(int(row[0]) for row in found) > 3000  # not the first rows
+    answer([{"code": "x" * (530 + i % 10), "language": "C"} for i in range(100)])
+    found = list(eval_sae.hub_rows(eval_sae.PROBING[5][1], ("C",), 30, "train", seed=0))
+    assert len(found) == 30 and min(len(row[0]) for row in found) == 535 - 150
+    answer([{"translation": {language: f"{language} {i}" for language in eval_sae.EUROPARL}} for i in range(300)])
+    task = eval_sae.benchmark_task(*eval_sae.PROBING[7], 20, 20, seed=0)
+    assert len(task.texts) == 200 and not {t for t, u in zip(task.texts, task.test) if u} & {
+        t for t, u in zip(task.texts, task.test) if not u
+    }
+    assert [int(t.split()[1]) for t, y in zip(task.texts, task.labels) if y == 0] != sorted(range(40))
+
+
+def test_a_run_is_evaluated_on_its_own_subset_and_column(run, monkeypatch):
+    """Of a dataset of the Hub, whose split `validation` is held out."""
+    sae = eval_sae.open_sae(run / "s0", "cpu")
+    sae.cfg.settings |= {"dataset": "some/data", "subset": "small", "text_column": "body"}
+    args = eval_sae.parse_args(["RUN"])
+    cfg = eval_sae.Evaluation(args, sae.cfg.model_name, 1, [sae], torch.device("cpu"), torch.float32).cfg
+    assert (cfg.dataset, cfg.subset, cfg.text_column, cfg.split) == ("some/data", "small", "body", "validation")
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["/nowhere"], "holds no trained autoencoder"),
+    (["/nowhere"], "No such file or directory"),
     (["RUN", "--metrics", "core,beauty"], "the families are"),
-    (["RUN", "--model", "/nowhere"], "/nowhere"),
-    (["RUN", "--layer", "9"], "are 0 to 3"),
+    (["RUN", "--text", "TEXTS", "--model", "/nowhere"], "/nowhere"),
+    (["RUN", "--text", "TEXTS", "--layer", "9"], "are 0 to 3"),
     (["RUN"], "give --text"),
     (["RUN", "--text", "TEXTS", "--probe", "TEXTS"], "lacks the column label; its columns are text"),
-    (["RUN", "--text", "TEXTS", "--probe", "FEW"], "texts, 20 are needed"),
+    (["RUN", "--text", "TEXTS", "--probe", "FEW"], "20 are needed"),
     (["NARROW", "--layer", "1", "--text", "TEXTS", "--model", "MODEL"], "is for 8 dimensions"),
     (["RUN", "--contexts", "0"], "--contexts must be at least 1"),
 ])  # fmt: skip
 def test_bad_evaluations_are_refused_in_one_line(model, run, texts, tmp_path, capsys, argv, words):
-    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": f"{t}{i}", "label": t}) + "\n" for t in "ab" for i in range(4)))
+    (tmp_path / "few.jsonl").write_text(
+        "".join(json.dumps({"text": f"{t}{i}", "label": t}) + "\n" for t in "ab" for i in range(4))
+    )
     sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(), tmp_path / "narrow")
-    names = {"RUN": run / "s0", "TEXTS": texts, "FEW": tmp_path / "few.jsonl", "NARROW": tmp_path / "narrow", "MODEL": model[0]}
+    names = {
+        "RUN": run / "s0",
+        "TEXTS": texts,
+        "FEW": tmp_path / "few.jsonl",
+        "NARROW": tmp_path / "narrow",
+        "MODEL": model[0],
+    }
     assert eval_sae.main([str(names.get(a, a)) for a in argv]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert words in lines[-1] and lines[-1].startswith("eval_sae.py: error: "), lines
 
 
-def test_library_tasks_keep_documents_apart():
+def test_library_tasks_keep_documents_apart_and_balance_classes():
     pieces = list(eval_sae.library_pieces())
-    assert {p["kind"] for p in pieces} == {"window", "docstring", "comment", "body", "prose"}
-    tasks, spurious = eval_sae.library_tasks(600, 400, seed=0)
-    assert len(tasks) == 8 and len(spurious) == 2
-    for task in tasks + spurious:
-        assert len(task.texts) == len(task.labels) == len(task.test) and 200 < task.test.sum() <= 400, task.name
+    assert {p[2] for p in pieces} == {"code", "docstring", "body", "prose"}
+    tasks, spurious = eval_sae.library_tasks(200, 80, seed=0)
+    assert len(tasks) == 3 and len(spurious) == 1
+    for task in tasks:
+        counts = [torch.bincount(task.labels[part]) for part in (~task.test, task.test)]
+        assert [c.unique().tolist() for c in counts] == [[200], [80]], task.name
     cells = spurious[0].labels * 2 + spurious[0].attribute
     assert all(torch.bincount(cells[part]).unique().numel() == 1 for part in (spurious[0].test, ~spurious[0].test))
+    files_of = {}
+    for file, _, _, text in pieces:
+        files_of.setdefault(text, set()).add(file)
+    for task in tasks + spurious:
+        files = [set(), set()]
+        for text, held in zip(task.texts, task.test.tolist()):
+            if len(files_of[text]) == 1:
+                files[held] |= files_of[text]
+        assert not files[0] & files[1] and len(files[1]) > 5, task.name
+
+
+def test_too_few_texts_of_a_class_are_noted():
+    rows = [(f"{c}{i}", c, None, i % 2 == 0) for c, n in (("a", 200), ("b", 60)) for i in range(n)]
+    task = eval_sae.make_task("letters", rows, 50, 20, seed=0)
+    assert task.note == "letters: b has 30 texts to train on, so each class has no more, not 50"
+    assert torch.bincount(task.labels[~task.test]).tolist() == [30, 30]
 
 
 # ----------------------------------------------------------------------------------------- demo and files
@@ -1597,28 +2006,26 @@ def test_demo_texts_are_split_by_document():
     assert len(names) == len(set(names)) > 500 and "argparse.py" in names and any(n.startswith("help/") for n in names)
 
 
-def test_demo_language_model_learns(tmp_path, capsys):
-    documents = [TEXT * 30 for _ in range(20)]
-    sgo_sae.train_demo_lm(documents, documents[:2], tmp_path, steps=40, batch=4)
-    bits = float(re.search(r"([\d.]+) bits per byte", capsys.readouterr().out).group(1))
-    assert bits < 1  # a text that repeats itself; a model that learned nothing needs about 4
-    cfg = sgo_sae.Config(model=str(tmp_path), layer=1)
-    assert sgo_sae.load_tokenizer(cfg)[0].hidden_size == 128
-    assert len(loaded((tmp_path,), 1)[0].layers) == 2
+def test_demo_language_model_learns(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    sgo_sae.train_demo_lm([TEXT * 30 for _ in range(20)], tmp_path, steps=40, batch=4)
+    lm, _, tokenizer = sgo_sae.load_lm(sgo_sae.Config(model=str(tmp_path), layer=1), torch.device("cpu"), torch.float32)
+    assert lm.config.hidden_size == 128 and len(lm.layers) == 2
+    ids_BL = torch.tensor([[tokenizer.bos_token_id] + tokenizer(TEXT * 5)["input_ids"][:100]])
+    with torch.inference_mode():
+        nats = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids_BL, labels=ids_BL).loss.item()
+    assert nats < 4  # a model that learned nothing needs log 1024 = 6.9
 
 
 def test_benchmark_prints_a_table_and_json(capsys):
-    shape = ["--bench", "--dict", "256", "--k", "8", "--batch", "64", "--width", "16"]
-    assert sgo_sae.main(shape) == 0
+    shape = ["--dict", "256", "--k", "8", "--batch", "64", "--width", "16"]
+    benchmark(shape)
     assert "step with the penalty" in capsys.readouterr().out
-    assert sgo_sae.main([*shape, "--json"]) == 0
+    benchmark([*shape, "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["dict"] == 256
-    for kind in ("gaussian", "skewed"):
-        figures = {name: both[kind] for name, both in found.items() if isinstance(both, dict)}
-        step = figures["step with the penalty, ms"]
-        assert step > 0 and figures["tokens per second"] == pytest.approx(64_000 / step) and figures["peak memory, GB"] > 0
-        assert figures["encoder product"] > 0 and figures["penalty and its gradient"] > 0
+    for name in ("plain_ms", "step_ms", "penalty_ms", "peak_gb"):
+        assert set(found[name]) == {"gaussian", "skewed"} and min(found[name].values()) > 0
 
 
 def test_help_shows_every_setting_with_its_default():
@@ -1628,9 +2035,114 @@ def test_help_shows_every_setting_with_its_default():
     assert "(default: 18432)" in text and "(default: 0.075)" in text
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in HERE.glob("*_sae.py") if not p.name.startswith("test_")))
-def test_script_metadata_equal_requirements(script):
-    block = re.search(r"# dependencies = (\[.*?\])", (HERE / script).read_text(), re.S).group(1)
-    inline = ast.literal_eval(re.sub(r"^#", "", block, flags=re.M))
-    required = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert inline == required and "torch==2.13.0" in required
+# -------------------------------------------------------------------------------------------- benchmark
+
+
+def median_ms(*works, times=7):
+    """Median milliseconds of each of `works`, called in turn, after a first round that is not counted."""
+    seconds = [[] for _ in works]
+    for _ in range(times + 1):
+        for work, measured in zip(works, seconds):
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            measured.append(time.perf_counter() - start)
+    return [1000 * statistics.median(measured[1:]) for measured in seconds]
+
+
+def peer_steps(x_BD, args):
+    """A plain TopK training step of each other trainer that is installed, on the same activations: {name: callable}."""
+    steps, D = {}, x_BD.shape[1]
+    if importlib.util.find_spec("sae_lens"):
+        from sae_lens.saes.sae import TrainStepInput
+        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+        lens = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=args.dict, k=args.k, device=str(x_BD.device)))
+        lens_adam = torch.optim.Adam(lens.parameters(), lr=0.0)
+
+        def lens_step():
+            lens_adam.zero_grad()
+            dead_N = torch.zeros(args.dict, dtype=torch.bool, device=x_BD.device)
+            lens.training_forward_pass(
+                TrainStepInput(
+                    x_BD, coefficients={}, dead_neuron_mask=dead_N, n_training_steps=0, is_logging_step=False
+                )
+            ).loss.backward()
+            torch.nn.utils.clip_grad_norm_(lens.parameters(), 1.0)
+            lens_adam.step()
+
+        steps["SAELens"] = lens_step
+    if importlib.util.find_spec("sparsify"):
+        from sparsify import SparseCoder, SparseCoderConfig
+
+        coder = SparseCoder(
+            D, SparseCoderConfig(num_latents=args.dict, k=args.k), device=x_BD.device, dtype=torch.float32
+        )
+        coder_adam = torch.optim.Adam(coder.parameters(), lr=0.0)
+
+        def coder_step():
+            coder_adam.zero_grad()
+            coder(x_BD).fvu.backward()
+            coder.remove_gradient_parallel_to_decoder_directions()
+            coder_adam.step()
+            coder.set_decoder_norm_to_unit_norm()
+
+        steps["sparsify"] = coder_step
+    if importlib.util.find_spec("dictionary_learning"):
+        from dictionary_learning.trainers.top_k import TopKTrainer
+
+        trainer = TopKTrainer(
+            steps=10**9, activation_dim=D, dict_size=args.dict, k=args.k, layer=0, lm_name="", device=str(x_BD.device)
+        )
+        steps["dictionary_learning"] = lambda: trainer.update(1, x_BD)
+    return steps
+
+
+def benchmark(argv):
+    """Times a training step on Gaussian activations: as they are, and with a popularity of latents that falls with rank."""
+    parser = argparse.ArgumentParser(description=benchmark.__doc__)
+    for name, value in {"dict": 18432, "k": 320, "batch": 2048, "width": 2304}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--peers", action="store_true", help="time other trainers' plain TopK step in turn with ours")
+    args = parser.parse_args(argv)
+    device, _ = sgo_sae.find_device("auto", "auto")
+    torch.set_float32_matmul_precision("high")
+    cfg, found, lam = sgo_sae.Config(dict=args.dict, k=args.k), {}, torch.tensor(0.04, device=device)
+    for kind, skew in {"gaussian": 0.0, "skewed": 0.5}.items():
+        torch.manual_seed(0)
+        x_BD = torch.randn(args.batch, args.width, device=device)
+        sae = SAE(args.width, args.dict, args.k).to(device)
+        sae.b_enc.data -= skew * ((1 + torch.randperm(args.dict, device=device)).log() - 10)
+        adam = torch.optim.Adam(sae.parameters(), lr=0.0, fused=True)  # the weights stay: every step is the same work
+        with torch.no_grad():
+            vals_BK, idx_BK = sae.sparse(x_BD)
+        step = partial(sgo_sae.training_step, sae, adam, x_BD, cfg)
+        penalty = partial(sgo_penalty, vals_BK, idx_BK, args.dict)
+        ours = {
+            "plain_ms": partial(step, 0.0, 0.0, lam),
+            "step_ms": partial(step, 0.075, 0.0, lam),
+            "penalty_ms": penalty,
+        }
+        works = ours | (peer_steps(x_BD, args) if args.peers and kind == "gaussian" else {})
+        for name, milliseconds in zip(works, median_ms(*works.values())):
+            found.setdefault(name, {})[kind] = milliseconds
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        gb = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else kilobytes * 1024 / 1e9
+        found.setdefault("peak_gb", {})[kind] = gb
+    if args.json:
+        print(json.dumps(vars(args) | {"device": str(device)} | found))
+        return
+    labels = {"plain_ms": "step without the penalty, ms", "step_ms": "step with the penalty, ms",
+              "penalty_ms": "penalty and its gradient, ms", "peak_gb": "peak memory so far, GB"}  # fmt: skip
+    print(
+        f"batch {args.batch}, D {args.width}, N {args.dict}, k {args.k}, {device}\n{'':<32}{'gaussian':>10}{'skewed':>10}"
+    )
+    for name, both in found.items():
+        label = labels.get(name, f"plain TopK step of {name}, ms")
+        print(f"{label:<32}" + "".join(f"{both[kind]:>10,.1f}" for kind in both))
+
+
+if __name__ == "__main__":
+    benchmark(sys.argv[1:])
