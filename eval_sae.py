@@ -1,7 +1,7 @@
 """Evaluate sparse autoencoders as SAEBench defines it: reconstruction, model behaviour, probing, SCR, absorption.
 
     python eval_sae.py RUN [RUN ...]               a table, a column per setting; eval.json in each run's folder
-    python eval_sae.py RUN --metrics core,probe    only some of the families
+    python eval_sae.py RUN --metrics core probe    only some of the families
     python eval_sae.py --help                      every setting
 
 A RUN is a folder that sgo_sae.py or SAELens wrote, a folder of such folders, or a Gemma Scope params.npz, on disk or on
@@ -14,11 +14,12 @@ import json
 import math
 import random
 import re
+import statistics
 import sys
 import zlib
 from collections import Counter, deque
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,10 +59,11 @@ def reconstruction(sae, x_TD, ctx=128, chunk=2048):
     result = {name: sums[name] / T for name in ("cosine", "l0", "l1", "norm_ratio")}
     result |= {"mse": sums["error"] / (T * D), "mse_benchmark": sums["error"] / T / (16 * (ctx - 1))}
     result |= {"explained_variance": 1 - sums["error"] / sums["variance"], "bias": sums["xhat2"] / sums["dot"]}
-    return result | {
-        "never_fire": (fired_N == 0).float().mean().item(),
-        "dense": (fired_N > T / 10).float().mean().item(),
-    }
+    result["never_fire"], result["dense"] = (
+        (fired_N == 0).float().mean().item(),
+        (fired_N > T / 10).float().mean().item(),
+    )
+    return result
 
 
 def spliced_logits(lm, layer, ids_BL, replace):
@@ -86,20 +88,17 @@ def behaviour(lm, layer, saes, ids_TL, special):
     splices = [lambda x, keep: x, lambda x, keep: torch.zeros_like(x)]
     splices += [lambda x, keep, sae=sae: torch.where(keep, sae(x.float()).to(x.dtype), x) for sae in saes]
     rows = max(1, 2**23 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
-    sums, parts = (
-        torch.zeros(len(splices), 2, dtype=torch.double),
-        list(zip(ids_TL.split(rows), ordinary_TL.split(rows))),
-    )
-    for ids_BL, ordinary_BL in progress_bar(parts, desc="behaviour", unit="batch", leave=False):
-        source_BL, clean_BLV = ordinary_BL[:, :-1], None
+    sums, parts = torch.zeros(len(splices), 2).double(), list(zip(ids_TL.split(rows), ordinary_TL.split(rows)))
+    for ids_BL, ordinary_BL in progress_bar(parts, desc="behaviour", leave=False):
+        p_EV = log_p_EV = None
+        next_E1, last_BL = ids_BL.roll(-1, 1)[ordinary_BL][:, None], torch.zeros_like(ordinary_BL)
+        last_BL[:, -1] = True  # nothing follows
         for i, splice in enumerate(splices):
-            replace = partial(splice, keep=ordinary_BL[..., None])
-            log_p_BLV = spliced_logits(lm, layer, ids_BL, replace).log_softmax(-1)
-            clean_BLV = log_p_BLV if clean_BLV is None else clean_BLV
-            sums[i, 0] += F.nll_loss(log_p_BLV[:, :-1][source_BL], ids_BL[:, 1:][source_BL], reduction="sum").item()
-            sums[i, 1] += F.kl_div(
-                log_p_BLV[ordinary_BL], clean_BLV[ordinary_BL], reduction="sum", log_target=True
-            ).item()
+            logits_BLV = spliced_logits(lm, layer, ids_BL, partial(splice, keep=ordinary_BL[..., None]))
+            log_q_EV = logits_BLV[ordinary_BL].log_softmax(-1)
+            p_EV, log_p_EV = (log_q_EV.exp(), log_q_EV) if i == 0 else (p_EV, log_p_EV)
+            sums[i, 0] -= log_q_EV.gather(1, next_E1)[~last_BL[ordinary_BL]].double().sum().item()
+            sums[i, 1] += torch.linalg.vecdot(p_EV, log_p_EV - log_q_EV).double().sum().item()
     ce = (sums[:, 0] / ordinary_TL[:, :-1].sum().item()).tolist()
     kl = (sums[:, 1] / ordinary_TL.sum().item()).tolist()
     common = {"ce_clean": ce[0], "ce_zero": ce[1], "kl_zero": kl[1]}
@@ -119,21 +118,15 @@ def competition(sae, x_TD, settings, scale=1.0, batch=2048):
     whole = [x_BD for x_BD in x_TD.split(batch) if len(x_BD) == batch] or [x_TD]
     for x_BD in (x_BD.float() for x_BD in whole):
         f_BN = sae.encode(x_BD)
-        total = pairs = over = 0
+        sums, rivals = torch.zeros(3, dtype=torch.double, device=f_BN.device), []
         for lo in range(0, N, 1024):
             w_TN = sgo_sae.coactivation_weights(f_BN[:, lo : lo + 1024], f_BN)
             w_TN.diagonal(lo).zero_()
-            total, pairs, over = (
-                total + w_TN.sum().item(),
-                pairs + (w_TN > 0).sum().item(),
-                over + (w_TN > 0.5).sum().item(),
-            )
-        max_N = sgo_sae.max_coactivation(f_BN)
-        figures = {
-            "w_mean": total / max(1, pairs),
-            "mean_max_w": max_N[max_N > 0].mean().item(),
-            "pairs_over_half": over / 2,
-        }
+            sums += torch.stack([w_TN.sum(), (w_TN > 0).sum(), (w_TN > 0.5).sum()])
+            rivals.append(w_TN.amax(1))
+        max_N, (total, pairs, over) = torch.cat(rivals), sums.tolist()
+        figures = {"w_mean": total / max(1, pairs), "mean_max_w": max_N[max_N > 0].mean().item()}
+        figures["pairs_over_half"] = over / 2
         if settings:
             vals_BK, idx_BK = f_BN.topk(int((f_BN > 0).sum(1).max()), dim=1)
             error = (x_BD - sae.decode(f_BN)).square().sum(1).mean() * scale**2
@@ -143,11 +136,15 @@ def competition(sae, x_TD, settings, scale=1.0, batch=2048):
                 omega = sgo_sae.sgo_penalty(vals_BK * scale, idx_BK, N)
             figures["penalty_share"] = (settings["alpha"] * omega / error).item()
         found.append(figures)
-    result = {name: sum(figures[name] for figures in found) / len(found) for name in found[0]}
     W_ND = F.normalize(sae.W_dec, dim=1)
     tiles = torch.arange(N, device=W_ND.device).split(1024)
     cosine_N = torch.cat([(W_ND[i] @ W_ND.T).abs().scatter_(1, i[:, None], 0).amax(1) for i in tiles])
-    return result | {"mean_max_cos": cosine_N.mean().item()}
+    return mean_of(found) | {"mean_max_cos": cosine_N.mean().item()}
+
+
+def mean_of(dicts):
+    """Key by key."""
+    return {key: sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
 
 
 # -------------------------------------------------------------------------------------------------- probes
@@ -222,18 +219,17 @@ def class_and_others(labels_T, c, generator):
 
 
 def sparse_probing(f_TN, labels_T, f_UN, labels_U, seed=0):
-    """{k: test accuracy} of logistic regressions on the k latents of most |mean difference| between a class and others, and
-    of a linear probe on all; averaged over classes. Chance is half: a class is set against as many of the others."""
-    generator, found = torch.Generator().manual_seed(seed), {k: [] for k in (*KS, "all")}
+    """{k: test accuracy} of logistic regressions on the k latents of most |mean difference| between a class and as many
+    others (chance is half), and of a linear probe on all; averaged over classes."""
+    generator, found = torch.Generator().manual_seed(seed), []
     for c in labels_T.unique().tolist():
         rows_T, rows_U = class_and_others(labels_T, c, generator), class_and_others(labels_U, c, generator)
         x_TN, y_T, x_UN, y_U = f_TN[rows_T], labels_T[rows_T] == c, f_UN[rows_U], labels_U[rows_U] == c
         order_N = (x_TN[y_T].mean(0) - x_TN[~y_T].mean(0)).abs().argsort(descending=True)
-        for k in KS:
-            top_S = order_N[:k]
-            found[k].append(accuracy(x_UN[:, top_S], y_U, *logistic_regression(x_TN[:, top_S], y_T)))
-        found["all"].append(linear_probe(x_TN, y_T, x_UN, y_U, generator, epochs=100, batch=250, lr=1e-2)[2])
-    return {k: sum(scores) / len(scores) for k, scores in found.items()}
+        tops = {k: order_N[:k] for k in KS}
+        found.append({k: accuracy(x_UN[:, S], y_U, *logistic_regression(x_TN[:, S], y_T)) for k, S in tops.items()})
+        found[-1]["all"] = linear_probe(x_TN, y_T, x_UN, y_U, generator, epochs=100, batch=250, lr=1e-2)[2]
+    return mean_of(found)
 
 
 # ---------------------------------------------------------------------------------------------------- SCR
@@ -261,8 +257,8 @@ def scr_probes(x_TD, a_T, b_T, x_UD, a_U, b_U, seed=0):
 def scr(probes, f_TN, a_T, b_T, x_UD, f_UN, a_U, b_U, W_dec_ND, counts=ABLATED):
     """Spurious correlation removal, {ablated latents: score}, 1 where ablation mends the biased probe.
 
-    a, b: two attributes (T,), 0 or 1; f: mean latents, x: mean activations. Setting latents to 0 with the reconstruction
-    error added back takes f_S W_dec_S from each token, and so from the mean.
+    a, b: two attributes (T,), 0 or 1; f: mean latents, x: mean activations. Latents set to 0, with the reconstruction
+    error added back, take f_S W_dec_S from each token, and so from the mean.
     """
     (even_T, _), (even_U, _), headline, result = scr_rows(a_T, b_T), scr_rows(a_U, b_U), None, {}
     f_TN, a_T, b_T = f_TN[even_T], a_T[even_T].bool(), b_T[even_T].bool()
@@ -323,11 +319,10 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, epochs=50, lr=0.01, end_lr=1e-5, s
     """SAEBench's 26-way probe: Adam, rate falling exponentially, positives weighted by rarity; W (26, D), b (26,)."""
     torch.manual_seed(seed)
     probe, y_TC = nn.Linear(x_TD.shape[1], 26).to(x_TD.device), F.one_hot(y_T, 26).float()
-    nn.init.zeros_(probe.weight)  # the problem is convex; few words leave too few steps to forget a random start
     rarity_C = (len(y_T) - y_TC.sum(0)) / y_TC.sum(0).clamp(min=1)
     adam = torch.optim.Adam(probe.parameters(), lr=lr, weight_decay=l2, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(adam, (end_lr / lr) ** (1 / epochs))
-    for _ in range(epochs):
+    for _ in progress_bar(range(epochs), desc="letters", unit="epoch", leave=False):
         for rows in torch.randperm(len(x_TD)).to(x_TD.device).split(batch):
             loss = F.binary_cross_entropy_with_logits(probe(x_TD[rows]), y_TC[rows], pos_weight=rarity_C)
             loss = loss + l1 * probe.weight.abs().sum(1).mean() if l1 else loss
@@ -339,7 +334,7 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, epochs=50, lr=0.01, end_lr=1e-5, s
 
 
 def absorption(sae, x_TD, y_T, x_UD, y_U, probe, seed=0, max_split=10):
-    """Mean absorption over the letters that the residual stream spells (F1 over 0.6), {"absorption", "full", "letters"}.
+    """Mean absorption over the letters that the residual stream spells, those of F1 over 0.6, and full absorption.
 
     x: activations at the words; y: their letters, 0 to 25; probe: multi_probe's on x. InputError under 20 letters.
     """
@@ -357,14 +352,13 @@ def absorption(sae, x_TD, y_T, x_UD, y_U, probe, seed=0, max_split=10):
         scored_U = (y_U == c) & positive_UC[:, c]
         if scored_U.any():
             share_U, full_U = absorbed_share(f_UN[scored_U], x_UD[scored_U], sae.W_dec.detach(), W_CD[c], split_S)
-            shares.append((share_U.mean().item(), full_U.float().mean().item()))
-    mean, full = (sum(values) / len(shares) for values in zip(*shares))
-    return {"absorption": mean, "full": full, "letters": len(letters)}
+            shares.append({"absorption": share_U.mean().item(), "full": full_U.float().mean().item()})
+    return mean_of(shares) | {"letters": len(letters)}
 
 
 # -------------------------------------------------------------------------------------- texts with labels
 class Task(NamedTuple):
-    """Texts with a label (T,), and for SCR an attribute (T,), 0 or 1; `test` (T,) parts them; `note` is what it lacks."""
+    """Texts with a label (T,), and for SCR an attribute (T,), 0 or 1; `test` (T,) parts them; `note` is what lacks."""
 
     name: str
     texts: list
@@ -377,19 +371,16 @@ class Task(NamedTuple):
 def make_task(name, rows, train, test, seed, balanced=False):
     """Task from rows (text, label, attribute, is_test): `train` and `test` random texts of each label or, where one has
     fewer, as many as it has; `balanced`: as many of each attribute. InputError where one has under 20."""
-    labels = sorted({row[1] for row in rows}, key=str)
-    values = sorted({row[2] if balanced else None for row in rows}, key=str)
+    rows = [(*row[:2], row[2] if balanced else None, row[3]) for row in rows]
+    labels, values = (sorted({row[i] for row in rows}, key=str) for i in (1, 2))
     if len(labels) < 2 or len(values) != 1 + balanced:
         raise InputError(f"{name}: two labels or more are needed, and two attributes where they are balanced")
     chosen, note = [], ""
     for is_test, count in ((False, train // len(values)), (True, test // len(values))):
-        parts = {(label, value): [] for label in labels for value in values}
-        for row in rows:
-            if row[3] == is_test:
-                parts[row[1], row[2] if balanced else None].append(row)
+        parts = {cell: [row for row in rows if row[1:] == (*cell, is_test)] for cell in product(labels, values)}
         cell, fewest = min(parts.items(), key=lambda part: len(part[1]))
-        has = f"{name}: {' with '.join(str(c) for c in cell if c is not None)} has {len(fewest)} texts"
-        has += " to test on" if is_test else " to train on"
+        named = " with ".join(str(c) for c in cell if c is not None)
+        has = f"{name}: {named} has {len(fewest)} texts to {'test' if is_test else 'train'} on"
         if len(fewest) < 20:
             raise InputError(f"{has}, 20 are needed")
         note = f"{has}, so each class has no more, not {count}" if len(fewest) < count else note
@@ -402,7 +393,7 @@ def make_task(name, rows, train, test, seed, balanced=False):
 
 
 def library_pieces(size=300):
-    """Docstrings and function bodies of the demo's documents, (file, package, kind, text), cut after `size` characters."""
+    """Docstrings and function bodies of the demo's documents, (file, package, kind, text), cut at `size` characters."""
     for file, text in sgo_sae.library_texts():
         try:
             nodes = list(ast.walk(ast.parse(text if file.endswith(".py") else "")))
@@ -421,16 +412,13 @@ def library_tasks(train, test, seed):
     """Three probing tasks and one for SCR from the standard library; no file is in both training and test texts."""
     pieces = [(*piece, zlib.crc32(piece[0].encode()) % 3 == 0) for piece in library_pieces()]
     sizes = Counter((p[1], p[2], p[4]) for p in pieces if "." not in p[1])
-    fewest = {name: min(sizes[name, kind, t] for kind in ("docstring", "body") for t in (0, 1)) for name, _, _ in sizes}
+    kinds = ("body", "docstring")
+    fewest = {name: min(sizes[name, kind, t] for kind in kinds for t in (0, 1)) for name, _, _ in sizes}
     packages = sorted(fewest, key=lambda name: (-fewest[name], name))[:5]
-    by_package = {
-        kind: [(p[3], p[1], None, p[4]) for p in pieces if p[2] == kind and p[1] in packages]
-        for kind in ("body", "docstring")
-    }
+    named = {kind: [(p[3], p[1], None, p[4]) for p in pieces if p[2] == kind and p[1] in packages] for kind in kinds}
     tasks = [
         make_task("docstring or body", [(p[3], p[2], None, p[4]) for p in pieces], train, test, seed),
-        make_task("package of a body", by_package["body"], train, test, seed),
-        make_task("package of a docstring", by_package["docstring"], train, test, seed),
+        *(make_task(f"package of a {kind}", rows, train, test, seed) for kind, rows in named.items()),
     ]
     rows = [(p[3], p[1], p[2], p[4]) for p in pieces if p[1] in packages[:2]]
     name = f"{packages[0]} or {packages[1]}, docstring or body"
@@ -467,12 +455,10 @@ def hub_rows(source, classes, count, split, seed):
     import datasets
 
     dataset, subset, text, label, attribute = source
-    missing = {
-        (c, a): count for c in classes for a in ((0, 1) if source == BIOS else (1.0, 5.0) if attribute else (None,))
-    }
-    for c, part in (
-        subset.items() if isinstance(subset, dict) else [(None, subset)]
-    ):  # of Europarl, one part per language
+    values = {"gender": (0, 1), "rating": (1.0, 5.0)}.get(attribute, (None,))
+    missing = {(c, value): count for c in classes for value in values}
+    parts = subset.items() if isinstance(subset, dict) else [(None, subset)]  # of Europarl, one part per language
+    for c, part in parts:
         with sgo_sae.loading(dataset):
             stream = datasets.load_dataset(dataset, part, split=split, streaming=True)
             for row in stream.shuffle(seed=seed, buffer_size=20_000):
@@ -496,15 +482,14 @@ def benchmark_task(name, source, classes, train, test, seed):
             seen[label] += 1
     else:
         for split, count in (("train", train), ("test", test)):
-            rows += [
-                (*row, split == "test") for row in hub_rows(source, classes, math.ceil(count / halves), split, seed)
-            ]
+            found = hub_rows(source, classes, math.ceil(count / halves), split, seed)
+            rows += [(*row, split == "test") for row in found]
     rows = [(text, classes.index(label), value, is_test) for text, label, value, is_test in rows]
     return make_task(name, rows, train, test, seed, balanced=halves == 2)
 
 
 def file_tasks(path, train, test, seed):
-    """Probing task, and one for SCR where there is a column `attribute`, from a local file; a fifth of the rows test."""
+    """Probing task, and one for SCR where there is a column `attribute`, of a local file; a fifth of its rows test."""
     rows, stream = [], sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
     for row in stream:
         if "label" not in row:
@@ -518,7 +503,7 @@ def file_tasks(path, train, test, seed):
 
 # ------------------------------------------------------------------------------------ the language model
 def padded(ids, tokenizer, device, desc, batch=64):
-    """Token id lists in batches of like length: their indices, ids (B, L) filled up on the right, and which are real."""
+    """Token id lists in batches of like length: their indices, ids (B, L) filled up on the right, which are real."""
     order = sorted(range(len(ids)), key=lambda t: len(ids[t]))
     for start in progress_bar(range(0, len(order), batch), desc=desc, unit="batch", leave=False):
         rows = order[start : start + batch]
@@ -581,29 +566,28 @@ def word_activations(read, tokenizer, device, count, seed):
 
 # --------------------------------------------------------------------------------------------- evaluation
 class Evaluation:
-    """Autoencoders of one language model and layer; `results`: for each {family: {key: value} or the reason why not}."""
+    """Autoencoders of one language model and layer; `results`: for each {family: {key: value} or why there is none}."""
 
     def __init__(self, args, model, layer, saes, device, dtype):
         from transformers import AutoConfig
 
         self.args, self.saes, self.device = args, saes, device
-        self.results = [
-            {"settings": getattr(sae.cfg, "settings", None) or {}, "samples": {}, "notes": []} for sae in saes
-        ]
+        self.results = [{"settings": getattr(sae.cfg, "settings", {}), "samples": {}, "notes": []} for sae in saes]
         first = self.results[0]["settings"]
         self.demo, self.bar = bool(first.get("demo")), {"unit": "SAE", "leave": False}
         asked = {"model": model, "layer": layer, "data_seed": args.seed, "ctx": first.get("ctx", 128)}
-        if not args.text and not self.demo:
-            asked |= {k: first[k] for k in ("dataset", "subset", "text_column") if k in first} | {"split": "validation"}
-            if Path(asked.get("dataset", "")).exists() and "dataset" in asked:
-                raise InputError(f"give --text: no text of {asked['dataset']} is known to be held out from training")
-        else:
+        if args.text or self.demo:
             asked["dataset"] = args.text or str(Path(model) / "heldout.jsonl")
+        else:
+            asked |= {k: first[k] for k in ("dataset", "subset", "text_column") if k in first} | {"split": "validation"}
+            if "dataset" in asked and Path(asked["dataset"]).exists():
+                raise InputError(f"give --text: no text of {asked['dataset']} is known to be held out from training")
         self.cfg = sgo_sae.Config(**asked)
         with sgo_sae.loading(model):
             names = AutoConfig.from_pretrained(model).architectures or []
         self.head = any(re.search("CausalLM|LMHead|ConditionalGeneration", name) for name in names)
-        self.lm, self.layers, self.tokenizer = sgo_sae.load_lm(self.cfg, device, dtype, head=self.head)
+        whole = self.head and "behaviour" in args.metrics
+        self.lm, self.layers, self.tokenizer = sgo_sae.load_lm(self.cfg, device, dtype, head=whole)
         self.special = sgo_sae.special_ids(self.tokenizer)
         for sae in saes:
             if len(sae.b_dec) != (D := self.lm.config.get_text_config().hidden_size):
@@ -637,17 +621,17 @@ class Evaluation:
                 self.record(family, str(error))
             return
         if "behaviour" in families:
-            why = "the model has no language-model head"
             place = (self.lm, self.layers[self.cfg.layer], self.saes, ids_TL, self.special)
-            self.record("behaviour", behaviour(*place) if self.head else why)
+            self.record("behaviour", behaviour(*place) if self.head else "the model has no language-model head")
+            del self.layers[self.cfg.layer + 1 :]  # nothing below needs what comes after the layer
+            self.lm = self.lm.get_decoder()
         special = torch.tensor(self.special, device=self.device)
         parts = progress_bar(ids_TL.split(32), desc="activations", unit="batch", leave=False)
         x_TD = torch.cat([self.read(ids_BL)[~torch.isin(ids_BL, special)] for ids_BL in parts])
         x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)]
         if len(ids_TL) < self.args.contexts:
-            self.note(
-                f"text: {self.cfg.dataset} has {len(ids_TL)} contexts of {self.cfg.ctx} tokens, not {self.args.contexts}"
-            )
+            have = f"{len(ids_TL)} contexts of {self.cfg.ctx} tokens, not {self.args.contexts}"
+            self.note(f"text: {self.cfg.dataset} has {have}")
         for sae, result in zip(progress_bar(self.saes, desc="reconstruction", **self.bar), self.results):
             result["samples"]["tokens"] = len(x_TD)
             if "core" in families:
@@ -674,19 +658,15 @@ class Evaluation:
                     continue
                 desc, length = f"{family}: {task.name}", args.length or (64 if self.demo else 128)
                 x, latents = mean_latents(self.read, self.tokenizer, self.saes, task.texts, length, self.device, desc)
-                found = (self.probing if family == "probe" else self.removal)(
-                    task, x, progress_bar(latents, desc=desc, **self.bar)
-                )
+                score_all = self.probing if family == "probe" else self.removal
+                found = score_all(task, x, progress_bar(latents, desc=desc, **self.bar))
                 for score, values, result in zip(scores, found, self.results):
                     score[task.name] = values
                     result["samples"][desc] = {"train": int((~task.test).sum()), "test": int(task.test.sum())}
                 if task.note:
                     self.note(f"{family}: {task.note}")
             why = "none of its datasets can be had" if sets[family] else "the probe file has no column `attribute`"
-            keys = next(iter(scores[0].values()), {})
-            self.record(
-                family, [{k: sum(s[k] for s in score.values()) / len(score) for k in keys} or why for score in scores]
-            )
+            self.record(family, [mean_of(list(score.values())) if score else why for score in scores])
             self.record(f"{family}_tasks", scores)
 
     def probing(self, task, x_TD, latents):
@@ -713,16 +693,16 @@ class Evaluation:
             found, splits = [[] for _ in self.saes], self.args.splits
             with progress_bar(total=splits * len(self.saes), desc="absorption", **self.bar) as bar:
                 for split in range(splits):
-                    generator = torch.Generator().manual_seed(self.args.seed + split)
-                    order = torch.randperm(len(y_T), generator=generator).to(self.device)
+                    seed = self.args.seed + split
+                    order = torch.randperm(len(y_T), generator=torch.Generator().manual_seed(seed)).to(self.device)
                     fit, held = order[: len(y_T) * 4 // 5], order[len(y_T) * 4 // 5 :]
                     parts = (x_TD[fit], y_T[fit], x_TD[held], y_T[held])
-                    probe = multi_probe(*parts[:2], batch=64, l2=1e-4, seed=self.args.seed + split)
+                    probe = multi_probe(*parts[:2], batch=64, l2=1e-4, seed=seed)
                     for sae, figures in zip(self.saes, found):
-                        figures.append(absorption(sae, *parts, probe, self.args.seed + split))
+                        figures.append(absorption(sae, *parts, probe, seed))
                         bar.update()
             for result, figures in zip(self.results, found):
-                result["absorption"] = {key: sum(f[key] for f in figures) / splits for key in figures[0]}
+                result["absorption"] = mean_of(figures)
                 result["samples"] |= {"words": len(y_T), "splits": figures}
         except InputError as error:
             self.record("absorption", str(error))
@@ -742,9 +722,8 @@ def table(names, results, paired=False):
     groups, runs = {}, ("seed", "out", "log_every", "save_every", "resume", "device")
     for name, result in zip(names, results, strict=True):
         setting = {k: v for k, v in result["settings"].items() if k not in runs} or {"run": name}
-        flat = {
-            (f, key): value for f in FAMILIES if isinstance(result.get(f), dict) for key, value in result[f].items()
-        }
+        figures = {family: result[family] for family in FAMILIES if isinstance(result.get(family), dict)}
+        flat = {(family, key): value for family, found in figures.items() for key, value in found.items()}
         groups.setdefault(json.dumps(setting, sort_keys=True), {})[result["settings"].get("seed", name)] = flat
     settings, seeds = [json.loads(group) for group in groups], list(groups.values())
     differing = [k for k in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(k)) for s in settings}) > 1]
@@ -755,21 +734,17 @@ def table(names, results, paired=False):
         for i, group in enumerate(seeds):
             values = {seed: flat[family, key] for seed, flat in group.items() if (family, key) in flat}
             if difference := paired and i > 0:
-                values = {
-                    s: v - seeds[0][s][family, key] for s, v in values.items() if (family, key) in seeds[0].get(s, ())
-                }
+                shared = [seed for seed in values if (family, key) in seeds[0].get(seed, ())]
+                values = {seed: values[seed] - seeds[0][seed][family, key] for seed in shared}
             cells.append(spread(list(values.values()), difference))
         arrow = " ↑" if re.fullmatch(HIGHER, key) else " ↓" if re.fullmatch(LOWER, key) else ""
         lines.append([f"{family}: {key.replace('_', ' ')}{arrow}", *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = [
-        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))) + " |"
-        for line in lines
-    ]
+    aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
+    rows = ["| " + " | ".join(line) + " |" for line in aligned]
     rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
-    notes = [
-        f"{family}: not measured, {r[family]}" for family in FAMILIES for r in results if isinstance(r.get(family), str)
-    ]
+    reasons = [(family, r[family]) for family in FAMILIES for r in results if isinstance(r.get(family), str)]
+    notes = [f"{family}: not measured, {reason}" for family, reason in reasons]
     notes = dict.fromkeys(notes + [note for r in results for note in r["notes"]])
     return "\n".join([rows[0], f"|{rule}|", *rows[1:], *(f"\n{note}" for note in notes)])
 
@@ -778,14 +753,12 @@ def spread(values, difference=False):
     """Mean ± standard deviation, of differences ± half the 95 % interval, with three or four digits that count."""
     if not values:
         return ""
-    n, mean = len(values), sum(values) / len(values)
+    n, mean = len(values), statistics.mean(values)
     digits, sign = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 100 else 3, "+" if difference else ""
-    if n == 1:
-        return f"{mean:{sign},.{digits}f}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (n - 1)) ** 0.5
-    return (
-        f"{mean:{sign},.{digits}f} ± {deviation * (STUDENT[min(n, 10) - 2] / n**0.5 if difference else 1):,.{digits}f}"
-    )
+    deviation = statistics.stdev(values) if n > 1 else None
+    if n > 1 and difference:
+        deviation *= STUDENT[min(n, 10) - 2] / n**0.5
+    return f"{mean:{sign},.{digits}f}" + (f" ± {deviation:,.{digits}f}" if n > 1 else "")
 
 
 # --------------------------------------------------------------------------------------------------- main
@@ -830,9 +803,7 @@ def origin(sae, args, path):
     hook = getattr(sae.cfg, "hook_name", None)
     known = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook or "")
     if hook and not known:
-        raise InputError(
-            f"{path} reads {hook}: only the residual stream after a layer, hook_resid_post, can be evaluated"
-        )
+        raise InputError(f"{path} reads {hook}: only hook_resid_post, the output of a layer, can be evaluated")
     if not known and args.layer is None:
         raise InputError(f"{path} does not name its layer: give --layer")
     model = args.model or getattr(sae.cfg, "model_name", None) or sgo_sae.Config.model
@@ -842,16 +813,11 @@ def origin(sae, args, path):
 def parse_args(argv):
     parser = sgo_sae.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "runs", nargs="+", metavar="RUN", help="folder of a trained SAE or of a grid of them, or Gemma Scope params.npz"
-    )
-    add("--metrics", default=",".join(FAMILIES), help="families to measure")
+    add("runs", nargs="+", metavar="RUN", help="folder of an SAE or of a grid of them, or Gemma Scope's params.npz")
+    add("--metrics", nargs="+", choices=FAMILIES, default=FAMILIES, help="families to measure")
     add("--model", help="language model, where a RUN does not name one that can be loaded")
     add("--layer", type=int, help="layer, where a RUN does not name it")
-    add(
-        "--text",
-        help="text for core, behaviour and competition; else the demo's or the split `validation` of the dataset",
-    )
+    add("--text", help="text for core, behaviour, competition; else the demo's or the dataset's split `validation`")
     add("--probe", help="csv, jsonl or parquet file with text, label and, for SCR, attribute")
     add("--contexts", type=int, default=512, help="contexts of text for core, behaviour and competition")
     add("--train", type=int, help="training texts of each class (default: 2000, of the demo's 500)")
@@ -868,9 +834,6 @@ def parse_args(argv):
     for run in runs:
         members = sorted(str(path.parent) for path in Path(run).glob("*/cfg.json"))
         args.runs += members if members and not (Path(run) / "cfg.json").exists() else [run]
-    args.metrics = args.metrics.split(",")
-    if unknown := [m for m in args.metrics if m not in FAMILIES]:
-        raise InputError(f"--metrics {unknown[0]}: the families are {', '.join(FAMILIES)}")
     for name in ("contexts", "train", "test", "length", "words", "splits"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, but is {getattr(args, name)}")
@@ -897,12 +860,9 @@ def work(argv):
             results[i] = result
     for run, result in zip(args.runs, results):
         if Path(run).exists():
-            folder, name = (
-                (Path(run), "eval.json") if Path(run).is_dir() else (Path(run).parent, f"{Path(run).stem}.eval.json")
-            )
-            (folder / name).write_text(
-                json.dumps({"command": vars(args), "torch": torch.__version__, **result}, indent=2)
-            )
+            path = Path(run) / "eval.json" if Path(run).is_dir() else Path(run).with_suffix(".eval.json")
+            content = {"command": vars(args), "torch": torch.__version__, **result}
+            path.write_text(json.dumps(content, indent=2))
     print(table(args.runs, results, args.paired))
     return 0
 

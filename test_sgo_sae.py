@@ -1706,13 +1706,13 @@ def test_absorption_of_planted_words():
 
 
 @pytest.mark.parametrize("absorbing", [False, True])
-def test_absorption_from_planted_letters_to_the_mean(absorbing):
+def test_absorption_from_planted_letters_to_the_mean(absorbing, monkeypatch):
     torch.manual_seed(0)
-    letters, words = torch.arange(26).repeat(200), torch.arange(5200) // 26
+    letters, words = torch.arange(26).repeat(600), torch.arange(15600) // 26
     W_ND = torch.eye(60)[:53]
-    f_TN = torch.zeros(5200, 53)
-    f_TN[torch.arange(5200), letters] = 4 + torch.rand(5200)
-    f_TN[torch.arange(5200), 26 + torch.randint(26, (5200,))] = 0.5
+    f_TN = torch.zeros(15600, 53)
+    f_TN[torch.arange(15600), letters] = 4 + torch.rand(15600)
+    f_TN[torch.arange(15600), 26 + torch.randint(26, (15600,))] = 0.5
     W_ND[52] = F.normalize(torch.eye(60)[0] + torch.eye(60)[58], dim=0)
     taken = (letters == 0) & (words % 25 == 0)
     if absorbing:  # of one A word in 25, too few to split the letter, latent 52 takes the letter over
@@ -1722,11 +1722,14 @@ def test_absorption_from_planted_letters_to_the_mean(absorbing):
     sae = SAE(60, 53, 53)
     sae.W_dec.data = W_ND
     sae.encode = lambda x: (x @ decode).clamp(min=0)
-    test = words >= 150
+    test = words >= 450
     probe = (20 * torch.eye(60)[:26], torch.full((26,), -20.0))
+    monkeypatch.setattr(
+        eval_sae, "multi_probe", lambda f_TN, y_T, **_: (torch.eye(53)[:26], None)
+    )  # its own latent first
     found = eval_sae.absorption(sae, x_TD[~test], letters[~test], x_TD[test], letters[test], probe)
     share = 2 / 50 / 26 if absorbing else 0
-    assert found["full_absorption"] == pytest.approx(share, abs=1e-6)
+    assert found["full"] == pytest.approx(share, abs=1e-6)
     assert found["absorption"] == pytest.approx(share, abs=1e-6)
 
 
@@ -1811,7 +1814,8 @@ def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, cap
     assert capsys.readouterr().out == first
     rows = first.splitlines()
     assert "2 seeds" in rows[0]
-    for label in ("MSE per element ↓", "CE score ↑", "mean max w_ij ↓", "probing, 1 latent ↑", "SCR, 2 latents ↑"):
+    labels = ("core: mse ↓", "behaviour: ce score ↑", "competition: mean max w ↓", "probe: latents 1 ↑", "scr: scr 2 ↑")
+    for label in labels:
         assert any(row.startswith(f"| {label}") and "±" in row for row in rows), label
     assert any("words, 100 are needed" in row or "absorption: not measured, the model spells" in row for row in rows)
     content = json.loads((run / "s0" / "eval.json").read_text())
@@ -1835,7 +1839,7 @@ def test_table_means_and_differences_are_over_seeds():
         "alpha 0.2",
     ]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "MSE per element ↓",
+        "core: mse ↓",
         "2.000 ± 1.414",
         "8.500 ± 0.707",
         "2.500",
@@ -1939,7 +1943,7 @@ def test_a_run_is_evaluated_on_its_own_subset_and_column(run, monkeypatch):
 
 @pytest.mark.parametrize("argv, words", [
     (["/nowhere"], "No such file or directory"),
-    (["RUN", "--metrics", "core,beauty"], "the families are"),
+    (["RUN", "--metrics", "core", "beauty"], "invalid choice"),
     (["RUN", "--text", "TEXTS", "--model", "/nowhere"], "/nowhere"),
     (["RUN", "--text", "TEXTS", "--layer", "9"], "are 0 to 3"),
     (["RUN"], "give --text"),
@@ -1991,6 +1995,102 @@ def test_too_few_texts_of_a_class_are_noted():
     task = eval_sae.make_task("letters", rows, 50, 20, seed=0)
     assert task.note == "letters: b has 30 texts to train on, so each class has no more, not 50"
     assert torch.bincount(task.labels[~task.test]).tolist() == [30, 30]
+
+
+# ------------------------------------------------------------------------------ SAEBench's recorded outputs
+
+
+def planted_texts():
+    """Mean latents of 5 classes, told weakly by a few of 60 latents: training and test part, labels, of 300 and 100 each."""
+    generator, parts = torch.Generator().manual_seed(0), []
+    strength_5N = torch.randn(5, 60, generator=generator) * (torch.rand(5, 60, generator=generator) < 0.15) * 0.6
+    for count_each in (300, 100):
+        labels_T = torch.arange(5 * count_each) % 5
+        f_TN = (torch.randn(len(labels_T), 60, generator=generator) + strength_5N[labels_T]).relu()
+        parts += [f_TN, labels_T]
+    return parts
+
+
+def planted_attributes_and_sae():
+    """Mean activations of texts with two attributes, a weak one and a strong one, and an autoencoder of 64 latents."""
+    generator = torch.Generator().manual_seed(0)
+    sae = SAE(24, 64, 6)
+    W_ND, direction_2D = torch.randn(64, 24, generator=generator), torch.randn(2, 24, generator=generator)
+    W_ND[:8] = torch.cat([direction_2D, -direction_2D] * 2) + 0.5 * torch.randn(8, 24, generator=generator)
+    sae.W_dec.data = F.normalize(W_ND, dim=1)
+    sae.W_enc.data = sae.W_dec.data.T.clone()
+    parts = []
+    for count_each in (500, 250):
+        a_T, b_T = torch.arange(4 * count_each) % 2, torch.arange(4 * count_each) // 2 % 2
+        noise_TD = torch.randn(4 * count_each, 24, generator=generator)
+        x_TD = (
+            noise_TD + 0.35 * (2 * a_T - 1)[:, None] * direction_2D[0] + 0.9 * (2 * b_T - 1)[:, None] * direction_2D[1]
+        )
+        parts += [x_TD, a_T, b_T]
+    return sae, parts
+
+
+def planted_words():
+    """Words with activations in which latents spell their first letter, some of them only for part of its words; the
+    letters; and the autoencoder."""
+    generator = torch.Generator().manual_seed(0)
+    sae = SAE(64, 160, 5)
+    sae.W_dec.data = F.normalize(torch.randn(160, 64, generator=generator), dim=1)
+    sae.W_enc.data = sae.W_dec.data.T.clone()
+    for absorber in range(52, 104):  # carries its letter beside what it is for
+        letter = (absorber - 52) % 26
+        sae.W_dec.data[absorber] = F.normalize(sae.W_dec.data[absorber] + 0.8 * sae.W_dec.data[letter], dim=0)
+    letters_T = torch.arange(5200) % 26
+    f_TN = torch.zeros(5200, 160)
+    absorbed_T = torch.rand(5200, generator=generator) < 0.25
+    rows = torch.arange(5200)
+    f_TN[rows, letters_T] = torch.where(absorbed_T, 0.0, 4 + torch.rand(5200, generator=generator))
+    f_TN[rows, torch.where(absorbed_T, 52 + letters_T, 104 + letters_T)] = 5.0
+    f_TN[rows, 130 + torch.randint(30, (5200,), generator=generator)] = 1 + torch.rand(5200, generator=generator)
+    return f_TN @ sae.W_dec.data + 0.05 * torch.randn(5200, 64, generator=generator), letters_T, sae
+
+
+# What sae-bench 0.6.0 gave on these inputs (torch 2.13.0, transformer-lens 3.9.0), each with its seeds 0, 1 and 2.
+SAEBENCH_PROBING = {1: 0.6637, 2: 0.7070, 5: 0.7730, 20: 0.8033, "all": 0.7780}
+SAEBENCH_SCR = {
+    2: (0.291, 0.317, 0.557),
+    5: (0.304, 0.270, 0.448),
+    10: (0.296, 0.270, 0.389),
+    20: (0.283, 0.261, 0.362),
+}
+SAEBENCH_ABSORPTION = (0.413, 0.458, 0.626)
+
+
+def test_probing_gives_saebenchs_figures():
+    found = [eval_sae.sparse_probing(*planted_texts(), seed) for seed in range(3)]
+    for k, expected in SAEBENCH_PROBING.items():
+        assert statistics.mean(f[k] for f in found) == pytest.approx(expected, abs=0.015), k
+
+
+def test_scr_gives_saebenchs_figures_within_the_scatter_of_its_seeds():
+    sae, (x_TD, a_T, b_T, x_UD, a_U, b_U) = planted_attributes_and_sae()
+    with torch.no_grad():
+        f_TN, f_UN, W_dec_ND = sae.encode(x_TD), sae.encode(x_UD), sae.W_dec.detach()
+    found = []
+    for seed in range(3):
+        probes = eval_sae.scr_probes(x_TD, a_T, b_T, x_UD, a_U, b_U, seed)
+        found.append(eval_sae.scr(probes, f_TN, a_T, b_T, x_UD, f_UN, a_U, b_U, W_dec_ND, counts=tuple(SAEBENCH_SCR)))
+    for n, theirs in SAEBENCH_SCR.items():
+        ours = statistics.mean(f[n] for f in found)
+        assert abs(ours - statistics.mean(theirs)) < max(theirs) - min(theirs), n
+
+
+@slow
+def test_absorption_gives_saebenchs_figure_within_the_scatter_of_its_seeds():
+    x_TD, y_T, sae = planted_words()
+    ours = []
+    for seed in range(2):
+        order = torch.randperm(5200, generator=torch.Generator().manual_seed(seed))
+        parts = (x_TD[order[:4160]], y_T[order[:4160]], x_TD[order[4160:]], y_T[order[4160:]])
+        probe = eval_sae.multi_probe(*parts[:2], batch=64, l2=1e-4, seed=seed)
+        ours.append(eval_sae.absorption(sae, *parts, probe, seed)["absorption"])
+    spread = max(SAEBENCH_ABSORPTION) - min(SAEBENCH_ABSORPTION)
+    assert abs(statistics.mean(ours) - statistics.mean(SAEBENCH_ABSORPTION)) < spread
 
 
 # ----------------------------------------------------------------------------------------- demo and files
