@@ -17,11 +17,10 @@ import re
 import statistics
 import sys
 import zlib
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +114,7 @@ def competition(sae, x_TD, settings, scale=1.0, batch=2048):
     scale: what activations were multiplied by in training, with whose 4th power Ω grows, the error with its 2nd.
     """
     N, found = len(sae.b_enc), []
-    whole = [x_BD for x_BD in x_TD.split(batch) if len(x_BD) == batch] or [x_TD]
-    for x_BD in (x_BD.float() for x_BD in whole):
+    for x_BD in x_TD.float().split(batch)[: max(1, len(x_TD) // batch)]:
         f_BN = sae.encode(x_BD)
         sums, rivals = torch.zeros(3, dtype=torch.double, device=f_BN.device), []
         for lo in range(0, N, 1024):
@@ -125,8 +123,8 @@ def competition(sae, x_TD, settings, scale=1.0, batch=2048):
             sums += torch.stack([w_TN.sum(), (w_TN > 0).sum(), (w_TN > 0.5).sum()])
             rivals.append(w_TN.amax(1))
         max_N, (total, pairs, over) = torch.cat(rivals), sums.tolist()
-        figures = {"w_mean": total / max(1, pairs), "mean_max_w": max_N[max_N > 0].mean().item()}
-        figures["pairs_over_half"] = over / 2
+        figures = {"w_mean": total / max(1, pairs), "pairs_over_half": over / 2}
+        figures["mean_max_w"] = max_N[max_N > 0].mean().item()
         if settings:
             vals_BK, idx_BK = f_BN.topk(int((f_BN > 0).sum(1).max()), dim=1)
             error = (x_BD - sae.decode(f_BN)).square().sum(1).mean() * scale**2
@@ -357,15 +355,8 @@ def absorption(sae, x_TD, y_T, x_UD, y_U, probe, seed=0, max_split=10):
 
 
 # -------------------------------------------------------------------------------------- texts with labels
-class Task(NamedTuple):
-    """Texts with a label (T,), and for SCR an attribute (T,), 0 or 1; `test` (T,) parts them; `note` is what lacks."""
-
-    name: str
-    texts: list
-    labels: torch.Tensor
-    test: torch.Tensor
-    attribute: torch.Tensor = None
-    note: str = ""
+# Texts, their labels (T,) and, for SCR, an attribute (T,), 0 or 1; `test` (T,) parts them; `note` is what lacks.
+Task = namedtuple("Task", "name texts labels test attribute note")
 
 
 def make_task(name, rows, train, test, seed, balanced=False):
@@ -393,7 +384,7 @@ def make_task(name, rows, train, test, seed, balanced=False):
 
 
 def library_pieces(size=300):
-    """Docstrings and function bodies of the demo's documents, (file, package, kind, text), cut at `size` characters."""
+    """Docstrings and bodies of the demo's documents: (file, package, kind, text, if of a class), the text cut."""
     for file, text in sgo_sae.library_texts():
         try:
             nodes = list(ast.walk(ast.parse(text if file.endswith(".py") else "")))
@@ -405,24 +396,24 @@ def library_pieces(size=300):
                 code = "\n".join(text.splitlines()[body[0].lineno - 1 : node.end_lineno]) if body else ""
                 for kind, part in (("docstring", doc or ""), ("body", code)):
                     if len(part) > 80:
-                        yield file, file.split("/")[0], kind, part[:size]
+                        yield file, file.split("/")[0], kind, part[:size], isinstance(node, ast.ClassDef)
 
 
 def library_tasks(train, test, seed):
     """Three probing tasks and one for SCR from the standard library; no file is in both training and test texts."""
     pieces = [(*piece, zlib.crc32(piece[0].encode()) % 3 == 0) for piece in library_pieces()]
-    sizes = Counter((p[1], p[2], p[4]) for p in pieces if "." not in p[1])
-    kinds = ("body", "docstring")
+    bodies = [p for p in pieces if p[2] == "body"]
+    sizes, kinds = Counter((p[1], p[2], p[5]) for p in pieces if "." not in p[1]), ("body", "docstring")
     fewest = {name: min(sizes[name, kind, t] for kind in kinds for t in (0, 1)) for name, _, _ in sizes}
     packages = sorted(fewest, key=lambda name: (-fewest[name], name))[:5]
-    named = {kind: [(p[3], p[1], None, p[4]) for p in pieces if p[2] == kind and p[1] in packages] for kind in kinds}
-    tasks = [
-        make_task("docstring or body", [(p[3], p[2], None, p[4]) for p in pieces], train, test, seed),
-        *(make_task(f"package of a {kind}", rows, train, test, seed) for kind, rows in named.items()),
-    ]
-    rows = [(p[3], p[1], p[2], p[4]) for p in pieces if p[1] in packages[:2]]
-    name = f"{packages[0]} or {packages[1]}, docstring or body"
-    return tasks, [make_task(name, rows, 2 * train, 2 * test, seed, balanced=True)]
+    sets = {
+        "docstring or body": [(p[3], p[2], None, p[5]) for p in pieces],
+        "class or function": [(p[3], p[4], None, p[5]) for p in bodies],
+        "package of a body": [(p[3], p[1], None, p[5]) for p in bodies if p[1] in packages],
+    }
+    rows = [(p[3], p[1], p[2], p[5]) for p in pieces if p[1] in packages[:2]]
+    spurious = make_task(" or ".join(packages[:2]), rows, 2 * train, 2 * test, seed, balanced=True)
+    return [make_task(name, part, train, test, seed) for name, part in sets.items()], [spurious]
 
 
 BIOS = ("LabHC/bias_in_bios", None, "hard_text", "profession", "gender")
@@ -607,19 +598,12 @@ class Evaluation:
 
     def text(self, families):
         """Reconstruction, behaviour and competition on contexts of text."""
-        try:
-            stream = sgo_sae.load_texts(self.cfg)
-            texts = (row[self.cfg.text_column] for row in stream)  # once through
-            contexts = sgo_sae.token_contexts(texts, self.tokenizer, self.cfg.ctx, deque())
-            ids_TL = torch.tensor(list(islice(contexts, self.args.contexts)), device=self.device)
-            if not len(ids_TL):
-                raise InputError(f"{self.cfg.dataset} does not fill a context of {self.cfg.ctx} tokens")
-        except InputError as error:
-            if self.args.text:
-                raise
-            for family in families:
-                self.record(family, str(error))
-            return
+        stream = sgo_sae.load_texts(self.cfg)
+        texts = (row[self.cfg.text_column] for row in stream)  # once through
+        contexts = sgo_sae.token_contexts(texts, self.tokenizer, self.cfg.ctx, deque())
+        ids_TL = torch.tensor(list(islice(contexts, self.args.contexts)), device=self.device)
+        if not len(ids_TL):
+            raise InputError(f"{self.cfg.dataset} does not fill a context of {self.cfg.ctx} tokens")
         if "behaviour" in families:
             place = (self.lm, self.layers[self.cfg.layer], self.saes, ids_TL, self.special)
             self.record("behaviour", behaviour(*place) if self.head else "the model has no language-model head")
@@ -643,7 +627,7 @@ class Evaluation:
     def tasks(self, families):
         """Sparse probing and SCR: every text is read once, for all autoencoders."""
         args, sets = self.args, {"probe": PROBING, "scr": SPURIOUS}
-        if args.probe or self.demo:
+        if families and (args.probe or self.demo):
             load = partial(file_tasks, args.probe) if args.probe else library_tasks
             sets["probe"], sets["scr"] = load(self.train, self.test, args.seed)
         for family in families:
@@ -846,18 +830,17 @@ def work(argv):
     torch.manual_seed(args.seed)
     saes = [open_sae(run, device) for run in args.runs]
     origins = [origin(sae, args, run) for sae, run in zip(saes, args.runs)]
-    results = [None] * len(saes)
+    results = {}
     for key in dict.fromkeys(origins):
         members = [i for i, place in enumerate(origins) if place == key]
         evaluation = Evaluation(args, *key, [saes[i] for i in members], device, dtype)
         if text := [f for f in ("core", "behaviour", "competition") if f in args.metrics]:
             evaluation.text(text)
-        if tasks := [f for f in ("probe", "scr") if f in args.metrics]:
-            evaluation.tasks(tasks)
+        evaluation.tasks([f for f in ("probe", "scr") if f in args.metrics])
         if "absorption" in args.metrics:
             evaluation.absorption()
-        for i, result in zip(members, evaluation.results):
-            results[i] = result
+        results |= dict(zip(members, evaluation.results))
+    results = [results[i] for i in range(len(saes))]
     for run, result in zip(args.runs, results):
         if Path(run).exists():
             path = Path(run) / "eval.json" if Path(run).is_dir() else Path(run).with_suffix(".eval.json")

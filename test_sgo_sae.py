@@ -1971,7 +1971,7 @@ def test_bad_evaluations_are_refused_in_one_line(model, run, texts, tmp_path, ca
 
 def test_library_tasks_keep_documents_apart_and_balance_classes():
     pieces = list(eval_sae.library_pieces())
-    assert {p[2] for p in pieces} == {"code", "docstring", "body", "prose"}
+    assert {p[2] for p in pieces} == {"docstring", "body"}
     tasks, spurious = eval_sae.library_tasks(200, 80, seed=0)
     assert len(tasks) == 3 and len(spurious) == 1
     for task in tasks:
@@ -1980,7 +1980,7 @@ def test_library_tasks_keep_documents_apart_and_balance_classes():
     cells = spurious[0].labels * 2 + spurious[0].attribute
     assert all(torch.bincount(cells[part]).unique().numel() == 1 for part in (spurious[0].test, ~spurious[0].test))
     files_of = {}
-    for file, _, _, text in pieces:
+    for file, _, _, text, _ in pieces:
         files_of.setdefault(text, set()).add(file)
     for task in tasks + spurious:
         files = [set(), set()]
