@@ -430,14 +430,8 @@ PROBING = [  # name, (dataset, subset, text column, label column, attribute colu
     ("europarl", ("Helsinki-NLP/europarl", EUROPARL, "translation", None, None), tuple(EUROPARL)),
 ]
 SPURIOUS = [  # first and second class, as SAEBench pairs them; gender 0 is male
-    ("professor or nurse", BIOS, (21, 13)),
-    ("architect or journalist", BIOS, (1, 11)),
-    ("surgeon or psychologist", BIOS, (25, 22)),
-    ("attorney or teacher", BIOS, (2, 26)),
-    ("books or CDs", AMAZON, (24, 26)),
-    ("software or electronics", AMAZON, (30, 6)),
-    ("pets or office", AMAZON, (18, 11)),
-    ("industrial or toys", AMAZON, (3, 1)),
+    *((f"professions {a} and {b}", BIOS, (a, b)) for a, b in ((21, 13), (1, 11), (25, 22), (2, 26))),
+    *((f"categories {a} and {b}", AMAZON, (a, b)) for a, b in ((24, 26), (30, 6), (18, 11), (3, 1))),
 ]
 
 
@@ -598,7 +592,14 @@ class Evaluation:
 
     def text(self, families):
         """Reconstruction, behaviour and competition on contexts of text."""
-        stream = sgo_sae.load_texts(self.cfg)
+        try:
+            stream = sgo_sae.load_texts(self.cfg)
+        except InputError as error:
+            if self.args.text:
+                raise
+            for family in families:
+                self.record(family, str(error))
+            return
         texts = (row[self.cfg.text_column] for row in stream)  # once through
         contexts = sgo_sae.token_contexts(texts, self.tokenizer, self.cfg.ctx, deque())
         ids_TL = torch.tensor(list(islice(contexts, self.args.contexts)), device=self.device)
