@@ -49,7 +49,7 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".p
 class Config:
     """Every setting of a run; each field is a flag. The defaults are the paper's run 4."""
 
-    arch: str = setting("topk", "architecture", "autoencoder", choices=ARCHITECTURES, nargs="+")
+    arch: str = setting("topk", "architecture; lists make a grid", "autoencoder", choices=ARCHITECTURES, nargs="+")
     dict: int = setting(18432, "number of latents N", least=1, nargs="+")
     k: int = setting(320, "active latents per token: exactly, or on average where --arch is not topk", least=1)
     alpha: float = setting(0.075, "weight of the SGO penalty; 0 trains without it", "loss (Eq. 2)", 0, nargs="+")
