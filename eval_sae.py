@@ -580,6 +580,9 @@ class Evaluation:
         self.train, self.test = args.train or (500 if self.demo else 2000), args.test or (200 if self.demo else 500)
 
     def read(self, ids_BL):
+        if self.lm is not (decoder := self.lm.get_decoder()):  # behaviour, which needs all of it, comes before
+            del self.layers[self.cfg.layer + 1 :]
+            self.lm = decoder
         return sgo_sae.hooked(self.lm, self.layers[self.cfg.layer], ids_BL)
 
     def record(self, family, values):
@@ -608,15 +611,15 @@ class Evaluation:
         if "behaviour" in families:
             place = (self.lm, self.layers[self.cfg.layer], self.saes, ids_TL, self.special)
             self.record("behaviour", behaviour(*place) if self.head else "the model has no language-model head")
-            del self.layers[self.cfg.layer + 1 :]  # nothing below needs what comes after the layer
-            self.lm = self.lm.get_decoder()
+        if len(ids_TL) < self.args.contexts:
+            have = f"{len(ids_TL)} contexts of {self.cfg.ctx} tokens, not {self.args.contexts}"
+            self.note(f"text: {self.cfg.dataset} has {have}")
+        if families == ["behaviour"]:
+            return
         special = torch.tensor(self.special, device=self.device)
         parts = progress_bar(ids_TL.split(32), desc="activations", unit="batch", leave=False)
         x_TD = torch.cat([self.read(ids_BL)[~torch.isin(ids_BL, special)] for ids_BL in parts])
         x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)]
-        if len(ids_TL) < self.args.contexts:
-            have = f"{len(ids_TL)} contexts of {self.cfg.ctx} tokens, not {self.args.contexts}"
-            self.note(f"text: {self.cfg.dataset} has {have}")
         for sae, result in zip(progress_bar(self.saes, desc="reconstruction", **self.bar), self.results):
             result["samples"]["tokens"] = len(x_TD)
             if "core" in families:
