@@ -18,8 +18,9 @@ import statistics
 import sys
 import zlib
 from collections import Counter, deque, namedtuple
+from contextlib import suppress
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 
 import torch
@@ -58,23 +59,8 @@ def reconstruction(sae, x_TD, ctx=128, chunk=2048):
     result = {name: sums[name] / T for name in ("cosine", "l0", "l1", "norm_ratio")}
     result |= {"mse": sums["error"] / (T * D), "mse_benchmark": sums["error"] / T / (16 * (ctx - 1))}
     result |= {"explained_variance": 1 - sums["error"] / sums["variance"], "bias": sums["xhat2"] / sums["dot"]}
-    result["never_fire"], result["dense"] = (
-        (fired_N == 0).float().mean().item(),
-        (fired_N > T / 10).float().mean().item(),
-    )
-    return result
-
-
-def spliced_logits(lm, layer, ids_BL, replace):
-    """Logits (B, L, V) of the language model where `replace` maps the layer's output (B, L, D) to another."""
-
-    def hook(module, args, output):
-        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
-
-    handle = layer.register_forward_hook(hook)
-    logits_BLV = lm(input_ids=ids_BL).logits.float()
-    handle.remove()
-    return logits_BLV
+    never_N, dense_N = (fired_N == 0).double(), (fired_N > T / 10).double()
+    return result | {"never_fire": never_N.mean().item(), "dense": dense_N.mean().item()}
 
 
 @torch.inference_mode()
@@ -88,16 +74,22 @@ def behaviour(lm, layer, saes, ids_TL, special):
     splices += [lambda x, keep, sae=sae: torch.where(keep, sae(x.float()).to(x.dtype), x) for sae in saes]
     rows = max(1, 2**23 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
     sums, parts = torch.zeros(len(splices), 2).double(), list(zip(ids_TL.split(rows), ordinary_TL.split(rows)))
+
+    def hook(module, args, output):
+        x_BLD = splice(output[0] if isinstance(output, tuple) else output, ordinary_BL[..., None])
+        return (x_BLD, *output[1:]) if isinstance(output, tuple) else x_BLD
+
+    handle = layer.register_forward_hook(hook)
     for ids_BL, ordinary_BL in progress_bar(parts, desc="behaviour", leave=False):
         p_EV = log_p_EV = None
         next_E1, last_BL = ids_BL.roll(-1, 1)[ordinary_BL][:, None], torch.zeros_like(ordinary_BL)
         last_BL[:, -1] = True  # nothing follows
         for i, splice in enumerate(splices):
-            logits_BLV = spliced_logits(lm, layer, ids_BL, partial(splice, keep=ordinary_BL[..., None]))
-            log_q_EV = logits_BLV[ordinary_BL].log_softmax(-1)
+            log_q_EV = lm(input_ids=ids_BL).logits[ordinary_BL].float().log_softmax(-1)
             p_EV, log_p_EV = (log_q_EV.exp(), log_q_EV) if i == 0 else (p_EV, log_p_EV)
             sums[i, 0] -= log_q_EV.gather(1, next_E1)[~last_BL[ordinary_BL]].double().sum().item()
             sums[i, 1] += torch.linalg.vecdot(p_EV, log_p_EV - log_q_EV).double().sum().item()
+    handle.remove()
     ce = (sums[:, 0] / ordinary_TL[:, :-1].sum().item()).tolist()
     kl = (sums[:, 1] / ordinary_TL.sum().item()).tolist()
     common = {"ce_clean": ce[0], "ce_zero": ce[1], "kl_zero": kl[1]}
@@ -207,12 +199,9 @@ def accuracy(x_TD, y_T, w_D, b):
 def class_and_others(labels_T, c, generator):
     """Rows of the texts of class c, and of as many others, drawn evenly from the other classes."""
     mine = (labels_T == c).nonzero()[:, 0]
-    classes = [other for other in labels_T.unique().tolist() if other != c]
-    draws = []
-    for other in classes:
-        rows = (labels_T == other).nonzero()[:, 0]
-        draws.append(rows[torch.randperm(len(rows), generator=generator)[: math.ceil(len(mine) / len(classes))]])
-    others = torch.cat(draws)
+    classes = [(labels_T == other).nonzero()[:, 0] for other in labels_T.unique().tolist() if other != c]
+    share = math.ceil(len(mine) / len(classes))
+    others = torch.cat([rows[torch.randperm(len(rows), generator=generator)[:share]] for rows in classes])
     return torch.cat([mine, others[torch.randperm(len(others), generator=generator)[: len(mine)]]])
 
 
@@ -383,37 +372,27 @@ def make_task(name, rows, train, test, seed, balanced=False):
     return Task(name, [row[0] for row in chosen], y_T, test_T, attribute_T, note)
 
 
-def library_pieces(size=300):
-    """Docstrings and bodies of the demo's documents: (file, package, kind, text, if of a class), the text cut."""
+def library_tasks(train, test, seed, size=300):
+    """Two probing tasks and one for SCR from docstrings and bodies of the standard library, no file in both parts."""
+    rows = []  # text, package, kind, whether it is a test text
     for file, text in sgo_sae.library_texts():
-        try:
-            nodes = list(ast.walk(ast.parse(text if file.endswith(".py") else "")))
-        except SyntaxError:  # templates and grammars of old versions that the library carries
-            continue
-        for node in nodes:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                doc, body = ast.get_docstring(node), node.body[bool(ast.get_docstring(node)) :]
-                code = "\n".join(text.splitlines()[body[0].lineno - 1 : node.end_lineno]) if body else ""
-                for kind, part in (("docstring", doc or ""), ("body", code)):
-                    if len(part) > 80:
-                        yield file, file.split("/")[0], kind, part[:size], isinstance(node, ast.ClassDef)
-
-
-def library_tasks(train, test, seed):
-    """Three probing tasks and one for SCR from the standard library; no file is in both training and test texts."""
-    pieces = [(*piece, zlib.crc32(piece[0].encode()) % 3 == 0) for piece in library_pieces()]
-    bodies = [p for p in pieces if p[2] == "body"]
-    sizes, kinds = Counter((p[1], p[2], p[5]) for p in pieces if "." not in p[1]), ("body", "docstring")
-    fewest = {name: min(sizes[name, kind, t] for kind in kinds for t in (0, 1)) for name, _, _ in sizes}
-    packages = sorted(fewest, key=lambda name: (-fewest[name], name))[:5]
-    sets = {
-        "docstring or body": [(p[3], p[2], None, p[5]) for p in pieces],
-        "class or function": [(p[3], p[4], None, p[5]) for p in bodies],
-        "package of a body": [(p[3], p[1], None, p[5]) for p in bodies if p[1] in packages],
-    }
-    rows = [(p[3], p[1], p[2], p[5]) for p in pieces if p[1] in packages[:2]]
-    spurious = make_task(" or ".join(packages[:2]), rows, 2 * train, 2 * test, seed, balanced=True)
-    return [make_task(name, part, train, test, seed) for name, part in sets.items()], [spurious]
+        package, held, lines = file.split("/")[0], zlib.crc32(file.encode()) % 3 == 0, text.splitlines()
+        with suppress(SyntaxError):  # of help texts, and of templates that the library carries
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                    doc = ast.get_docstring(node) or ""
+                    body = node.body[bool(doc) :]
+                    code = "\n".join(lines[body[0].lineno - 1 : node.end_lineno]) if body else ""
+                    rows += [(doc[:size], package, "docstring", held), (code[:size], package, "body", held)]
+    rows = [row for row in rows if len(row[0]) > 80]
+    sizes = Counter((p, held) for _, p, kind, held in rows if kind == "docstring" and "." not in p)
+    packages = sorted({p for p, _ in sizes}, key=lambda p: (-min(sizes[p, True], sizes[p, False]), p))[:5]
+    kinds = [(text, kind, None, held) for text, _, kind, held in rows]
+    bodies = [(text, p, None, held) for text, p, kind, held in rows if kind == "body" and p in packages]
+    probing = [("docstring or body", kinds), ("package of a body", bodies)]
+    two = [row for row in rows if row[1] in packages[:2]]
+    spurious = make_task(" or ".join(packages[:2]), two, 2 * train, 2 * test, seed, balanced=True)
+    return [make_task(name, part, train, test, seed) for name, part in probing], [spurious]
 
 
 BIOS = ("LabHC/bias_in_bios", None, "hard_text", "profession", "gender")
@@ -435,42 +414,30 @@ SPURIOUS = [  # first and second class, as SAEBench pairs them; gender 0 is male
 ]
 
 
-def hub_rows(source, classes, count, split, seed):
-    """Rows (text, label, attribute) of a Hub dataset, in random order, `count` of each label and attribute."""
+def benchmark_task(name, source, classes, train, test, seed):
+    """A task of SAEBench from the Hub, of random rows; without a test split, the last rows read are the test texts."""
     import datasets
 
     dataset, subset, text, label, attribute = source
     values = {"gender": (0, 1), "rating": (1.0, 5.0)}.get(attribute, (None,))
-    missing = {(c, value): count for c in classes for value in values}
-    parts = subset.items() if isinstance(subset, dict) else [(None, subset)]  # of Europarl, one part per language
-    for c, part in parts:
-        with sgo_sae.loading(dataset):
-            stream = datasets.load_dataset(dataset, part, split=split, streaming=True)
-            for row in stream.shuffle(seed=seed, buffer_size=20_000):
-                cell = (c or row[label], row[attribute] if attribute else None)
-                content = row[text][c] if c else row[text]
-                if label == "language":  # of code, long files without their head
-                    content = content[150:] if len(content) > 534 else ""
-                if missing.get(cell, 0) > 0 and content:
-                    missing[cell] -= 1
-                    yield content, *cell
-                if not any(n for other, n in missing.items() if not c or other[0] == c):
-                    break
-
-
-def benchmark_task(name, source, classes, train, test, seed):
-    """A task of SAEBench from the Hub; of datasets without a test split, the last rows read are the test texts."""
-    halves, rows, seen = 2 if source[4] else 1, [], Counter()
-    if source[0] in ("codeparrot/github-code", "Helsinki-NLP/europarl"):
-        for text, label, _ in hub_rows(source, classes, train + test, "train", seed):
-            rows.append((text, label, None, seen[label] >= train))
-            seen[label] += 1
-    else:
-        for split, count in (("train", train), ("test", test)):
-            found = hub_rows(source, classes, math.ceil(count / halves), split, seed)
-            rows += [(*row, split == "test") for row in found]
-    rows = [(text, classes.index(label), value, is_test) for text, label, value, is_test in rows]
-    return make_task(name, rows, train, test, seed, balanced=halves == 2)
+    whole, rows = dataset in ("codeparrot/github-code", "Helsinki-NLP/europarl"), []
+    for split, count in [("train", train + test)] if whole else [("train", train), ("test", test)]:
+        missing = dict.fromkeys(product(classes, values), math.ceil(count / len(values)))
+        for tongue, part in subset.items() if isinstance(subset, dict) else [(None, subset)]:  # Europarl: one of each
+            with sgo_sae.loading(dataset):
+                stream = datasets.load_dataset(dataset, part, split=split, streaming=True)
+                for row in stream.shuffle(seed=seed, buffer_size=20_000):
+                    cell = (tongue or row[label], row[attribute] if attribute else None)
+                    content = row[text][tongue] if tongue else row[text]
+                    if label == "language":  # of code, long files without their head
+                        content = content[150:] if len(content) > 534 else ""
+                    if missing.get(cell) and content:
+                        missing[cell] -= 1
+                        is_test = missing[cell] < test if whole else split == "test"
+                        rows.append((content, classes.index(cell[0]), cell[1], is_test))
+                    if not any(n for (c, _), n in missing.items() if tongue in (None, c)):
+                        break
+    return make_task(name, rows, train, test, seed, balanced=len(values) == 2)
 
 
 def file_tasks(path, train, test, seed):
@@ -541,12 +508,11 @@ def word_activations(read, tokenizer, device, count, seed):
         examples = [j for j in rng.sample(range(len(words)), 11) if words[j][0] != word][:10]
         prompts.append(sum((newline + [words[j][0]] + tail + answers[letters[j]] for j in examples), bos_of(tokenizer)))
         prompts[-1] += [*newline, word]
-    x_TD = None
+    order, found = [], []
     for rows, ids_BL, real_BL in padded(prompts, tokenizer, device, "words"):
-        x_BD = read(ids_BL)[torch.arange(len(rows), device=device), real_BL.sum(1) - 1].float()
-        x_TD = x_BD.new_empty(len(prompts), x_BD.shape[1]) if x_TD is None else x_TD
-        x_TD[torch.tensor(rows, device=device)] = x_BD
-    return x_TD, torch.tensor(letters, device=device)
+        order += rows
+        found.append(read(ids_BL)[torch.arange(len(rows), device=device), real_BL.sum(1) - 1].float())
+    return torch.cat(found)[torch.tensor(order).argsort()], torch.tensor(letters, device=device)
 
 
 # --------------------------------------------------------------------------------------------- evaluation
@@ -556,8 +522,10 @@ class Evaluation:
     def __init__(self, args, model, layer, saes, device, dtype):
         from transformers import AutoConfig
 
-        self.args, self.saes, self.device = args, saes, device
-        self.results = [{"settings": getattr(sae.cfg, "settings", {}), "samples": {}, "notes": []} for sae in saes]
+        self.args, self.saes, self.device, self.dtype = args, saes, device, dtype
+        self.samples, self.notes = {}, []
+        common = {"samples": self.samples, "notes": self.notes}
+        self.results = [{"settings": getattr(sae.cfg, "settings", {}), **common} for sae in saes]
         first = self.results[0]["settings"]
         self.demo, self.bar = bool(first.get("demo")), {"unit": "SAE", "leave": False}
         asked = {"model": model, "layer": layer, "data_seed": args.seed, "ctx": first.get("ctx", 128)}
@@ -568,60 +536,40 @@ class Evaluation:
             if "dataset" in asked and Path(asked["dataset"]).exists():
                 raise InputError(f"give --text: no text of {asked['dataset']} is known to be held out from training")
         self.cfg = sgo_sae.Config(**asked)
-        with sgo_sae.loading(model):
-            names = AutoConfig.from_pretrained(model).architectures or []
+        lm, layers, self.tokenizer = sgo_sae.load_lm(self.cfg, device, dtype)
+        self.read, self.special = partial(sgo_sae.hooked, lm, layers[layer]), sgo_sae.special_ids(self.tokenizer)
+        names = AutoConfig.from_pretrained(model).architectures or []
         self.head = any(re.search("CausalLM|LMHead|ConditionalGeneration", name) for name in names)
-        whole = self.head and "behaviour" in args.metrics
-        self.lm, self.layers, self.tokenizer = sgo_sae.load_lm(self.cfg, device, dtype, head=whole)
-        self.special = sgo_sae.special_ids(self.tokenizer)
         for sae in saes:
-            if len(sae.b_dec) != (D := self.lm.config.get_text_config().hidden_size):
+            if len(sae.b_dec) != (D := lm.config.hidden_size):
                 raise InputError(f"the autoencoder is for {len(sae.b_dec)} dimensions, {model} has {D}")
         self.train, self.test = args.train or (500 if self.demo else 2000), args.test or (200 if self.demo else 500)
-
-    def read(self, ids_BL):
-        if self.lm is not (decoder := self.lm.get_decoder()):  # behaviour, which needs all of it, comes before
-            del self.layers[self.cfg.layer + 1 :]
-            self.lm = decoder
-        return sgo_sae.hooked(self.lm, self.layers[self.cfg.layer], ids_BL)
 
     def record(self, family, values):
         for result, value in zip(self.results, values if isinstance(values, list) else [values] * len(self.saes)):
             result[family] = value
 
-    def note(self, text):
-        for result in self.results:
-            result["notes"].append(text)
-
     def text(self, families):
         """Reconstruction, behaviour and competition on contexts of text."""
-        try:
-            stream = sgo_sae.load_texts(self.cfg)
-        except InputError as error:
-            if self.args.text:
-                raise
-            for family in families:
-                self.record(family, str(error))
-            return
-        texts = (row[self.cfg.text_column] for row in stream)  # once through
+        texts = (row[self.cfg.text_column] for row in sgo_sae.load_texts(self.cfg))  # once through
         contexts = sgo_sae.token_contexts(texts, self.tokenizer, self.cfg.ctx, deque())
         ids_TL = torch.tensor(list(islice(contexts, self.args.contexts)), device=self.device)
         if not len(ids_TL):
             raise InputError(f"{self.cfg.dataset} does not fill a context of {self.cfg.ctx} tokens")
-        if "behaviour" in families:
-            place = (self.lm, self.layers[self.cfg.layer], self.saes, ids_TL, self.special)
-            self.record("behaviour", behaviour(*place) if self.head else "the model has no language-model head")
         if len(ids_TL) < self.args.contexts:
             have = f"{len(ids_TL)} contexts of {self.cfg.ctx} tokens, not {self.args.contexts}"
-            self.note(f"text: {self.cfg.dataset} has {have}")
-        if families == ["behaviour"]:
-            return
+            self.notes.append(f"text: {self.cfg.dataset} has {have}")
+        if "behaviour" in families and self.head:
+            lm, layers, _ = sgo_sae.load_lm(self.cfg, self.device, self.dtype, head=True)
+            self.record("behaviour", behaviour(lm, layers[self.cfg.layer], self.saes, ids_TL, self.special))
+        elif "behaviour" in families:
+            self.record("behaviour", "the model has no language-model head")
         special = torch.tensor(self.special, device=self.device)
         parts = progress_bar(ids_TL.split(32), desc="activations", unit="batch", leave=False)
         x_TD = torch.cat([self.read(ids_BL)[~torch.isin(ids_BL, special)] for ids_BL in parts])
         x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)]
+        self.samples["tokens"] = len(x_TD)
         for sae, result in zip(progress_bar(self.saes, desc="reconstruction", **self.bar), self.results):
-            result["samples"]["tokens"] = len(x_TD)
             if "core" in families:
                 result["core"] = reconstruction(sae, x_TD, self.cfg.ctx)
             if "competition" in families:
@@ -635,35 +583,34 @@ class Evaluation:
             load = partial(file_tasks, args.probe) if args.probe else library_tasks
             sets["probe"], sets["scr"] = load(self.train, self.test, args.seed)
         for family in families:
-            scores = [{} for _ in self.saes]
+            scores, double = [{} for _ in self.saes], 2 if family == "scr" else 1
             for task in sets[family]:
                 try:
-                    double = 2 if family == "scr" else 1
                     if not isinstance(task, Task):
                         task = benchmark_task(*task, double * self.train, double * self.test, args.seed)
                 except InputError as error:
-                    self.note(f"{family}: a task is left out, {error}")
+                    self.notes.append(f"{family}: a task is left out, {error}")
                     continue
                 desc, length = f"{family}: {task.name}", args.length or (64 if self.demo else 128)
                 x, latents = mean_latents(self.read, self.tokenizer, self.saes, task.texts, length, self.device, desc)
                 score_all = self.probing if family == "probe" else self.removal
                 found = score_all(task, x, progress_bar(latents, desc=desc, **self.bar))
-                for score, values, result in zip(scores, found, self.results):
+                for score, values in zip(scores, found):
                     score[task.name] = values
-                    result["samples"][desc] = {"train": int((~task.test).sum()), "test": int(task.test.sum())}
-                if task.note:
-                    self.note(f"{family}: {task.note}")
+                self.samples[desc] = {"train": int((~task.test).sum()), "test": int(task.test.sum())}
+                self.notes += [f"{family}: {task.note}"] if task.note else []
             why = "none of its datasets can be had" if sets[family] else "the probe file has no column `attribute`"
             self.record(family, [mean_of(list(score.values())) if score else why for score in scores])
             self.record(f"{family}_tasks", scores)
 
     def probing(self, task, x_TD, latents):
         fit, held, y_T = ~task.test, task.test, task.labels
-        residual = sparse_probing(x_TD[fit], y_T[fit], x_TD[held], y_T[held], self.args.seed)
+        residual, *found = (
+            sparse_probing(f_TN[fit], y_T[fit], f_TN[held], y_T[held], self.args.seed)
+            for f_TN in chain([x_TD], latents)
+        )
         common = {f"x_{k}": score for k, score in residual.items()}
-        for f_TN in latents:
-            found = sparse_probing(f_TN[fit], y_T[fit], f_TN[held], y_T[held], self.args.seed)
-            yield common | {f"latents_{k}": score for k, score in found.items()}
+        return [common | {f"latents_{k}": score for k, score in scores.items()} for scores in found]
 
     def removal(self, task, x_TD, latents):
         fit, held, a, b = ~task.test, task.test, task.labels, task.attribute
@@ -678,20 +625,19 @@ class Evaluation:
             if not self.head:
                 raise InputError("the model has no language-model head")
             x_TD, y_T = word_activations(self.read, self.tokenizer, self.device, self.args.words, self.args.seed)
-            found, splits = [[] for _ in self.saes], self.args.splits
-            with progress_bar(total=splits * len(self.saes), desc="absorption", **self.bar) as bar:
-                for split in range(splits):
-                    seed = self.args.seed + split
-                    order = torch.randperm(len(y_T), generator=torch.Generator().manual_seed(seed)).to(self.device)
-                    fit, held = order[: len(y_T) * 4 // 5], order[len(y_T) * 4 // 5 :]
-                    parts = (x_TD[fit], y_T[fit], x_TD[held], y_T[held])
-                    probe = multi_probe(*parts[:2], batch=64, l2=1e-4, seed=seed)
-                    for sae, figures in zip(self.saes, found):
-                        figures.append(absorption(sae, *parts, probe, seed))
-                        bar.update()
-            for result, figures in zip(self.results, found):
-                result["absorption"] = mean_of(figures)
-                result["samples"] |= {"words": len(y_T), "splits": figures}
+            found = [[] for _ in self.saes]
+            for seed in progress_bar(
+                range(self.args.seed, self.args.seed + self.args.splits), desc="splits of the words"
+            ):
+                order = torch.randperm(len(y_T), generator=torch.Generator().manual_seed(seed)).to(self.device)
+                fit, held = order[: len(y_T) * 4 // 5], order[len(y_T) * 4 // 5 :]
+                parts = (x_TD[fit], y_T[fit], x_TD[held], y_T[held])
+                probe = multi_probe(*parts[:2], batch=64, l2=1e-4, seed=seed)
+                for sae, figures in zip(progress_bar(self.saes, desc="absorption", **self.bar), found):
+                    figures.append(absorption(sae, *parts, probe, seed))
+            self.record("absorption", [mean_of(figures) for figures in found])
+            self.record("absorption_splits", found)
+            self.samples["words"] = len(y_T)
         except InputError as error:
             self.record("absorption", str(error))
 
@@ -731,8 +677,9 @@ def table(names, results, paired=False):
     aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
     rows = ["| " + " | ".join(line) + " |" for line in aligned]
     rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
-    reasons = [(family, r[family]) for family in FAMILIES for r in results if isinstance(r.get(family), str)]
-    notes = [f"{family}: not measured, {reason}" for family, reason in reasons]
+    notes = [
+        f"{family}: not measured, {r[family]}" for family in FAMILIES for r in results if type(r.get(family)) is str
+    ]
     notes = dict.fromkeys(notes + [note for r in results for note in r["notes"]])
     return "\n".join([rows[0], f"|{rule}|", *rows[1:], *(f"\n{note}" for note in notes)])
 
@@ -743,10 +690,10 @@ def spread(values, difference=False):
         return ""
     n, mean = len(values), statistics.mean(values)
     digits, sign = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 100 else 3, "+" if difference else ""
-    deviation = statistics.stdev(values) if n > 1 else None
-    if n > 1 and difference:
-        deviation *= STUDENT[min(n, 10) - 2] / n**0.5
-    return f"{mean:{sign},.{digits}f}" + (f" ± {deviation:,.{digits}f}" if n > 1 else "")
+    if n == 1:
+        return f"{mean:{sign},.{digits}f}"
+    deviation = statistics.stdev(values) * (STUDENT[min(n, 10) - 2] / n**0.5 if difference else 1)
+    return f"{mean:{sign},.{digits}f} ± {deviation:,.{digits}f}"
 
 
 # --------------------------------------------------------------------------------------------------- main
@@ -776,13 +723,12 @@ def open_sae(path, device):
             sae.cfg = argparse.Namespace(hook_name=f"blocks.{layer[1]}.hook_resid_post" if layer else None)
     else:
         sae = sgo_sae.load_sae(place)
-    if not hasattr(sae, "theta") and not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        return sae.to(device)  # top-k of the latents as they are
-    with torch.no_grad():
-        norm_N = sae.W_dec.norm(dim=1).clamp(min=1e-8)
-        for tensor in (sae.W_enc, sae.b_enc, *([sae.theta] if hasattr(sae, "theta") else [])):
-            tensor.mul_(norm_N)
-        sae.W_dec.div_(norm_N[:, None])
+    if hasattr(sae, "theta") or getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # not top-k of bare latents
+        with torch.no_grad():
+            norm_N = sae.W_dec.norm(dim=1).clamp(min=1e-8)
+            for tensor in (sae.W_enc, sae.b_enc, *sae.buffers()):
+                tensor.mul_(norm_N)
+            sae.W_dec.div_(norm_N[:, None])
     return sae.to(device)
 
 
@@ -833,30 +779,22 @@ def work(argv):
     device, dtype = sgo_sae.find_device(args.device, args.dtype)
     torch.manual_seed(args.seed)
     saes = [open_sae(run, device) for run in args.runs]
-    origins = [origin(sae, args, run) for sae, run in zip(saes, args.runs)]
-    results = {}
-    for key in dict.fromkeys(origins):
-        members = [i for i, place in enumerate(origins) if place == key]
-        evaluation = Evaluation(args, *key, [saes[i] for i in members], device, dtype)
-        if text := [f for f in ("core", "behaviour", "competition") if f in args.metrics]:
-            evaluation.text(text)
-        evaluation.tasks([f for f in ("probe", "scr") if f in args.metrics])
-        if "absorption" in args.metrics:
-            evaluation.absorption()
-        results |= dict(zip(members, evaluation.results))
-    results = [results[i] for i in range(len(saes))]
-    for run, result in zip(args.runs, results):
+    place, *others = dict.fromkeys(origin(sae, args, run) for sae, run in zip(saes, args.runs))
+    if others:
+        raise InputError(f"{place} and {others[0]}: autoencoders of several models or layers need a call for each")
+    evaluation = Evaluation(args, *place, saes, device, dtype)
+    if text := [family for family in ("core", "behaviour", "competition") if family in args.metrics]:
+        evaluation.text(text)
+    evaluation.tasks([family for family in ("probe", "scr") if family in args.metrics])
+    if "absorption" in args.metrics:
+        evaluation.absorption()
+    for run, result in zip(args.runs, evaluation.results):
         if Path(run).exists():
             path = Path(run) / "eval.json" if Path(run).is_dir() else Path(run).with_suffix(".eval.json")
-            content = {"command": vars(args), "torch": torch.__version__, **result}
-            path.write_text(json.dumps(content, indent=2))
-    print(table(args.runs, results, args.paired))
+            path.write_text(json.dumps({"command": vars(args), "torch": torch.__version__, **result}, indent=2))
+    print(table(args.runs, evaluation.results, args.paired))
     return 0
 
 
-def main(argv):
-    return sgo_sae.main(argv, work, "eval_sae.py")
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sgo_sae.main(sys.argv[1:], work, "eval_sae.py"))

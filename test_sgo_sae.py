@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
 from itertools import count, islice
@@ -920,6 +920,10 @@ def test_torchrun_trains_and_the_first_process_alone_writes(model, texts, tmp_pa
 # ------------------------------------------------------------------------------------------------ errors
 
 
+def evaluated(argv):
+    return sgo_sae.main(argv, eval_sae.work, "eval_sae.py")
+
+
 def refused(argv, capsys):
     """The one line with which a command line is refused."""
     assert sgo_sae.main(argv) == 2
@@ -1493,7 +1497,7 @@ def test_200_damaged_autoencoders_are_refused_in_one_line(model, tmp_path, capsy
         folder = tmp_path / str(n)
         sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(model=model[0]), folder)
         kind = damaged(rng, folder)
-        assert eval_sae.main([str(folder)]) == 2, (n, kind)
+        assert evaluated([str(folder)]) == 2, (n, kind)
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("eval_sae.py: error: ") and str(folder) in lines[0], (
             n,
@@ -1590,7 +1594,6 @@ def test_behaviour_of_the_exact_activation_and_of_zero(model):
     layer, ordinary_TL = full.model.layers[1], ids_TL > 2
     with torch.inference_mode():
         clean = full(ids_TL).logits
-        assert torch.equal(eval_sae.spliced_logits(full, layer, ids_TL, lambda x: x), clean)
         exact, zero = eval_sae.behaviour(full, layer, [Exact(), Zero()], ids_TL, sgo_sae.special_ids(tokenizer))
         expected = {}
         for name, keep in (("all zero", torch.zeros_like(ids_TL, dtype=torch.bool)), ("special kept", ~ordinary_TL)):
@@ -1766,7 +1769,7 @@ def test_penalty_share_is_that_of_training(model, texts, tmp_path, options):
     argv = flags(model, texts, tmp_path / "run", tokens=64 * 40, alpha_warmup=0) + options
     assert sgo_sae.main(argv) == 0
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert eval_sae.main([str(tmp_path / "run"), "--text", texts, "--metrics", "competition", "--contexts", "40"]) == 0
+    assert evaluated([str(tmp_path / "run"), "--text", texts, "--metrics", "competition", "--contexts", "40"]) == 0
     found = json.loads((tmp_path / "run" / "eval.json").read_text())["competition"]["penalty_share"]
     assert found == pytest.approx(
         last["penalty_share"], rel=0.6
@@ -1808,9 +1811,9 @@ def probe_file(tmp_path_factory):
 def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, capsys):
     argv = [str(run / "s0"), str(run / "s1"), "--text", texts, "--probe", probe_file, "--contexts", "40",
             "--train", "200", "--test", "100", "--words", "200"]  # fmt: skip
-    assert eval_sae.main(argv) == 0
+    assert evaluated(argv) == 0
     first = capsys.readouterr().out
-    assert eval_sae.main(argv) == 0
+    assert evaluated(argv) == 0
     assert capsys.readouterr().out == first
     rows = first.splitlines()
     assert "2 seeds" in rows[0]
@@ -1822,7 +1825,7 @@ def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, cap
     assert content["core"]["l0"] == pytest.approx(4, abs=0.2) and content["settings"]["k"] == 4
     assert content["samples"]["tokens"] > 0 and content["torch"] == torch.__version__
     capsys.readouterr()
-    assert eval_sae.main([*argv[:4], "--metrics", "core", "--contexts", "100000"]) == 0
+    assert evaluated([*argv[:4], "--metrics", "core", "--contexts", "100000"]) == 0
     assert re.search(r"text: .* has \d{2,3} contexts of 16 tokens, not 100000", capsys.readouterr().out)  # once through
 
 
@@ -1872,13 +1875,16 @@ def test_gemma_scope_file_is_read_and_its_decoder_norms_folded(tmp_path):
 
 
 def test_two_gemma_scope_files_in_one_call(model, texts, tmp_path, capsys):
-    for layer in (0, 1):
-        gemma_scope(tmp_path / f"layer_{layer}", layer)
-    files = [str(tmp_path / f"layer_{layer}" / "params.npz") for layer in (0, 1)]
+    files = [str(tmp_path / "layer_1" / f"average_l0_{l0}" / "params.npz") for l0 in (4, 8)]
+    for seed, file in enumerate(files):
+        gemma_scope(Path(file).parent, seed)
     argv = [*files, "--text", texts, "--metrics", "core", "--contexts", "5", "--model", model[0]]
-    assert eval_sae.main(argv) == 0
+    assert evaluated(argv) == 0
     header = capsys.readouterr().out.splitlines()[0]
     assert "seeds" not in header and all(f"run {file}" in header for file in files)
+    gemma_scope(tmp_path / "layer_0")
+    assert evaluated([str(tmp_path / "layer_0" / "params.npz"), *argv]) == 2
+    assert "several models or layers need a call for each" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, words", [
@@ -1890,7 +1896,7 @@ def test_autoencoders_that_would_be_measured_wrongly_are_refused(model, texts, t
     sgo_sae.save_sae(SAE(16, 64, 4), sgo_sae.Config(model=model[0], layer=1, k=4), tmp_path / "sae")
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config | change))
-    assert eval_sae.main([str(tmp_path / "sae"), "--text", texts]) == 2
+    assert evaluated([str(tmp_path / "sae"), "--text", texts]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -1908,7 +1914,7 @@ def test_topk_with_rescaled_latents_is_measured_as_it_selects(tmp_path):
     assert torch.allclose(opened(x_BD), (f_BN / norm_N) @ sae.W_dec + sae.b_dec, atol=1e-4)
 
 
-def test_hub_rows_are_random_balanced_and_long_enough(monkeypatch):
+def test_benchmark_tasks_are_random_balanced_and_long_enough(monkeypatch):
     """The loader's calls, answered by rows made here, as the benchmark's datasets have them."""
     import datasets
 
@@ -1918,17 +1924,23 @@ def test_hub_rows_are_random_balanced_and_long_enough(monkeypatch):
         )
 
     answer([{"text": f"{i}", "category": 1 + i % 3, "rating": (1.0, 5.0)[i // 3 % 2]} for i in range(6000)])
-    found = list(eval_sae.hub_rows(eval_sae.AMAZON, (1, 2), 40, "train", seed=0))
-    assert Counter(row[1:] for row in found) == {(c, r): 40 for c in (1, 2) for r in (1.0, 5.0)}
-    assert max(int(row[0]) for row in found) > 3000  # not the first rows
-    answer([{"code": "x" * (530 + i % 10), "language": "C"} for i in range(100)])
-    found = list(eval_sae.hub_rows(eval_sae.PROBING[5][1], ("C",), 30, "train", seed=0))
-    assert len(found) == 30 and min(len(row[0]) for row in found) == 535 - 150
+    task = eval_sae.benchmark_task("reviews", eval_sae.AMAZON, (1, 2), 80, 60, seed=0)
+    for part, each in ((~task.test, 40), (task.test, 30)):
+        assert torch.bincount(2 * task.labels[part] + task.attribute[part]).tolist() == [each] * 4
+    numbers = [int(text) for text in task.texts]
+    assert max(numbers) > 3000  # not the first rows
+    assert [1 + n % 3 for n in numbers] == [(1, 2)[y] for y in task.labels]
+    assert [n // 3 % 2 for n in numbers] == task.attribute.tolist()
+    languages = ("C", "PHP")
+    answer([{"code": f"{i:04}" + "x" * (526 + i % 10), "language": languages[i // 10 % 2]} for i in range(800)])
+    task = eval_sae.benchmark_task("code", eval_sae.PROBING[5][1], languages, 40, 30, seed=0)
+    assert len(task.texts) == 140 and min(len(text) for text in task.texts) == 535 - 150
     answer([{"translation": {language: f"{language} {i}" for language in eval_sae.EUROPARL}} for i in range(300)])
     task = eval_sae.benchmark_task(*eval_sae.PROBING[7], 20, 20, seed=0)
     assert len(task.texts) == 200 and not {t for t, u in zip(task.texts, task.test) if u} & {
         t for t, u in zip(task.texts, task.test) if not u
     }
+    assert all(text.startswith(list(eval_sae.EUROPARL)[y]) for text, y in zip(task.texts, task.labels))
     assert [int(t.split()[1]) for t, y in zip(task.texts, task.labels) if y == 0] != sorted(range(40))
 
 
@@ -1964,30 +1976,38 @@ def test_bad_evaluations_are_refused_in_one_line(model, run, texts, tmp_path, ca
         "NARROW": tmp_path / "narrow",
         "MODEL": model[0],
     }
-    assert eval_sae.main([str(names.get(a, a)) for a in argv]) == 2
+    assert evaluated([str(names.get(a, a)) for a in argv]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert words in lines[-1] and lines[-1].startswith("eval_sae.py: error: "), lines
 
 
-def test_library_tasks_keep_documents_apart_and_balance_classes():
-    pieces = list(eval_sae.library_pieces())
-    assert {p[2] for p in pieces} == {"docstring", "body"}
-    tasks, spurious = eval_sae.library_tasks(200, 80, seed=0)
-    assert len(tasks) == 3 and len(spurious) == 1
-    for task in tasks:
-        counts = [torch.bincount(task.labels[part]) for part in (~task.test, task.test)]
-        assert [c.unique().tolist() for c in counts] == [[200], [80]], task.name
+def test_library_tasks_keep_documents_apart_and_balance_classes(monkeypatch):
+    """Of texts made here: what each task holds, from which files."""
+    function = 'def f_{0}():\n    """Docstring {0} {1}"""\n    body = "{0} {1}"\n\n\n'
+    texts = [
+        (f"{package}/{i}.py", "".join(function.format(f"{package}{i}x{n}", "filling " * 20) for n in range(9)))
+        for package, files in (("big", 60), ("middle", 30), ("small", 16), ("single.py", 20), ("broken", 1))
+        for i in range(files)
+    ]
+    texts[-1] = ("broken/0.py", "def f(:" + texts[0][1])
+    monkeypatch.setattr(sgo_sae, "library_texts", lambda: iter(texts))
+    tasks, spurious = eval_sae.library_tasks(40, 20, seed=0)
+    assert [task.name for task in tasks] == ["docstring or body", "package of a body"]
+    assert [task.name for task in spurious] == ["big or middle"]
+    for task in tasks + spurious:
+        files = [
+            {re.search(r"([a-z.]+\d+)x", t)[1] for t, u in zip(task.texts, task.test) if u == held} for held in (0, 1)
+        ]
+        assert not files[0] & files[1] and len(files[1]) > 5, task.name
+    assert {t.startswith("Docstring") for t, y in zip(tasks[0].texts, tasks[0].labels) if y == 1} == {True}
+    assert {t.startswith("    body") for t, y in zip(tasks[0].texts, tasks[0].labels) if y == 0} == {True}
+    for label, package in enumerate(("big", "middle", "small")):
+        assert all(f'"{package}' in t for t, y in zip(tasks[1].texts, tasks[1].labels) if y == label)
+    for task, each in ((tasks[0], [40, 20]), (tasks[1], [40, 20]), (spurious[0], [80, 40])):
+        counts = [torch.bincount(task.labels[part]).unique() for part in (~task.test, task.test)]
+        assert torch.cat(counts).tolist() == each
     cells = spurious[0].labels * 2 + spurious[0].attribute
     assert all(torch.bincount(cells[part]).unique().numel() == 1 for part in (spurious[0].test, ~spurious[0].test))
-    files_of = {}
-    for file, _, _, text, _ in pieces:
-        files_of.setdefault(text, set()).add(file)
-    for task in tasks + spurious:
-        files = [set(), set()]
-        for text, held in zip(task.texts, task.test.tolist()):
-            if len(files_of[text]) == 1:
-                files[held] |= files_of[text]
-        assert not files[0] & files[1] and len(files[1]) > 5, task.name
 
 
 def test_too_few_texts_of_a_class_are_noted():
