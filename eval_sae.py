@@ -1,8 +1,8 @@
 """Evaluate sparse autoencoders as SAEBench defines it: reconstruction, model behaviour, probing, SCR, absorption.
 
     python eval_sae.py RUN [RUN ...]               a table, a column per setting; eval.json in each run's folder
-    python eval_sae.py RUN --metrics core probe    only some of the families
-    python eval_sae.py --help                      every setting
+    python eval_sae.py RUN --metrics core probe    only some of the families; --help lists every setting
+    python eval_sae.py RUN --html FILE             and a page to look at: which latents compete, and on what
 
 A RUN is a folder that sgo_sae.py or SAELens wrote, a folder of such folders, or a Gemma Scope params.npz, on disk or on
 the Hub. Shapes are named as in sgo_sae.py, and T texts, words or tokens, U those of a test part, S chosen latents.
@@ -10,6 +10,7 @@ the Hub. Shapes are named as in sgo_sae.py, and T texts, words or tokens, U thos
 
 import argparse
 import ast
+import html
 import json
 import math
 import random
@@ -126,10 +127,14 @@ def competition(sae, x_TD, settings, scale=1.0, batch=2048):
                 omega = sgo_sae.sgo_penalty(vals_BK * scale, idx_BK, N)
             figures["penalty_share"] = (settings["alpha"] * omega / error).item()
         found.append(figures)
-    W_ND = F.normalize(sae.W_dec, dim=1)
-    tiles = torch.arange(N, device=W_ND.device).split(1024)
-    cosine_N = torch.cat([(W_ND[i] @ W_ND.T).abs().scatter_(1, i[:, None], 0).amax(1) for i in tiles])
-    return mean_of(found) | {"mean_max_cos": cosine_N.mean().item()}
+    return mean_of(found) | {"mean_max_cos": nearest_cosine(sae.W_dec).mean().item()}
+
+
+def nearest_cosine(W_dec_ND):
+    """The largest |cosine| of each decoder row with another (N,)."""
+    W_ND = F.normalize(W_dec_ND.detach(), dim=1)
+    tiles = torch.arange(len(W_ND), device=W_ND.device).split(1024)
+    return torch.cat([(W_ND[i] @ W_ND.T).abs().scatter_(1, i[:, None], 0).amax(1) for i in tiles])
 
 
 def mean_of(dicts):
@@ -139,40 +144,34 @@ def mean_of(dicts):
 
 # -------------------------------------------------------------------------------------------------- probes
 def logistic_regression(x_TS, y_T, weight_T=None, C=1.0):
-    """L2 logistic regression at its optimum, as scikit-learn defines it: w (S,), b.
+    """L2 logistic regression at its optimum, as scikit-learn defines it: w (S,), b, by Newton's method in float64.
 
-    Minimises ½‖w‖² + C Σ_t weight_t log(1 + exp(-±(w·x_t + b))), the intercept unpenalised, in float64. L-BFGS works on
-    centred columns scaled to a curvature near 1.
+    Minimises ½‖w‖² + C Σ_t weight_t log(1 + exp(-±(w·x_t + b))), the intercept unpenalised.
     """
-    x_TS, y_T = x_TS.double(), y_T.double()
-    weight_T = torch.ones_like(y_T) if weight_T is None else weight_T.double()
-    center_S = weight_T @ x_TS / weight_T.sum()
-    x_TS = x_TS - center_S
-    scale_S = (1 + C / 4 * (weight_T @ x_TS.square())).rsqrt()
-    x_TS = x_TS * scale_S
-    v_S, b = torch.zeros_like(scale_S, requires_grad=True), torch.zeros_like(scale_S[0], requires_grad=True)
-    unit = (C * weight_T.sum() / 4).rsqrt()  # gives the intercept a curvature near 1
-    options = {"max_iter": 1000, "history_size": 20, "tolerance_grad": 1e-6, "tolerance_change": 1e-13}
-    lbfgs = torch.optim.LBFGS([v_S, b], line_search_fn="strong_wolfe", **options)
+    x_TS, y_T = F.pad(x_TS.double(), (0, 1), value=1), y_T.double()  # the last column is the intercept's
+    weight_T = C * (torch.ones_like(y_T) if weight_T is None else weight_T.double())
+    w_S, ridge_S = torch.zeros_like(x_TS[0]), torch.ones_like(x_TS[0])
+    ridge_S[-1] = 1e-12  # keeps the system solvable
 
-    def objective():
-        lbfgs.zero_grad()
-        logit_T = x_TS @ v_S + b * unit
-        loss = F.binary_cross_entropy_with_logits(logit_T, y_T, weight=weight_T, reduction="sum")
-        value = C * loss + (v_S * scale_S).square().sum() / 2
-        value.backward()
-        return value
+    def objective(w_S):
+        loss = F.binary_cross_entropy_with_logits(x_TS @ w_S, y_T, weight=weight_T, reduction="sum")
+        return loss + (ridge_S * w_S.square()).sum() / 2
 
-    lbfgs.step(objective)
-    w_S = (v_S * scale_S).detach()
-    return w_S, (b * unit).detach() - w_S @ center_S
+    for _ in range(100):
+        p_T = (x_TS @ w_S).sigmoid()
+        gradient_S = x_TS.T @ (weight_T * (p_T - y_T)) + ridge_S * w_S
+        step_S = torch.linalg.solve(x_TS.T * (weight_T * p_T * (1 - p_T)) @ x_TS + ridge_S.diag(), gradient_S)
+        while objective(w_S - step_S) > objective(w_S) * (1 + 1e-12):
+            step_S = step_S / 2
+        w_S = w_S - step_S
+        if gradient_S.abs().max() < 1e-9:
+            break
+    return w_S[:-1], w_S[-1]
 
 
 def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, patience=10):
-    """SAEBench's probe on many columns: AdamW, the epoch with the best test accuracy; w (D,), b and that accuracy.
-
-    It ends after `epochs`, or after `patience` of them without a better one.
-    """
+    """SAEBench's probe on many columns: AdamW, until `epochs` or `patience` without a better one; of the epoch with
+    the best test accuracy w (D,), b and that accuracy."""
     x_TD, y_T, x_UD = x_TD.float(), y_T.float(), x_UD.float()
     w_D = (2 * torch.rand(x_TD.shape[1], generator=generator) - 1).to(x_TD.device) / x_TD.shape[1] ** 0.5
     w_D, b = w_D.requires_grad_(), torch.zeros((), device=x_TD.device, requires_grad=True)
@@ -232,12 +231,9 @@ def scr_probes(x_TD, a_T, b_T, x_UD, a_U, b_U, seed=0):
     generator = torch.Generator().manual_seed(seed)
     (even_T, equal_T), (even_U, equal_U) = scr_rows(a_T, b_T), scr_rows(a_U, b_U)
 
-    def probe(rows_T, y_T, rows_U, y_U):
-        part = (x_TD[rows_T], y_T[rows_T], x_UD[rows_U], y_U[rows_U])
-        return linear_probe(*part, generator, epochs=20, batch=16, lr=1e-3, l1=1e-3)
-
-    probes = {"a": probe(even_T, a_T, even_U, a_U), "b": probe(even_T, b_T, even_U, b_U)}
-    return probes | {"biased": probe(equal_T, a_T, equal_U, a_U)}
+    sets = {"a": (even_T, a_T, even_U, a_U), "b": (even_T, b_T, even_U, b_U), "biased": (equal_T, a_T, equal_U, a_U)}
+    how = {"generator": generator, "epochs": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}
+    return {name: linear_probe(x_TD[t], y_T[t], x_UD[u], y_U[u], **how) for name, (t, y_T, u, y_U) in sets.items()}
 
 
 @torch.no_grad()
@@ -564,9 +560,11 @@ class Evaluation:
             self.record("behaviour", behaviour(lm, layers[self.cfg.layer], self.saes, ids_TL, self.special))
         elif "behaviour" in families:
             self.record("behaviour", "the model has no language-model head")
-        special = torch.tensor(self.special, device=self.device)
         parts = progress_bar(ids_TL.split(32), desc="activations", unit="batch", leave=False)
-        x_TD = torch.cat([self.read(ids_BL)[~torch.isin(ids_BL, special)] for ids_BL in parts])
+        self.x_TLD, self.ids_TL = torch.cat([self.read(ids_BL) for ids_BL in parts]), ids_TL
+        self.keep_TL = ~torch.isin(ids_TL, torch.tensor(self.special, device=self.device))
+        self.document_TL = (~self.keep_TL & (ids_TL != ids_TL[0, 0])).flatten().cumsum(0).view_as(ids_TL)  # by EOS
+        x_TD = self.x_TLD[self.keep_TL]
         x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)]
         self.samples["tokens"] = len(x_TD)
         for sae, result in zip(progress_bar(self.saes, desc="reconstruction", **self.bar), self.results):
@@ -626,9 +624,7 @@ class Evaluation:
                 raise InputError("the model has no language-model head")
             x_TD, y_T = word_activations(self.read, self.tokenizer, self.device, self.args.words, self.args.seed)
             found = [[] for _ in self.saes]
-            for seed in progress_bar(
-                range(self.args.seed, self.args.seed + self.args.splits), desc="splits of the words"
-            ):
+            for seed in progress_bar(range(self.args.seed, self.args.seed + self.args.splits), desc="splits"):
                 order = torch.randperm(len(y_T), generator=torch.Generator().manual_seed(seed)).to(self.device)
                 fit, held = order[: len(y_T) * 4 // 5], order[len(y_T) * 4 // 5 :]
                 parts = (x_TD[fit], y_T[fit], x_TD[held], y_T[held])
@@ -696,6 +692,133 @@ def spread(values, difference=False):
     return f"{mean:{sign},.{digits}f} ± {deviation:,.{digits}f}"
 
 
+# ---------------------------------------------------------------------------------------------- the page
+STYLE = """:root { color-scheme: light dark } body { font: 15px/1.5 system-ui; max-width: 1200px; margin: auto }
+body { padding: 1em } figure { margin: 0 } pre { overflow-x: auto } small, figcaption, pre { font-size: 13px }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 12px 24px }
+text { font: 11px system-ui; fill: currentColor } path { fill: none; stroke: #8884; vector-effect: non-scaling-stroke }
+svg svg { overflow: visible } svg [class] { stroke-width: 2 } summary { font-weight: 600 } .s0 { stroke: #2f8fd0 }
+.s1 { stroke: #d55e00; stroke-dasharray: 6 } .s2 { stroke: #009e73; stroke-dasharray: 2 } .s3 { stroke: #cc79a7 }
+.s4 { stroke: #b8860b; stroke-dasharray: 6 } .s5 { stroke: #777777; stroke-dasharray: 2 }
+i { font-style: normal; background: color-mix(in srgb, #e69f00 calc(var(--a) * 1%), transparent) }
+p { font: 13px/1.7 monospace; overflow-wrap: anywhere; margin: 2px 0 8px } .both { border-bottom: 3px solid #2f8fd0 }"""
+FIGURES = {  # what it shows, x axis, y axis; from `explained_variance` on of training
+    "w": ("Pairs of latents active together in 16 contexts, by how strongly they overlap.", "w", "log₁₀(1 + pairs)"),
+    "density": ("Latents by how often they are active.", "log₁₀ of the share of tokens", "latents"),
+    "cosine": ("Latents by their decoder row's largest |cosine| with another.", "largest |cosine|", "latents"),
+    "explained_variance": ("Training: variance that is explained, of a batch.", "million tokens", "share"),
+    "penalty_share": ("Training: the penalty αΩ over the reconstruction term.", "million tokens", "ratio"),
+    "mean_max_w": ("Training: mean over latents of the largest w with another, in a batch.", "million tokens", "w"),
+    "dead": ("Training: latents that no token of the last 200 steps activated.", "million tokens", "latents"),
+    "l0": ("Training: latents active on a token, mean of a batch.", "million tokens", "latents"),
+}
+
+
+def chart(lines, caption, x_name, y_name):
+    """SVG of lines [(x, y), ...] with axes of about five round numbers, and a sentence that says what they show."""
+    axes, parts = [], [f'<text x="196" y="222" text-anchor="middle">{x_name}</text><text x="2" y="10">{y_name}</text>']
+    for values in zip(*chain(*lines)) if any(lines) else ([0], [0]):
+        step = float(f"{(max(values) - min(values) or 1) / 4:.0e}")
+        low = math.floor(min(values) / step)
+        axes.append([step * n for n in range(low, max(low + 1, math.ceil(max(values) / step)) + 1)])
+    for n, x in enumerate(xs := axes[0]):
+        parts.append(f'<text x="{48 + 296 * n / (len(xs) - 1)}" y="204" text-anchor="middle">{x:.4g}</text>')
+    for n, y in enumerate(ys := axes[1]):
+        Y = 190 - 162 * n / (len(ys) - 1)
+        parts.append(f'<path d="M48 {Y}h296"/><text x="2" y="{Y}">{y:.4g}</text>')
+    paths = ("L".join(f"{x:.6g} {-y:.6g}" for x, y in line) for line in lines)
+    drawn = "".join(f'<path class="s{i % 6}" d="M{path}"/>' for i, path in enumerate(paths) if path)
+    box = f'viewBox="{xs[0]} {-ys[-1]} {xs[-1] - xs[0]} {ys[-1] - ys[0]}" preserveAspectRatio="none"'
+    parts.append(f'<svg x="48" y="28" width="296" height="162" {box}>{drawn}</svg>')
+    return f'<figure><svg viewBox="0 0 360 230">{"".join(parts)}</svg><figcaption>{caption}</figcaption></figure>'
+
+
+def closest_pairs(f_BN, count):
+    """The `count` pairs (i, j) of most w_ij |M_i ∩ M_j|, and a histogram of w_ij over co-active pairs."""
+    N, size_N, found, histogram = f_BN.shape[1], (f_BN > 0).sum(0), [], 0
+    for lo in range(0, N, 1024):
+        w_TN = sgo_sae.coactivation_weights(f_BN[:, lo : lo + 1024], f_BN).triu(lo + 1)
+        histogram += torch.histc(w_TN[w_TN > 0], 20, 0, 1)
+        score_TN = w_TN.square() * torch.minimum(size_N[lo : lo + 1024, None], size_N)
+        score, cell = score_TN.flatten().topk(min(count, score_TN.numel()))
+        found += zip(score.tolist(), (cell // N + lo).tolist(), (cell % N).tolist())
+    return [pair for score, *pair in sorted(found, reverse=True)[:count] if score], histogram
+
+
+@torch.no_grad()
+def portrait(e, sae, label, wanted, head, sample=12):
+    """HTML of an autoencoder's closest pairs and some other latents; its lines of FIGURES.
+
+    Pairs are sought in 16 contexts, about a batch, and counted in all of them; only what is shown is kept.
+    """
+    N, every = len(sae.b_enc), max(1, len(e.x_TLD) // 16)
+    some = slice(None, 16 * every, every)
+    pairs, histogram = closest_pairs(sae.encode(e.x_TLD[some][e.keep_TL[some]].float()), 20)
+    others, fired_N, kept, parts = [*wanted, *range(0, N, max(1, N // sample))], 0, [], []
+    latents = list(dict.fromkeys([*chain(*pairs), *others]))
+    for x_BLD, keep_BL in zip(e.x_TLD.split(16), e.keep_TL.split(16)):
+        f_BLN = sae.encode(x_BLD.float()) * keep_BL[..., None]
+        fired_N += (f_BLN > 0).sum((0, 1))
+        kept.append(f_BLN[..., latents])
+    f_TL_of = dict(zip(latents, torch.cat(kept).unbind(-1)))
+
+    def show(i, other_TL):
+        f_TL, (peak_T, at_T), places = f_TL_of[i], f_TL_of[i].max(1), {}
+        parts.append(f"<div><small>latent {i}, on {fired_N[i]:,} tokens</small>")
+        for word, sign in (("raises", 1), ("lowers", -1)) if head else ():
+            best = (sign * head(sae.W_dec[i].to(e.dtype))).topk(8).indices[:, None]
+            words = html.escape("  ".join(map(repr, e.tokenizer.batch_decode(best))))
+            parts.append(f"<br><small>{word} {words}</small>")
+        for t in peak_T.argsort(descending=True)[: int((peak_T > 0).sum())].tolist():
+            places.setdefault(e.document_TL[t, at_T[t]].item(), (t, at_T[t].item()))
+        for t, at in list(places.values())[:3]:
+            parts.append("<p>")
+            for n in range(max(0, at - 16), min(f_TL.shape[1], at + 9)):
+                a, token = f_TL[t, n].item(), html.escape(e.tokenizer.decode([e.ids_TL[t, n].item()]))
+                both, shade = ' class="both"' if other_TL[t, n] > 0 else "", 15 + 75 * a / peak_T.max()
+                token = f'<i{both} style="--a:{shade:.0f}" title="{a:.3g}">{token}</i>' if a > 0 else token
+                parts.append(token.replace("\n", "⏎"))
+        parts.append("</div>")
+
+    parts.append(f"<details open><summary>{label}: the pairs that compete most</summary>")
+    for i, j in pairs:
+        both, cosine = int((f_TL_of[i] * f_TL_of[j] > 0).sum()), F.cosine_similarity(*sae.W_dec[[i, j]], dim=0)
+        w = both / min(fired_N[i], fired_N[j])
+        parts.append(f"<h4>w {w:.2f}, both on {both:,} tokens, cosine of decoder rows {cosine:.2f}</h4><div class=row>")
+        show(i, f_TL_of[j])
+        show(j, f_TL_of[i])
+        parts.append("</div>")
+    parts.append(f"</details><details><summary>{label}: other latents</summary><div class=row>")
+    for i in others:
+        show(i, torch.zeros_like(e.keep_TL))
+    log_N, share = (fired_N / e.keep_TL.sum()).log10(), nearest_cosine(sae.W_dec)
+    bars = {"w": (0, 1, histogram.log1p() / math.log(10)), "density": (-5, 0, torch.histc(log_N, 20, -5, 0))}
+    bars["cosine"], lines = (0, 1, torch.histc(share, 20, 0, 1)), {}
+    for name, (lo, hi, n_20) in bars.items():
+        edges = torch.linspace(lo, hi, 21).repeat_interleave(2)[1:-1].tolist()
+        lines[name] = list(zip(edges, n_20.repeat_interleave(2).tolist()))
+    return "".join([*parts, "</div></details>"]), lines
+
+
+def page(e, markdown, runs, wanted):
+    """One HTML file: what an Evaluation of these runs found, as its table says it, and what is in them."""
+    found, keys = [], ""
+    head = sgo_sae.load_lm(e.cfg, e.device, e.dtype, head=True)[0].get_output_embeddings() if e.head else None
+    for i, (run, sae) in enumerate(progress_bar(list(zip(runs, e.saes)), desc="page", **e.bar)):
+        label, file = html.escape(Path(run).name), Path(run, "metrics.jsonl")
+        keys += f'<svg width="32" height="8"><path class="s{i % 6}" d="M0 4H32"/></svg> {label}<br>'
+        text, lines = portrait(e, sae, label, wanted, head)
+        rows = [json.loads(line) for line in file.open()] if file.exists() else []
+        found.append((text, {name: [(m["tokens"] / 1e6, m[name]) for m in rows] for name in list(FIGURES)[3:]} | lines))
+    charts = "".join(chart([lines[name] for _, lines in found], *FIGURES[name]) for name in FIGURES)
+    title = f"{html.escape(Path(e.cfg.model).name)}, layer {e.cfg.layer}: which latents compete"
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{STYLE}</style><h2>{title}</h2>{keys}<div>
+Latents compete where they are active on the same tokens: w = |M_i ∩ M_j| / min(|M_i|, |M_j|), M_i the tokens on which
+latent i is active, of {int(e.keep_TL.sum()):,}. Text is shaded by activation, underlined where both are active.</div>
+<div class=row>{charts}</div>{"".join(text for text, _ in found)}<pre>{html.escape(markdown)}</pre></html>"""
+
+
 # --------------------------------------------------------------------------------------------------- main
 def open_sae(path, device):
     """An autoencoder as SAEBench measures it: decoder rows of unit length where that changes no latent's being active.
@@ -736,10 +859,8 @@ def origin(sae, args, path):
     """Model and layer of an autoencoder."""
     hook = getattr(sae.cfg, "hook_name", None)
     known = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook or "")
-    if hook and not known:
-        raise InputError(f"{path} reads {hook}: only hook_resid_post, the output of a layer, can be evaluated")
-    if not known and args.layer is None:
-        raise InputError(f"{path} does not name its layer: give --layer")
+    if not known and (hook or args.layer is None):
+        raise InputError(f"{path} names {hook} as its hook: hook_resid_post is needed, or none and --layer")
     model = args.model or getattr(sae.cfg, "model_name", None) or sgo_sae.Config.model
     return model, args.layer if args.layer is not None else int(known[1])
 
@@ -763,6 +884,8 @@ def parse_args(argv):
     add("--device", default="auto", help="cuda, cpu; auto is cuda where there is one")
     add("--dtype", default="auto", choices=sgo_sae.DTYPES, help="the model's; auto is bfloat16 on cuda, else float32")
     add("--seed", type=int, default=0, help="seed of samples and probes")
+    add("--html", metavar="FILE", help="write a page to look at: pairs that compete most, latents, curves, the table")
+    add("--latents", type=lambda text: [*map(int, text.split(","))], default=[], help="more of them, as in 12,345")
     args = parser.parse_args(argv)
     runs, args.runs = args.runs, []
     for run in runs:
@@ -779,11 +902,14 @@ def work(argv):
     device, dtype = sgo_sae.find_device(args.device, args.dtype)
     torch.manual_seed(args.seed)
     saes = [open_sae(run, device) for run in args.runs]
+    if wrong := [i for i in args.latents for sae in saes if not 0 <= i < len(sae.b_enc)]:
+        raise InputError(f"--latents {wrong[0]}: the latents are 0 to {min(len(sae.b_enc) for sae in saes) - 1}")
     place, *others = dict.fromkeys(origin(sae, args, run) for sae, run in zip(saes, args.runs))
     if others:
         raise InputError(f"{place} and {others[0]}: autoencoders of several models or layers need a call for each")
     evaluation = Evaluation(args, *place, saes, device, dtype)
-    if text := [family for family in ("core", "behaviour", "competition") if family in args.metrics]:
+    text = [family for family in ("core", "behaviour", "competition") if family in args.metrics]
+    if text or args.html:
         evaluation.text(text)
     evaluation.tasks([family for family in ("probe", "scr") if family in args.metrics])
     if "absorption" in args.metrics:
@@ -792,7 +918,9 @@ def work(argv):
         if Path(run).exists():
             path = Path(run) / "eval.json" if Path(run).is_dir() else Path(run).with_suffix(".eval.json")
             path.write_text(json.dumps({"command": vars(args), "torch": torch.__version__, **result}, indent=2))
-    print(table(args.runs, evaluation.results, args.paired))
+    print(markdown := table(args.runs, evaluation.results, args.paired))
+    if args.html:
+        Path(args.html).write_text(page(evaluation, markdown, args.runs, args.latents), encoding="utf-8")
     return 0
 
 

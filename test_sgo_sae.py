@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import gzip
+import html
+import html.parser
 import http.server
 import importlib.util
 import json
@@ -1890,7 +1892,7 @@ def test_two_gemma_scope_files_in_one_call(model, texts, tmp_path, capsys):
 @pytest.mark.parametrize("change, words", [
     ({"normalize_activations": "layer_norm"}, "normalize_activations"),
     ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "hook_mlp_out"),
-    ({"metadata": {}}, "does not name its layer"),
+    ({"metadata": {}}, "names None as its hook: hook_resid_post is needed, or none and --layer"),
 ])  # fmt: skip
 def test_autoencoders_that_would_be_measured_wrongly_are_refused(model, texts, tmp_path, capsys, change, words):
     sgo_sae.save_sae(SAE(16, 64, 4), sgo_sae.Config(model=model[0], layer=1, k=4), tmp_path / "sae")
@@ -2015,6 +2017,124 @@ def test_too_few_texts_of_a_class_are_noted():
     task = eval_sae.make_task("letters", rows, 50, 20, seed=0)
     assert task.note == "letters: b has 30 texts to train on, so each class has no more, not 50"
     assert torch.bincount(task.labels[~task.test]).tolist() == [30, 30]
+
+
+# -------------------------------------------------------------------------------------------------- page
+def test_closest_pairs_and_histogram_are_those_of_the_definition():
+    f_BN = torch.randn(40, 1030).sub(1).relu()  # more latents than a tile has
+    f_BN[:, :3] = torch.rand(40, 1)
+    pairs, histogram = eval_sae.closest_pairs(f_BN, 5)
+    active_BN = f_BN.double() > 0
+    both_NN = active_BN.double().T @ active_BN.double()
+    w_NN = both_NN / torch.minimum(active_BN.sum(0)[:, None], active_BN.sum(0)).clamp(min=1)
+    i, j = torch.triu_indices(1030, 1030, 1)
+    score = (w_NN * both_NN)[i, j].sort(descending=True).values
+    assert {tuple(pair) for pair in pairs[:3]} == {(0, 1), (0, 2), (1, 2)}
+    assert [(w_NN * both_NN)[p, q].item() for p, q in pairs] == pytest.approx(score[:5].tolist())
+    co_active = w_NN[i, j][w_NN[i, j] > 0].float()
+    assert torch.equal(histogram, torch.histc(co_active, 20, 0, 1)) and len(pairs) == 5
+
+
+class Words:
+    """A tokenizer whose token n is the text <n>, of HTML."""
+
+    def decode(self, ids):
+        return f"<{ids[0]}>"
+
+    def batch_decode(self, rows):
+        return [self.decode(row) for row in rows]
+
+
+def planted_page():
+    """Six latents on 40 contexts of 8 tokens, BOS first; documents end every 20 tokens."""
+    torch.manual_seed(0)
+    f_TLN = torch.rand(40, 8, 6) * (torch.rand(40, 8, 6) < torch.tensor([0.5, 0.3, 0.1, 0.1, 0.1, 0.0]))
+    f_TLN[..., 1] = torch.where(torch.rand(40, 8) < 0.8, f_TLN[..., 0] / 2, 0)
+    keep_TL = torch.ones(40, 8, dtype=torch.bool)
+    keep_TL[:, 0] = False
+    ids_TL = torch.arange(320).view(40, 8)
+    sae = planted_sae(torch.linalg.qr(torch.randn(6, 6))[0])
+    sae.encode = lambda x: x
+    e = argparse.Namespace(x_TLD=f_TLN, keep_TL=keep_TL, ids_TL=ids_TL, document_TL=ids_TL // 20, dtype=torch.float32)
+    e.tokenizer = Words()
+    return e, sae, f_TLN * keep_TL[..., None]
+
+
+def test_page_shows_pairs_and_contexts_of_a_planted_dictionary():
+    e, sae, f_TLN = planted_page()
+    head = torch.nn.Linear(6, 50, bias=False)
+    text, lines = eval_sae.portrait(e, sae, "planted", [3], head)
+    active = f_TLN > 0
+    both, sizes = int((active[..., 0] & active[..., 1]).sum()), active.sum((0, 1)).tolist()
+    first = re.search(r"<h4>(.*?)</h4>(.*?)<h4>", text)
+    assert first[1] == f"w {both / min(sizes[:2]):.2f}, both on {both} tokens, cosine of decoder rows " + (
+        f"{F.cosine_similarity(sae.W_dec[0], sae.W_dec[1], dim=0):.2f}"
+    )
+    for i, other, part in zip((0, 1), (1, 0), first[2].split("<div><small>")[1:]):
+        assert part.startswith(f"latent {i}, on {sizes[i]} tokens")
+        for word, sign in (("raises", 1), ("lowers", -1)):
+            best = (sign * (head.weight @ sae.W_dec[i])).argsort(descending=True)[:8].tolist()
+            shown = [int(n) for n in re.findall(r"&lt;(\d+)&gt;", re.search(f"<small>{word}(.*?)</small>", part)[1])]
+            assert shown == best
+        contexts, f_TL, documents = re.findall("<p>(.*?)(?=<p>|</div>)", part), f_TLN[..., i], []
+        assert len(contexts) == 3
+        for context in contexts:
+            tokens = re.findall(r'(?:<i( class="both")? style="--a:(\d+)" title="[^"]*">)?&lt;(\d+)&gt;', context)
+            for both_active, shade, n in tokens:
+                place = divmod(int(n), 8)
+                assert bool(shade) == bool(active[place][i])
+                assert bool(both_active) == bool(active[place][i] and active[place][other])
+            peak = max((n for *_, n in tokens), key=lambda n: f_TL.flatten()[int(n)])
+            documents.append(int(peak) // 20)
+        assert len(set(documents)) == 3 and documents[0] == int(f_TL.argmax()) // 20
+    assert "latent 5, on 0 tokens" in text and text.count("latent 3, on") >= 1
+    density = [n for _, n in lines["density"][::2]]
+    assert density == torch.histc((active.sum((0, 1)) / e.keep_TL.sum()).log10(), 20, -5, 0).tolist()
+    assert sum(n for _, n in lines["cosine"][::2]) == 6 and lines["cosine"][0][0] == 0 and lines["cosine"][-1][0] == 1
+
+
+@pytest.mark.parametrize("lines", [[[(0, 1), (3.3, 170)]], [[(0.2, -5)], []], [[], []], [[(1, 16), (2, 16)]]])
+def test_chart_shows_its_points_in_its_axes(lines):
+    svg = eval_sae.chart(lines, "What it shows.", "across", "up")
+    x, y, width, height = (float(v) for v in re.findall('viewBox="(.*?)"', svg)[1].split())
+    drawn = [[tuple(map(float, p.split())) for p in d.split("L")] for d in re.findall(r'class="s\d" d="M(.*?)"', svg)]
+    assert drawn == [[(a, -b) for a, b in line] for line in lines if line]
+    assert all(x <= a <= x + width + 1e-9 and y - 1e-9 <= b <= y + height + 1e-9 for line in drawn for a, b in line)
+    assert "across" in svg and "up" in svg and "What it shows." in svg
+
+
+def test_page_is_one_file_in_which_text_is_text(model, tmp_path, capsys):
+    """Documents with HTML and scripts; nothing is loaded from elsewhere."""
+    attack = '</p></script><script>alert("x")</script><img src=x onerror=alert(1)> & <!--'
+    rows = [json.dumps({"text": f"{attack} {TEXT[i * 40 : i * 40 + 300]} {attack}"}) + "\n" for i in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(rows))
+    (tmp_path / "<b>run").mkdir()
+    out = tmp_path / "<b>run" / "<i>s0"
+    assert sgo_sae.main(flags(model, str(tmp_path / "texts.jsonl"), out)) == 0
+    argv = [str(out), "--text", str(tmp_path / "texts.jsonl"), "--metrics", "core", "--contexts", "60"]
+    assert evaluated([*argv, "--html", str(tmp_path / "page.html"), "--latents", "3,63"]) == 0
+    page, printed = (tmp_path / "page.html").read_text(), capsys.readouterr().out
+    assert len(page) < 3e6
+    tags, attributes, words = set(), set(), []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, found):
+            tags.add(tag)
+            attributes.update(name for name, _ in found)
+
+        def handle_data(self, data):
+            words.append(data)
+
+    Reader().feed(page)
+    svg, text = {"svg", "path", "text", "figure", "figcaption"}, {"div", "p", "i", "small", "br", "h2", "h4", "pre"}
+    assert tags == {"html", "meta", "title", "style", "details", "summary"} | svg | text
+    assert not {name for name in attributes if name in ("src", "href") or name.startswith("on")}
+    assert not re.search(r"@import|url\(", page) and "script" in "".join(words) and "<i>s0" in "".join(words)
+    assert all(row in html.unescape(page) for row in printed.splitlines() if row.startswith("|"))
+    assert "latent 63, on" in page and page.count("<figure>") == 8
+    for bad in ("64", "-1", "x"):
+        assert evaluated([*argv, "--latents", bad]) == 2
+        assert "--latents" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ SAEBench's recorded outputs
