@@ -230,13 +230,13 @@ def penalty_gradient_pairwise(vals_BK, idx_BK, d_sae, cells=1 << 18):
 
 
 def sgo_penalty(vals_BK, idx_BK, d_sae):
-    """Eq. 2's Ω from sparse latents: sgo_penalty_reference to rounding, by the cheaper of the two ways above.
+    """Eq. 2's Ω from sparse latents: sgo_penalty_reference to rounding, by what was the faster way above (README).
 
     vals_BK: activations, at least 0; idx_BK: their latents, no latent twice on a token. Differentiable once, in vals.
     ∂Ω/∂f_bi = (4/B) Σ_j f_bj w_ij ⟨f_i, f_j⟩, and Ω is homogeneous of degree 4 in f, so Ω = ¼ Σ f ∂Ω/∂f (Euler).
     """
     f_BK = vals_BK.detach()
-    pairwise = f_BK.device.type == "cpu" and d_sae > 15 * f_BK.shape[1]  # where it is the faster one: measured (README)
+    pairwise = f_BK.device.type == "cpu" and d_sae**2 > 225 * (f_BK > 0).sum(1).float().mean() * f_BK.shape[1]
     grad_BK = (penalty_gradient_pairwise if pairwise else penalty_gradient_tiled)(f_BK, idx_BK, d_sae)
     return (f_BK * grad_BK).sum() / 4 + ((vals_BK - f_BK) * grad_BK).sum()  # Ω and 0, with the gradient of Ω
 

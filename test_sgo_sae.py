@@ -140,15 +140,17 @@ def test_penalty_and_gradient_match_the_definition(B, N, K, way, rows, monkeypat
     assert torch.allclose(found_N, rivals_N, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("device, N, K, expected", [("cpu", 151, 10, "pairwise"), ("cpu", 150, 10, "tiled")])
-def test_penalty_takes_the_cheaper_way(device, N, K, expected, monkeypatch):
+@pytest.mark.parametrize("N, active, expected", [(151, 10, "pairwise"), (150, 10, "tiled"), (100, 4, "pairwise")])
+def test_penalty_takes_the_cheaper_way(N, active, expected, monkeypatch):
+    """Of ten slots a token, `active` are filled."""
     called = []
     for way in ("pairwise", "tiled"):
         real = getattr(sgo_sae, f"penalty_gradient_{way}")
         monkeypatch.setattr(
             sgo_sae, f"penalty_gradient_{way}", lambda *a, way=way, real=real: called.append(way) or real(*a)
         )
-    sgo_penalty(*sparse_latents(20, N, K), N)
+    vals_BK = (torch.rand(20, 10) + 0.1) * (torch.arange(10) < active)
+    sgo_penalty(vals_BK, torch.rand(20, N).argsort(1)[:, :10], N)
     assert called == [expected]
 
 
