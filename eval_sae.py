@@ -805,7 +805,7 @@ def page(e, markdown, runs, wanted):
     found, keys = [], ""
     head = sgo_sae.load_lm(e.cfg, e.device, e.dtype, head=True)[0].get_output_embeddings() if e.head else None
     for i, (run, sae) in enumerate(progress_bar(list(zip(runs, e.saes)), desc="page", **e.bar)):
-        label, file = html.escape(Path(run).name), Path(run, "metrics.jsonl")
+        label, file = html.escape(run), Path(run, "metrics.jsonl")
         keys += f'<svg width="32" height="8"><path class="s{i % 6}" d="M0 4H32"/></svg> {label}<br>'
         text, lines = portrait(e, sae, label, wanted, head)
         rows = [json.loads(line) for line in file.open()] if file.exists() else []
