@@ -885,7 +885,7 @@ def parse_args(argv):
     add("--dtype", default="auto", choices=sgo_sae.DTYPES, help="the model's; auto is bfloat16 on cuda, else float32")
     add("--seed", type=int, default=0, help="seed of samples and probes")
     add("--html", metavar="FILE", help="write a page to look at: pairs that compete most, latents, curves, the table")
-    add("--latents", type=lambda text: [*map(int, text.split(","))], default=[], help="more of them, as in 12,345")
+    add("--latents", type=lambda text: [*map(int, text.split(","))], default=[], help="latents to add: 12,345")
     args = parser.parse_args(argv)
     runs, args.runs = args.runs, []
     for run in runs:
