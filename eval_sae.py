@@ -561,10 +561,12 @@ class Evaluation:
         elif "behaviour" in families:
             self.record("behaviour", "the model has no language-model head")
         parts = progress_bar(ids_TL.split(32), desc="activations", unit="batch", leave=False)
-        self.x_TLD, self.ids_TL = torch.cat([self.read(ids_BL) for ids_BL in parts]), ids_TL
-        self.keep_TL = ~torch.isin(ids_TL, torch.tensor(self.special, device=self.device))
-        self.document_TL = (~self.keep_TL & (ids_TL != ids_TL[0, 0])).flatten().cumsum(0).view_as(ids_TL)  # by EOS
-        x_TD = self.x_TLD[self.keep_TL]
+        x_TLD = torch.cat([self.read(ids_BL) for ids_BL in parts])
+        keep_TL = ~torch.isin(ids_TL, torch.tensor(self.special, device=self.device))
+        x_TD = x_TLD[keep_TL]
+        if self.args.html:  # what the page looks at again; documents are parted by EOS
+            self.x_TLD, self.keep_TL, self.ids_TL = x_TLD, keep_TL, ids_TL
+            self.document_TL = (~keep_TL & (ids_TL != ids_TL[0, 0])).flatten().cumsum(0).view_as(ids_TL)
         x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)]
         self.samples["tokens"] = len(x_TD)
         for sae, result in zip(progress_bar(self.saes, desc="reconstruction", **self.bar), self.results):
