@@ -654,9 +654,11 @@ def table(names, results, paired=False):
     groups, runs = {}, ("seed", "out", "log_every", "save_every", "resume", "device")
     for name, result in zip(names, results, strict=True):
         setting = {k: v for k, v in result["settings"].items() if k not in runs} or {"run": name}
-        figures = {family: result[family] for family in FAMILIES if isinstance(result.get(family), dict)}
-        flat = {(family, key): value for family, found in figures.items() for key, value in found.items()}
-        groups.setdefault(json.dumps(setting, sort_keys=True), {})[result["settings"].get("seed", name)] = flat
+        flat = {(f, key): value for f in FAMILIES if type(result.get(f)) is dict for key, value in result[f].items()}
+        seed, group = result["settings"].get("seed", name), json.dumps(setting, sort_keys=True)
+        if seed in groups.get(group, ()):  # the same run again, in another folder
+            group = json.dumps(setting | {"run": name}, sort_keys=True)
+        groups.setdefault(group, {})[seed] = flat
     settings, seeds = [json.loads(group) for group in groups], list(groups.values())
     differing = [k for k in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(k)) for s in settings}) > 1]
     labels = [", ".join(f"{k} {s[k]}" for k in differing if k in s) or Path(names[0]).name for s in settings]
@@ -675,9 +677,7 @@ def table(names, results, paired=False):
     aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
     rows = ["| " + " | ".join(line) + " |" for line in aligned]
     rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
-    notes = [
-        f"{family}: not measured, {r[family]}" for family in FAMILIES for r in results if type(r.get(family)) is str
-    ]
+    notes = [f"{name}: not measured, {r[name]}" for name in FAMILIES for r in results if type(r.get(name)) is str]
     notes = dict.fromkeys(notes + [note for r in results for note in r["notes"]])
     return "\n".join([rows[0], f"|{rule}|", *rows[1:], *(f"\n{note}" for note in notes)])
 

@@ -51,7 +51,7 @@ class Config:
 
     arch: str = setting("topk", "architecture; lists make a grid", "autoencoder", choices=ARCHITECTURES, nargs="+")
     dict: int = setting(18432, "number of latents N", least=1, nargs="+")
-    k: int = setting(320, "active latents per token: exactly, or on average where --arch is not topk", least=1)
+    k: int = setting(320, "active latents per token; on average where --arch is not topk", least=1, nargs="+")
     alpha: float = setting(0.075, "weight of the SGO penalty; 0 trains without it", "loss (Eq. 2)", 0, nargs="+")
     alpha_start: float = setting(0.01, "weight at step 0, from which alpha is approached linearly", least=0)
     alpha_warmup: int = setting(1000, "steps until alpha is reached", least=0)
@@ -267,7 +267,7 @@ def geometric_median(x_BD, iterations=100, tol=1e-6):
 class Baseline(SAE):
     """The architectures the paper compares with: a latent is active above a threshold, not among a token's k largest.
 
-    relu: 0 (Eq. 1). jumprelu: learned, as exp(10 p), since λ moves fast. batchtopk: what leaves the B k largest of a
+    relu: 0 (Eq. 1). jumprelu: learned, as exp(30 p), since λ moves fast. batchtopk: what leaves the B k largest of a
     process's batch, and after training the running mean of that.
     """
 
@@ -280,7 +280,7 @@ class Baseline(SAE):
             self.register_buffer("theta", torch.zeros(d_sae))
 
     def threshold(self):
-        return (10 * self.log_theta).exp() if self.arch == "jumprelu" else self.theta
+        return (30 * self.log_theta).exp() if self.arch == "jumprelu" else self.theta
 
     @torch.no_grad()
     def calibrate(self, x_BD):
@@ -291,7 +291,7 @@ class Baseline(SAE):
         theta = cut.clamp(min=0.1 * pre_BN.std()) if self.arch == "jumprelu" else 0.0
         self.b_enc.fill_(theta - cut)
         if self.arch == "jumprelu":
-            self.log_theta.fill_(theta.log() / 10)
+            self.log_theta.fill_(theta.log() / 30)
 
     def select(self, pre_BN):
         if self.arch == "batchtopk":
@@ -299,8 +299,8 @@ class Baseline(SAE):
             pre_BN = torch.zeros_like(pre_BN).view(-1).scatter_(0, cells, vals).view_as(pre_BN)
             least = vals.min().clamp(min=0).to(self.theta.dtype)
             self.theta.copy_(torch.where(self.theta > 0, self.theta.lerp(least, 0.05), least))  # over about 20 batches
-        elif self.arch == "jumprelu":  # what is just under the threshold counts in its gradient
-            pre_BN = torch.where(pre_BN > 0.9 * self.threshold(), pre_BN, 0)
+        elif self.arch == "jumprelu":  # what is under the threshold counts in its gradient
+            pre_BN = torch.where(pre_BN > 0.5 * self.threshold(), pre_BN, 0)
         most = (pre_BN > 0).sum(1).max().clamp(min=1).item()
         return pre_BN.topk(most, dim=1, sorted=False)
 
@@ -310,9 +310,9 @@ class Baseline(SAE):
             theta_BK = self.threshold().index_select(0, idx_BK.flatten()).view_as(vals_BK)
             fixed_BK = theta_BK.detach()
             on_BK = (vals_BK > fixed_BK).to(vals_BK.dtype)
-            # A step has no gradient in θ: a rectangle of width ε = θ/5 stands for it (Rajamanoharan et al. 2024).
-            slope_BK = ((vals_BK - fixed_BK).abs() < fixed_BK / 10) * 5 / fixed_BK
-            shift_BK = slope_BK * (theta_BK - fixed_BK)  # 0, but for its gradient
+            # A step has no gradient in θ: a rectangle of width ε = θ stands for it (Rajamanoharan et al. 2024).
+            near_BK = (vals_BK - fixed_BK).abs() < fixed_BK / 2
+            shift_BK = near_BK * (theta_BK / fixed_BK - 1)  # 0, but for its gradient
             self.active_BK = on_BK - shift_BK
             vals_BK = vals_BK * on_BK - fixed_BK * shift_BK
         return vals_BK, idx_BK
@@ -514,7 +514,7 @@ def training_step(sae, adam, x_BD, cfg, alpha, lr, lam):
     l0, next_lam = reduced((vals_BK > 0).sum() / tokens), lam
     if cfg.arch in STEERED:
         excess = (l0 / cfg.k).clamp(1 / math.e, math.e)  # PI control of log(L0/k), no faster than the weights answer
-        lam, next_lam = lam * excess, lam * excess ** (100 * lr)
+        lam, next_lam = lam * excess**4, lam * excess ** (100 * lr)
     omega = x_BD.new_zeros(())
     if alpha and cfg.penalty == "sum":
         omega = sgo_penalty(gathered(vals_BK), gathered(idx_BK), cfg.dict)
@@ -635,7 +635,7 @@ def start(cfgs, data, steps, saved, folder):
 
 def train(cfgs, folder, device, dtype):
     """Train autoencoders on the same batches and save each in its `out`; returns their Runs, the steps done, and the
-    number of the signal that stopped them, or 0. Their settings differ in arch, dict, alpha, seed and out alone.
+    number of the signal that stopped them, or 0. Their settings differ in arch, dict, k, alpha, seed and out alone.
     """
     cfg, path, rank = cfgs[0], folder / "checkpoint.pt", ranks()[0]
     torch.set_float32_matmul_precision("high")
@@ -711,7 +711,7 @@ def load_checkpoint(path, cfgs):
     changed = {name for a, b in zip(ours, theirs) for name in a if a[name] != b.get(name)}
     changed -= {"out", "device", "log_every", "save_every", "resume"}
     if changed or len(ours) != len(theirs):
-        names = ", ".join(sorted(changed)) or "arch, dict, alpha, seed"
+        names = ", ".join(sorted(changed)) or "arch, dict, k, alpha, seed"
         raise InputError(f"{path} can't be resumed: it was written with another value of {names}")
     return saved
 
@@ -874,7 +874,7 @@ def check(cfgs, folder):
     stopped = (folder / "checkpoint.pt").exists() or not any(Path(out, "cfg.json").exists() for out in outs)
     for cfg in cfgs:
         for wrong, message in (
-            (len(set(outs)) < len(outs), "a value of --arch, --dict, --alpha or --seed is given twice"),
+            (len(set(outs)) < len(outs), "a value of --arch, --dict, --k, --alpha or --seed is given twice"),
             (cfg.demo and (cfg.model or cfg.dataset), "--demo makes its own model and text: no --model, no --dataset"),
             (cfg.decay_start > 1, f"--decay-start is a share of the steps, 0 to 1, but is {cfg.decay_start}"),
             (cfg.k > cfg.dict, f"--k {cfg.k} is more than the {cfg.dict} latents of --dict"),
@@ -895,7 +895,7 @@ def work(argv):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank, world = ranks()
-    cfg, names = cfgs[0], [f"{c.arch}-n{c.dict}-a{c.alpha:g}-s{c.seed}" for c in cfgs]
+    cfg, names = cfgs[0], [f"{c.arch}-n{c.dict}-k{c.k}-a{c.alpha:g}-s{c.seed}" for c in cfgs]
     model = "demo" if cfg.demo else Path(cfg.model).name
     folder = Path(cfg.out or f"runs/{model}-l{cfg.layer}-{names[0] if len(cfgs) == 1 else 'grid'}")
     for c, name in zip(cfgs, names):
@@ -916,7 +916,7 @@ def work(argv):
         print(f"stopped after step {done:,}; the same command with --resume continues it", file=sys.stderr)
     elif rank == 0:
         for run in (finished := [run for run in runs if not run.failure]):
-            print(f"{Path(run.cfg.out).name:<24}  {run.figures()}")
+            print(f"{Path(run.cfg.out).name:<28}  {run.figures()}")
         cost = f"{time.perf_counter() - started:.0f} s, at most {finished[0].history[-1]['memory_gb']:.1f} GB"
         print(f"{done:,} steps, {cost}; saved in {folder}")
     if world > 1:
