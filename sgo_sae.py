@@ -299,7 +299,7 @@ class Baseline(SAE):
             pre_BN = torch.zeros_like(pre_BN).view(-1).scatter_(0, cells, vals).view_as(pre_BN)
             least = vals.min().clamp(min=0).to(self.theta.dtype)
             self.theta.copy_(torch.where(self.theta > 0, self.theta.lerp(least, 0.05), least))  # over about 20 batches
-        elif self.arch == "jumprelu":  # what is under the threshold counts in its gradient
+        elif self.arch == "jumprelu":  # what is under the threshold, from half of it, counts in its gradient
             pre_BN = torch.where(pre_BN > 0.5 * self.threshold(), pre_BN, 0)
         most = (pre_BN > 0).sum(1).max().clamp(min=1).item()
         return pre_BN.topk(most, dim=1, sorted=False)
