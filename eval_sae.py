@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 import zlib
-from collections import Counter, deque, namedtuple
+from collections import Counter, namedtuple
 from contextlib import suppress
 from functools import partial
 from itertools import chain, islice, product
@@ -65,12 +65,11 @@ def reconstruction(sae, x_TD, ctx=128, chunk=2048):
 
 
 @torch.inference_mode()
-def behaviour(lm, layer, saes, ids_TL, special):
+def behaviour(lm, layer, saes, ids_TL, ordinary_TL):
     """Cross-entropy and KL with each autoencoder's x̂ in place of x, beside clean and zeroed; a dict per autoencoder.
 
-    Special tokens keep their activations, but where everything is zeroed. Means are over positions of other tokens.
+    Tokens that are not ordinary keep their activations, but where everything is zeroed. Means are over ordinary ones.
     """
-    ordinary_TL = ~torch.isin(ids_TL, torch.tensor(special, device=ids_TL.device))
     splices = [lambda x, keep: x, lambda x, keep: torch.zeros_like(x)]
     splices += [lambda x, keep, sae=sae: torch.where(keep, sae(x.float()).to(x.dtype), x) for sae in saes]
     rows = max(1, 2**23 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
@@ -111,7 +110,7 @@ def competition(sae, x_TD, settings, scale=1.0, batch=2048):
         f_BN = sae.encode(x_BD)
         sums, rivals = torch.zeros(3, dtype=torch.double, device=f_BN.device), []
         for lo in range(0, N, 1024):
-            w_TN = sgo_sae.coactivation_weights(f_BN[:, lo : lo + 1024], f_BN)
+            w_TN = sgo_sae.weights_between(f_BN[:, lo : lo + 1024], f_BN)
             w_TN.diagonal(lo).zero_()
             sums += torch.stack([w_TN.sum(), (w_TN > 0).sum(), (w_TN > 0.5).sum()])
             rivals.append(w_TN.amax(1))
@@ -121,10 +120,7 @@ def competition(sae, x_TD, settings, scale=1.0, batch=2048):
         if settings:
             vals_BK, idx_BK = f_BN.topk(int((f_BN > 0).sum(1).max()), dim=1)
             error = (x_BD - sae.decode(f_BN)).square().sum(1).mean() * scale**2
-            if settings.get("penalty") == "decoder":
-                omega = sgo_sae.sgo_penalty_decoder(vals_BK, idx_BK, sae.W_dec)
-            else:
-                omega = sgo_sae.sgo_penalty(vals_BK * scale, idx_BK, N)
+            omega = sgo_sae.sgo_penalty(vals_BK * scale, idx_BK, N)
             figures["penalty_share"] = (settings["alpha"] * omega / error).item()
         found.append(figures)
     return mean_of(found) | {"mean_max_cos": nearest_cosine(sae.W_dec).mean().item()}
@@ -461,6 +457,16 @@ def padded(ids, tokenizer, device, desc, batch=64):
         yield rows, ids_BL.to(device), real_BL.to(device)
 
 
+def load_whole(name, layer, device, dtype):
+    """The whole language model with its head, and one of its layers."""
+    from transformers import AutoModelForCausalLM
+
+    with sgo_sae.loading(name):
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().to(device)
+    n_layers = lm.config.get_text_config().num_hidden_layers
+    return lm, sgo_sae.layers_of(lm.get_decoder(), n_layers)[layer]
+
+
 def bos_of(tokenizer):
     return [i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None][:1]
 
@@ -471,12 +477,12 @@ def mean_latents(read, tokenizer, saes, texts, length, device, desc="texts"):
 
     read: token ids (B, L) -> activations (B, L, D). Texts are cut at `length` tokens, BOS included.
     """
-    special, bos = torch.tensor(sgo_sae.special_ids(tokenizer), device=device), bos_of(tokenizer)
+    bos = bos_of(tokenizer)
     ids = [bos + i[: length - len(bos)] for i in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     encoders = [lambda x: x, *(sae.encode for sae in saes)]
     means = [torch.zeros(len(ids), width) for width in (len(saes[0].b_dec), *(len(sae.b_enc) for sae in saes))]
     for rows, ids_BL, real_BL in padded(ids, tokenizer, device, desc):
-        keep_BL = real_BL & ~torch.isin(ids_BL, special)
+        keep_BL = real_BL & sgo_sae.kept_tokens(ids_BL, tokenizer)
         x_ED, text_E = read(ids_BL)[keep_BL].float(), keep_BL.nonzero()[:, 0]
         for encode, mean_TN in zip(encoders, means, strict=True):
             part_EN = encode(x_ED)
@@ -532,8 +538,8 @@ class Evaluation:
             if "dataset" in asked and Path(asked["dataset"]).exists():
                 raise InputError(f"give --text: no text of {asked['dataset']} is known to be held out from training")
         self.cfg = sgo_sae.Config(**asked)
-        lm, layers, self.tokenizer = sgo_sae.load_lm(self.cfg, device, dtype)
-        self.read, self.special = partial(sgo_sae.hooked, lm, layers[layer]), sgo_sae.special_ids(self.tokenizer)
+        lm, module, self.tokenizer = sgo_sae.load_lm(model, layer, device, dtype)
+        self.read = partial(sgo_sae.layer_output, lm, module)
         names = AutoConfig.from_pretrained(model).architectures or []
         self.head = any(re.search("CausalLM|LMHead|ConditionalGeneration", name) for name in names)
         for sae in saes:
@@ -548,21 +554,21 @@ class Evaluation:
     def text(self, families):
         """Reconstruction, behaviour and competition on contexts of text."""
         texts = (row[self.cfg.text_column] for row in sgo_sae.load_texts(self.cfg))  # once through
-        contexts = sgo_sae.token_contexts(texts, self.tokenizer, self.cfg.ctx, deque())
+        contexts = sgo_sae.token_contexts(texts, self.tokenizer, self.cfg.ctx)
         ids_TL = torch.tensor(list(islice(contexts, self.args.contexts)), device=self.device)
         if not len(ids_TL):
             raise InputError(f"{self.cfg.dataset} does not fill a context of {self.cfg.ctx} tokens")
         if len(ids_TL) < self.args.contexts:
             have = f"{len(ids_TL)} contexts of {self.cfg.ctx} tokens, not {self.args.contexts}"
             self.notes.append(f"text: {self.cfg.dataset} has {have}")
+        keep_TL = sgo_sae.kept_tokens(ids_TL, self.tokenizer)
         if "behaviour" in families and self.head:
-            lm, layers, _ = sgo_sae.load_lm(self.cfg, self.device, self.dtype, head=True)
-            self.record("behaviour", behaviour(lm, layers[self.cfg.layer], self.saes, ids_TL, self.special))
+            lm, module = load_whole(self.cfg.model, self.cfg.layer, self.device, self.dtype)
+            self.record("behaviour", behaviour(lm, module, self.saes, ids_TL, keep_TL))
         elif "behaviour" in families:
             self.record("behaviour", "the model has no language-model head")
         parts = progress_bar(ids_TL.split(32), desc="activations", unit="batch", leave=False)
         x_TLD = torch.cat([self.read(ids_BL) for ids_BL in parts])
-        keep_TL = ~torch.isin(ids_TL, torch.tensor(self.special, device=self.device))
         x_TD = x_TLD[keep_TL]
         if self.args.html:  # what the page looks at again; documents are parted by EOS
             self.x_TLD, self.keep_TL, self.ids_TL = x_TLD, keep_TL, ids_TL
@@ -710,7 +716,7 @@ FIGURES = {  # what it shows, x axis, y axis; from `explained_variance` on of tr
     "cosine": ("Latents by their decoder row's largest |cosine| with another.", "largest |cosine|", "latents"),
     "explained_variance": ("Training: variance that is explained, of a batch.", "million tokens", "share"),
     "penalty_share": ("Training: the penalty αΩ over the reconstruction term.", "million tokens", "ratio"),
-    "mean_max_w": ("Training: mean over latents of the largest w with another, in a batch.", "million tokens", "w"),
+    "omega": ("Training: Ω of a batch, whatever its weight α.", "million tokens", "Ω"),
     "dead": ("Training: latents that no token of the last 200 steps activated.", "million tokens", "latents"),
     "l0": ("Training: latents active on a token, mean of a batch.", "million tokens", "latents"),
 }
@@ -739,7 +745,7 @@ def closest_pairs(f_BN, count):
     """The `count` pairs (i, j) of most w_ij |M_i ∩ M_j|, and a histogram of w_ij over co-active pairs."""
     N, size_N, found, histogram = f_BN.shape[1], (f_BN > 0).sum(0), [], 0
     for lo in range(0, N, 1024):
-        w_TN = sgo_sae.coactivation_weights(f_BN[:, lo : lo + 1024], f_BN).triu(lo + 1)
+        w_TN = sgo_sae.weights_between(f_BN[:, lo : lo + 1024], f_BN).triu(lo + 1)
         histogram += torch.histc(w_TN[w_TN > 0], 20, 0, 1)
         score_TN = w_TN.square() * torch.minimum(size_N[lo : lo + 1024, None], size_N)
         score, cell = score_TN.flatten().topk(min(count, score_TN.numel()))
@@ -805,7 +811,9 @@ def portrait(e, sae, label, wanted, head, sample=12):
 def page(e, markdown, runs, wanted):
     """One HTML file: what an Evaluation of these runs found, as its table says it, and what is in them."""
     found, keys = [], ""
-    head = sgo_sae.load_lm(e.cfg, e.device, e.dtype, head=True)[0].get_output_embeddings() if e.head else None
+    head = None
+    if e.head:
+        head = load_whole(e.cfg.model, e.cfg.layer, e.device, e.dtype)[0].get_output_embeddings()
     for i, (run, sae) in enumerate(progress_bar(list(zip(runs, e.saes)), desc="page", **e.bar)):
         label, file = html.escape(run), Path(run, "metrics.jsonl")
         keys += f'<svg width="32" height="8"><path class="s{i % 6}" d="M0 4H32"/></svg> {label}<br>'
@@ -843,18 +851,43 @@ def open_sae(path, device):
             weights["theta"] = weights.pop("threshold")
             weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]  # it does not subtract b_dec
             (N, D), layer = weights["W_dec"].shape, re.search(r"layer_(\d+)", str(path))
-            sae = sgo_sae.Baseline(D, N, N, "relu")
+            sae = sgo_sae.ThresholdSAE(D, N, N)
             sae.load_state_dict(weights)
-            sae.cfg = argparse.Namespace(hook_name=f"blocks.{layer[1]}.hook_resid_post" if layer else None)
+            cfg = {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
     else:
-        sae = sgo_sae.load_sae(place)
-    if hasattr(sae, "theta") or getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # not top-k of bare latents
-        with torch.no_grad():
-            norm_N = sae.W_dec.norm(dim=1).clamp(min=1e-8)
-            for tensor in (sae.W_enc, sae.b_enc, *sae.buffers()):
-                tensor.mul_(norm_N)
-            sae.W_dec.div_(norm_N[:, None])
+        sae, cfg = sgo_sae.load_sae(place), json.loads(Path(place, "cfg.json").read_text())
+    sae.cfg = SAEConfig(**({"model_from_pretrained_kwargs": {}} | (cfg.pop("metadata", None) or {}) | cfg))
+    if hasattr(sae, "theta"):  # with thresholds the same latents stay active
+        sgo_sae.fold_decoder_norms(sae)
     return sae.to(device)
+
+
+class SAEConfig(argparse.Namespace):
+    """What SAEBench asks of `sae.cfg`: model_name, hook_name, hook_layer, context_size, d_in, d_sae, ..."""
+
+    def to_dict(self):
+        return json.loads(json.dumps(vars(self), default=vars))
+
+
+class BenchmarkSAE(nn.Module):
+    """The autoencoder of a RUN with the interface that SAEBench asks for."""
+
+    def __init__(self, path, device="cpu"):
+        super().__init__()
+        self.sae = open_sae(path, device)
+        self.cfg, self.encode, self.decode, self.forward = (
+            self.sae.cfg,
+            self.sae.encode,
+            self.sae.decode,
+            self.sae.forward,
+        )
+
+    W_enc = property(lambda self: self.sae.W_enc)
+    b_enc = property(lambda self: self.sae.b_enc)
+    W_dec = property(lambda self: self.sae.W_dec)
+    b_dec = property(lambda self: self.sae.b_dec)
+    device = property(lambda self: self.sae.W_dec.device)
+    dtype = property(lambda self: self.sae.W_dec.dtype)
 
 
 def origin(sae, args, path):
@@ -868,7 +901,7 @@ def origin(sae, args, path):
 
 
 def parse_args(argv):
-    parser = sgo_sae.Parser(__doc__.splitlines()[0])
+    parser = sgo_sae.new_parser("eval_sae.py", __doc__.splitlines()[0])
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of an SAE or of a grid of them, or Gemma Scope's params.npz")
     add("--metrics", nargs="+", choices=FAMILIES, default=FAMILIES, help="families to measure")
@@ -884,7 +917,12 @@ def parse_args(argv):
     add("--splits", type=int, default=1, help="partitions of the words over which absorption is averaged")
     add("--paired", action="store_true", help="differences to the first setting, seed by seed, with 95 %% intervals")
     add("--device", default="auto", help="cuda, cpu; auto is cuda where there is one")
-    add("--dtype", default="auto", choices=sgo_sae.DTYPES, help="the model's; auto is bfloat16 on cuda, else float32")
+    add(
+        "--dtype",
+        default="auto",
+        choices=sgo_sae.CHOICES["dtype"],
+        help="the model's; auto is bfloat16 on cuda, else float32",
+    )
     add("--seed", type=int, default=0, help="seed of samples and probes")
     add("--html", metavar="FILE", help="write a page to look at: pairs that compete most, latents, curves, the table")
     add("--latents", type=lambda text: [*map(int, text.split(","))], default=[], help="latents to add: 12,345")
@@ -897,6 +935,9 @@ def parse_args(argv):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, but is {getattr(args, name)}")
     return args
+
+
+MEMORY_ADVICE = "smaller --contexts, --train, --test and --words need less"
 
 
 def work(argv):
@@ -927,4 +968,4 @@ def work(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(sgo_sae.main(sys.argv[1:], work, "eval_sae.py"))
+    sys.exit(sgo_sae.main(sys.argv[1:], work, "eval_sae.py", MEMORY_ADVICE))
