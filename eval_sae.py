@@ -58,8 +58,14 @@ def reconstruction(sae, x_TD, ctx=128, chunk=2048):
         sums["xhat2"] += xhat_BD.square().sum().item()
         sums["dot"] += (x_BD * xhat_BD).sum().item()
     result = {name: sums[name] / T for name in ("cosine", "l0", "l1", "norm_ratio")}
-    result |= {"mse": sums["error"] / (T * D), "mse_benchmark": sums["error"] / T / (16 * (ctx - 1))}
-    result |= {"explained_variance": 1 - sums["error"] / sums["variance"], "bias": sums["xhat2"] / sums["dot"]}
+    result |= {
+        "mse": sums["error"] / (T * D),
+        "mse_benchmark": sums["error"] / T / (16 * (ctx - 1)),
+    }
+    result |= {
+        "explained_variance": 1 - sums["error"] / sums["variance"],
+        "bias": sums["xhat2"] / sums["dot"],
+    }
     never_N, dense_N = (fired_N == 0).double(), (fired_N > T / 10).double()
     return result | {"never_fire": never_N.mean().item(), "dense": dense_N.mean().item()}
 
@@ -71,9 +77,14 @@ def behaviour(lm, layer, saes, ids_TL, ordinary_TL):
     Tokens that are not ordinary keep their activations, but where everything is zeroed. Means are over ordinary ones.
     """
     splices = [lambda x, keep: x, lambda x, keep: torch.zeros_like(x)]
-    splices += [lambda x, keep, sae=sae: torch.where(keep, sae(x.float()).to(x.dtype), x) for sae in saes]
+    splices += [
+        lambda x, keep, sae=sae: torch.where(keep, sae(x.float()).to(x.dtype), x) for sae in saes
+    ]
     rows = max(1, 2**23 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
-    sums, parts = torch.zeros(len(splices), 2).double(), list(zip(ids_TL.split(rows), ordinary_TL.split(rows)))
+    sums, parts = (
+        torch.zeros(len(splices), 2).double(),
+        list(zip(ids_TL.split(rows), ordinary_TL.split(rows))),
+    )
 
     def hook(module, args, output):
         x_BLD = splice(output[0] if isinstance(output, tuple) else output, ordinary_BL[..., None])
@@ -94,7 +105,13 @@ def behaviour(lm, layer, saes, ids_TL, ordinary_TL):
     kl = (sums[:, 1] / ordinary_TL.sum().item()).tolist()
     common = {"ce_clean": ce[0], "ce_zero": ce[1], "kl_zero": kl[1]}
     return [
-        common | {"ce_sae": c, "kl_sae": d, "ce_score": (ce[1] - c) / (ce[1] - ce[0]), "kl_score": (kl[1] - d) / kl[1]}
+        common
+        | {
+            "ce_sae": c,
+            "kl_sae": d,
+            "ce_score": (ce[1] - c) / (ce[1] - ce[0]),
+            "kl_score": (kl[1] - d) / kl[1],
+        }
         for c, d in zip(ce[2:], kl[2:])
     ]
 
@@ -144,7 +161,10 @@ def logistic_regression(x_TS, y_T, weight_T=None, C=1.0):
 
     Minimises ½‖w‖² + C Σ_t weight_t log(1 + exp(-±(w·x_t + b))), the intercept unpenalised.
     """
-    x_TS, y_T = F.pad(x_TS.double(), (0, 1), value=1), y_T.double()  # the last column is the intercept's
+    x_TS, y_T = (
+        F.pad(x_TS.double(), (0, 1), value=1),
+        y_T.double(),
+    )  # the last column is the intercept's
     weight_T = C * (torch.ones_like(y_T) if weight_T is None else weight_T.double())
     w_S, ridge_S = torch.zeros_like(x_TS[0]), torch.ones_like(x_TS[0])
     ridge_S[-1] = 1e-12  # keeps the system solvable
@@ -156,7 +176,9 @@ def logistic_regression(x_TS, y_T, weight_T=None, C=1.0):
     for _ in range(100):
         p_T = (x_TS @ w_S).sigmoid()
         gradient_S = x_TS.T @ (weight_T * (p_T - y_T)) + ridge_S * w_S
-        step_S = torch.linalg.solve(x_TS.T * (weight_T * p_T * (1 - p_T)) @ x_TS + ridge_S.diag(), gradient_S)
+        step_S = torch.linalg.solve(
+            x_TS.T * (weight_T * p_T * (1 - p_T)) @ x_TS + ridge_S.diag(), gradient_S
+        )
         while objective(w_S - step_S) > objective(w_S) * (1 + 1e-12):
             step_S = step_S / 2
         w_S = w_S - step_S
@@ -169,12 +191,17 @@ def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, pat
     """SAEBench's probe on many columns: AdamW, until `epochs` or `patience` without a better one; of the epoch with
     the best test accuracy w (D,), b and that accuracy."""
     x_TD, y_T, x_UD = x_TD.float(), y_T.float(), x_UD.float()
-    w_D = (2 * torch.rand(x_TD.shape[1], generator=generator) - 1).to(x_TD.device) / x_TD.shape[1] ** 0.5
+    w_D = (2 * torch.rand(x_TD.shape[1], generator=generator) - 1).to(x_TD.device) / x_TD.shape[
+        1
+    ] ** 0.5
     w_D, b = w_D.requires_grad_(), torch.zeros((), device=x_TD.device, requires_grad=True)
     adam, best, waited = torch.optim.AdamW([w_D, b], lr=lr, fused=True), (-1.0,), 0
     for _ in range(epochs):
         for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
-            loss = F.binary_cross_entropy_with_logits(x_TD[rows] @ w_D + b, y_T[rows]) + l1 * w_D.abs().sum()
+            loss = (
+                F.binary_cross_entropy_with_logits(x_TD[rows] @ w_D + b, y_T[rows])
+                + l1 * w_D.abs().sum()
+            )
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -194,9 +221,13 @@ def accuracy(x_TD, y_T, w_D, b):
 def class_and_others(labels_T, c, generator):
     """Rows of the texts of class c, and of as many others, drawn evenly from the other classes."""
     mine = (labels_T == c).nonzero()[:, 0]
-    classes = [(labels_T == other).nonzero()[:, 0] for other in labels_T.unique().tolist() if other != c]
+    classes = [
+        (labels_T == other).nonzero()[:, 0] for other in labels_T.unique().tolist() if other != c
+    ]
     share = math.ceil(len(mine) / len(classes))
-    others = torch.cat([rows[torch.randperm(len(rows), generator=generator)[:share]] for rows in classes])
+    others = torch.cat(
+        [rows[torch.randperm(len(rows), generator=generator)[:share]] for rows in classes]
+    )
     return torch.cat([mine, others[torch.randperm(len(others), generator=generator)[: len(mine)]]])
 
 
@@ -205,12 +236,27 @@ def sparse_probing(f_TN, labels_T, f_UN, labels_U, seed=0):
     others (chance is half), and of a linear probe on all; averaged over classes."""
     generator, found = torch.Generator().manual_seed(seed), []
     for c in labels_T.unique().tolist():
-        rows_T, rows_U = class_and_others(labels_T, c, generator), class_and_others(labels_U, c, generator)
-        x_TN, y_T, x_UN, y_U = f_TN[rows_T], labels_T[rows_T] == c, f_UN[rows_U], labels_U[rows_U] == c
+        rows_T, rows_U = (
+            class_and_others(labels_T, c, generator),
+            class_and_others(labels_U, c, generator),
+        )
+        x_TN, y_T, x_UN, y_U = (
+            f_TN[rows_T],
+            labels_T[rows_T] == c,
+            f_UN[rows_U],
+            labels_U[rows_U] == c,
+        )
         order_N = (x_TN[y_T].mean(0) - x_TN[~y_T].mean(0)).abs().argsort(descending=True)
         tops = {k: order_N[:k] for k in KS}
-        found.append({k: accuracy(x_UN[:, S], y_U, *logistic_regression(x_TN[:, S], y_T)) for k, S in tops.items()})
-        found[-1]["all"] = linear_probe(x_TN, y_T, x_UN, y_U, generator, epochs=100, batch=250, lr=1e-2)[2]
+        found.append(
+            {
+                k: accuracy(x_UN[:, S], y_U, *logistic_regression(x_TN[:, S], y_T))
+                for k, S in tops.items()
+            }
+        )
+        found[-1]["all"] = linear_probe(
+            x_TN, y_T, x_UN, y_U, generator, epochs=100, batch=250, lr=1e-2
+        )[2]
     return mean_of(found)
 
 
@@ -219,7 +265,9 @@ def scr_rows(a_T, b_T):
     """Rows in which each combination of the attributes a and b, 0 or 1, is a quarter, and as many of a = b alone."""
     cells = [((a_T == a) & (b_T == b)).nonzero()[:, 0] for a in (0, 1) for b in (0, 1)]
     fewest = min(len(cell) for cell in cells)
-    return torch.cat([cell[: fewest // 2] for cell in cells]), torch.cat([cells[0][:fewest], cells[3][:fewest]])
+    return torch.cat([cell[: fewest // 2] for cell in cells]), torch.cat(
+        [cells[0][:fewest], cells[3][:fewest]]
+    )
 
 
 def scr_probes(x_TD, a_T, b_T, x_UD, a_U, b_U, seed=0):
@@ -227,9 +275,16 @@ def scr_probes(x_TD, a_T, b_T, x_UD, a_U, b_U, seed=0):
     generator = torch.Generator().manual_seed(seed)
     (even_T, equal_T), (even_U, equal_U) = scr_rows(a_T, b_T), scr_rows(a_U, b_U)
 
-    sets = {"a": (even_T, a_T, even_U, a_U), "b": (even_T, b_T, even_U, b_U), "biased": (equal_T, a_T, equal_U, a_U)}
+    sets = {
+        "a": (even_T, a_T, even_U, a_U),
+        "b": (even_T, b_T, even_U, b_U),
+        "biased": (equal_T, a_T, equal_U, a_U),
+    }
     how = {"generator": generator, "epochs": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}
-    return {name: linear_probe(x_TD[t], y_T[t], x_UD[u], y_U[u], **how) for name, (t, y_T, u, y_U) in sets.items()}
+    return {
+        name: linear_probe(x_TD[t], y_T[t], x_UD[u], y_U[u], **how)
+        for name, (t, y_T, u, y_U) in sets.items()
+    }
 
 
 @torch.no_grad()
@@ -243,16 +298,23 @@ def scr(probes, f_TN, a_T, b_T, x_UD, f_UN, a_U, b_U, W_dec_ND, counts=ABLATED):
     f_TN, a_T, b_T = f_TN[even_T], a_T[even_T].bool(), b_T[even_T].bool()
     x_UD, f_UN, a_U, b_U = x_UD[even_U], f_UN[even_U], a_U[even_U], b_U[even_U]
     for wanted, unwanted, y_T, label_U in (("a", "b", b_T, a_U), ("b", "a", a_T, b_U)):
-        effect_N = ((f_TN[y_T].mean(0) - f_TN[~y_T].mean(0)) * (W_dec_ND @ probes[unwanted][0])).abs()
+        effect_N = (
+            (f_TN[y_T].mean(0) - f_TN[~y_T].mean(0)) * (W_dec_ND @ probes[unwanted][0])
+        ).abs()
         order_N = effect_N.argsort(descending=True)[: int((effect_N > 0).sum())]
         w_D, b, _ = probes["biased"]
-        biased, clean = accuracy(x_UD, label_U, w_D, b), accuracy(x_UD, label_U, *probes[wanted][:2])
+        biased, clean = (
+            accuracy(x_UD, label_U, w_D, b),
+            accuracy(x_UD, label_U, *probes[wanted][:2]),
+        )
         if headline is None or biased < headline:
             headline = biased
             for n in counts:
                 top_S = order_N[:n]
                 ablated = accuracy(x_UD - f_UN[:, top_S] @ W_dec_ND[top_S], label_U, w_D, b)
-                result[n] = (ablated - biased) / (clean - biased) if clean - biased >= 0.001 else 0.0
+                result[n] = (
+                    (ablated - biased) / (clean - biased) if clean - biased >= 0.001 else 0.0
+                )
     return result
 
 
@@ -260,7 +322,9 @@ def scr(probes, f_TN, a_T, b_T, x_UD, f_UN, a_U, b_U, W_dec_ND, counts=ABLATED):
 def letter_split(f_train, y_train, f_test, y_test, order_S, gain=0.03):
     """The latents that share a letter: of `order_S`, best first, while one more lifts the test F1 by over `gain`."""
     best, split = 0.0, 0
-    weight_T = torch.where(y_train, len(y_train) / 2 / y_train.sum(), len(y_train) / 2 / (~y_train).sum())
+    weight_T = torch.where(
+        y_train, len(y_train) / 2 / y_train.sum(), len(y_train) / 2 / (~y_train).sum()
+    )
     for k in range(1, len(order_S) + 1):
         w_S, b = logistic_regression(f_train[:, order_S[:k]], y_train, weight_T)
         score = f1(f_test[:, order_S[:k]].double() @ w_S + b > 0, y_test)
@@ -303,7 +367,9 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, epochs=50, lr=0.01, end_lr=1e-5, s
     schedule = torch.optim.lr_scheduler.ExponentialLR(adam, (end_lr / lr) ** (1 / epochs))
     for _ in progress_bar(range(epochs), desc="letters", unit="epoch", leave=False):
         for rows in torch.randperm(len(x_TD)).to(x_TD.device).split(batch):
-            loss = F.binary_cross_entropy_with_logits(probe(x_TD[rows]), y_TC[rows], pos_weight=rarity_C)
+            loss = F.binary_cross_entropy_with_logits(
+                probe(x_TD[rows]), y_TC[rows], pos_weight=rarity_C
+            )
             loss = loss + l1 * probe.weight.abs().sum(1).mean() if l1 else loss
             adam.zero_grad()
             loss.backward()
@@ -330,8 +396,12 @@ def absorption(sae, x_TD, y_T, x_UD, y_U, probe, seed=0, max_split=10):
         split_S = letter_split(f_TN, y_T == c, f_UN, y_U == c, sparse_CN[c].topk(max_split).indices)
         scored_U = (y_U == c) & positive_UC[:, c]
         if scored_U.any():
-            share_U, full_U = absorbed_share(f_UN[scored_U], x_UD[scored_U], sae.W_dec.detach(), W_CD[c], split_S)
-            shares.append({"absorption": share_U.mean().item(), "full": full_U.float().mean().item()})
+            share_U, full_U = absorbed_share(
+                f_UN[scored_U], x_UD[scored_U], sae.W_dec.detach(), W_CD[c], split_S
+            )
+            shares.append(
+                {"absorption": share_U.mean().item(), "full": full_U.float().mean().item()}
+            )
     return mean_of(shares) | {"letters": len(letters)}
 
 
@@ -346,10 +416,15 @@ def make_task(name, rows, train, test, seed, balanced=False):
     rows = [(*row[:2], row[2] if balanced else None, row[3]) for row in rows]
     labels, values = (sorted({row[i] for row in rows}, key=str) for i in (1, 2))
     if len(labels) < 2 or len(values) != 1 + balanced:
-        raise InputError(f"{name}: two labels or more are needed, and two attributes where they are balanced")
+        raise InputError(
+            f"{name}: two labels or more are needed, and two attributes where they are balanced"
+        )
     chosen, note = [], ""
     for is_test, count in ((False, train // len(values)), (True, test // len(values))):
-        parts = {cell: [row for row in rows if row[1:] == (*cell, is_test)] for cell in product(labels, values)}
+        parts = {
+            cell: [row for row in rows if row[1:] == (*cell, is_test)]
+            for cell in product(labels, values)
+        }
         cell, fewest = min(parts.items(), key=lambda part: len(part[1]))
         named = " with ".join(str(c) for c in cell if c is not None)
         has = f"{name}: {named} has {len(fewest)} texts to {'test' if is_test else 'train'} on"
@@ -359,7 +434,10 @@ def make_task(name, rows, train, test, seed, balanced=False):
         for part in parts.values():
             chosen += random.Random(seed).sample(part, min(count, len(fewest)))
     random.Random(seed).shuffle(chosen)
-    y_T, test_T = torch.tensor([labels.index(row[1]) for row in chosen]), torch.tensor([row[3] for row in chosen])
+    y_T, test_T = (
+        torch.tensor([labels.index(row[1]) for row in chosen]),
+        torch.tensor([row[3] for row in chosen]),
+    )
     attribute_T = torch.tensor([values.index(row[2]) for row in chosen]) if balanced else None
     return Task(name, [row[0] for row in chosen], y_T, test_T, attribute_T, note)
 
@@ -368,19 +446,30 @@ def library_tasks(train, test, seed, size=300):
     """Two probing tasks and one for SCR from docstrings and bodies of the standard library, no file in both parts."""
     rows = []  # text, package, kind, whether it is a test text
     for file, text in sgo_sae.library_texts():
-        package, held, lines = file.split("/")[0], zlib.crc32(file.encode()) % 3 == 0, text.splitlines()
+        package, held, lines = (
+            file.split("/")[0],
+            zlib.crc32(file.encode()) % 3 == 0,
+            text.splitlines(),
+        )
         with suppress(SyntaxError):  # of help texts, and of templates that the library carries
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                     doc = ast.get_docstring(node) or ""
                     body = node.body[bool(doc) :]
                     code = "\n".join(lines[body[0].lineno - 1 : node.end_lineno]) if body else ""
-                    rows += [(doc[:size], package, "docstring", held), (code[:size], package, "body", held)]
+                    rows += [
+                        (doc[:size], package, "docstring", held),
+                        (code[:size], package, "body", held),
+                    ]
     rows = [row for row in rows if len(row[0]) > 80]
     sizes = Counter((p, held) for _, p, kind, held in rows if kind == "docstring" and "." not in p)
-    packages = sorted({p for p, _ in sizes}, key=lambda p: (-min(sizes[p, True], sizes[p, False]), p))[:5]
+    packages = sorted(
+        {p for p, _ in sizes}, key=lambda p: (-min(sizes[p, True], sizes[p, False]), p)
+    )[:5]
     kinds = [(text, kind, None, held) for text, _, kind, held in rows]
-    bodies = [(text, p, None, held) for text, p, kind, held in rows if kind == "body" and p in packages]
+    bodies = [
+        (text, p, None, held) for text, p, kind, held in rows if kind == "body" and p in packages
+    ]
     probing = [("docstring or body", kinds), ("package of a body", bodies)]
     two = [row for row in rows if row[1] in packages[:2]]
     spurious = make_task(" or ".join(packages[:2]), two, 2 * train, 2 * test, seed, balanced=True)
@@ -396,13 +485,23 @@ PROBING = [  # name, (dataset, subset, text column, label column, attribute colu
     ("bias_in_bios 3", BIOS, (20, 21, 22, 25, 26)),
     ("amazon category", AMAZON, (1, 2, 3, 5, 6)),
     ("amazon sentiment", (*AMAZON[:3], "rating", None), (1.0, 5.0)),
-    ("github-code", ("codeparrot/github-code", None, "code", "language", None), ("C", "Python", "HTML", "Java", "PHP")),
+    (
+        "github-code",
+        ("codeparrot/github-code", None, "code", "language", None),
+        ("C", "Python", "HTML", "Java", "PHP"),
+    ),
     ("ag_news", ("fancyzhx/ag_news", None, "text", "label", None), (0, 1, 2, 3)),
     ("europarl", ("Helsinki-NLP/europarl", EUROPARL, "translation", None, None), tuple(EUROPARL)),
 ]
 SPURIOUS = [  # first and second class, as SAEBench pairs them; gender 0 is male
-    *((f"professions {a} and {b}", BIOS, (a, b)) for a, b in ((21, 13), (1, 11), (25, 22), (2, 26))),
-    *((f"categories {a} and {b}", AMAZON, (a, b)) for a, b in ((24, 26), (30, 6), (18, 11), (3, 1))),
+    *(
+        (f"professions {a} and {b}", BIOS, (a, b))
+        for a, b in ((21, 13), (1, 11), (25, 22), (2, 26))
+    ),
+    *(
+        (f"categories {a} and {b}", AMAZON, (a, b))
+        for a, b in ((24, 26), (30, 6), (18, 11), (3, 1))
+    ),
 ]
 
 
@@ -415,7 +514,9 @@ def benchmark_task(name, source, classes, train, test, seed):
     whole, rows = dataset in ("codeparrot/github-code", "Helsinki-NLP/europarl"), []
     for split, count in [("train", train + test)] if whole else [("train", train), ("test", test)]:
         missing = dict.fromkeys(product(classes, values), math.ceil(count / len(values)))
-        for tongue, part in subset.items() if isinstance(subset, dict) else [(None, subset)]:  # Europarl: one of each
+        for tongue, part in (
+            subset.items() if isinstance(subset, dict) else [(None, subset)]
+        ):  # Europarl: one of each
             with sgo_sae.loading(dataset):
                 stream = datasets.load_dataset(dataset, part, split=split, streaming=True)
                 for row in stream.shuffle(seed=seed, buffer_size=20_000):
@@ -439,9 +540,19 @@ def file_tasks(path, train, test, seed):
         if "label" not in row:
             raise InputError(f"{path} lacks the column label; its columns are {', '.join(row)}")
         if row["label"] is not None:
-            rows.append((row["text"], row["label"], row.get("attribute"), zlib.crc32(row["text"].encode()) % 5 == 0))
+            rows.append(
+                (
+                    row["text"],
+                    row["label"],
+                    row.get("attribute"),
+                    zlib.crc32(row["text"].encode()) % 5 == 0,
+                )
+            )
     name, two = Path(path).stem, sorted({row[1] for row in rows}, key=str)[:2]
-    tasks, rows = [make_task(name, rows, train, test, seed)], [r for r in rows if r[1] in two and r[2] is not None]
+    tasks, rows = (
+        [make_task(name, rows, train, test, seed)],
+        [r for r in rows if r[1] in two and r[2] is not None],
+    )
     return tasks, [make_task(name, rows, 2 * train, 2 * test, seed, balanced=True)] if rows else []
 
 
@@ -452,7 +563,9 @@ def padded(ids, tokenizer, device, desc, batch=64):
     for start in progress_bar(range(0, len(order), batch), desc=desc, unit="batch", leave=False):
         rows = order[start : start + batch]
         longest = len(ids[rows[-1]])
-        ids_BL = torch.tensor([ids[t] + [tokenizer.pad_token_id or 0] * (longest - len(ids[t])) for t in rows])
+        ids_BL = torch.tensor(
+            [ids[t] + [tokenizer.pad_token_id or 0] * (longest - len(ids[t])) for t in rows]
+        )
         real_BL = torch.arange(longest) < torch.tensor([len(ids[t]) for t in rows])[:, None]
         yield rows, ids_BL.to(device), real_BL.to(device)
 
@@ -478,9 +591,15 @@ def mean_latents(read, tokenizer, saes, texts, length, device, desc="texts"):
     read: token ids (B, L) -> activations (B, L, D). Texts are cut at `length` tokens, BOS included.
     """
     bos = bos_of(tokenizer)
-    ids = [bos + i[: length - len(bos)] for i in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ids = [
+        bos + i[: length - len(bos)]
+        for i in tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ]
     encoders = [lambda x: x, *(sae.encode for sae in saes)]
-    means = [torch.zeros(len(ids), width) for width in (len(saes[0].b_dec), *(len(sae.b_enc) for sae in saes))]
+    means = [
+        torch.zeros(len(ids), width)
+        for width in (len(saes[0].b_dec), *(len(sae.b_enc) for sae in saes))
+    ]
     for rows, ids_BL, real_BL in padded(ids, tokenizer, device, desc):
         keep_BL = real_BL & sgo_sae.kept_tokens(ids_BL, tokenizer)
         x_ED, text_E = read(ids_BL)[keep_BL].float(), keep_BL.nonzero()[:, 0]
@@ -503,17 +622,30 @@ def word_activations(read, tokenizer, device, count, seed):
     words = rng.sample(words, min(count or len(words), len(words)))
     if len(words) < 100:
         raise InputError(f"the tokenizer has {len(words)} words, 100 are needed")
-    tail, newline = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (" has the first letter:", "\n"))
-    answers = [tokenizer(f" {c}", add_special_tokens=False)["input_ids"] for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    tail, newline = (
+        tokenizer(t, add_special_tokens=False)["input_ids"]
+        for t in (" has the first letter:", "\n")
+    )
+    answers = [
+        tokenizer(f" {c}", add_special_tokens=False)["input_ids"]
+        for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    ]
     letters, prompts = [ord(text[0].upper()) - ord("A") for _, text in words], []
     for word, _ in words:
         examples = [j for j in rng.sample(range(len(words)), 11) if words[j][0] != word][:10]
-        prompts.append(sum((newline + [words[j][0]] + tail + answers[letters[j]] for j in examples), bos_of(tokenizer)))
+        prompts.append(
+            sum(
+                (newline + [words[j][0]] + tail + answers[letters[j]] for j in examples),
+                bos_of(tokenizer),
+            )
+        )
         prompts[-1] += [*newline, word]
     order, found = [], []
     for rows, ids_BL, real_BL in padded(prompts, tokenizer, device, "words"):
         order += rows
-        found.append(read(ids_BL)[torch.arange(len(rows), device=device), real_BL.sum(1) - 1].float())
+        found.append(
+            read(ids_BL)[torch.arange(len(rows), device=device), real_BL.sum(1) - 1].float()
+        )
     return torch.cat(found)[torch.tensor(order).argsort()], torch.tensor(letters, device=device)
 
 
@@ -530,13 +662,22 @@ class Evaluation:
         self.results = [{"settings": getattr(sae.cfg, "settings", {}), **common} for sae in saes]
         first = self.results[0]["settings"]
         self.demo, self.bar = bool(first.get("demo")), {"unit": "SAE", "leave": False}
-        asked = {"model": model, "layer": layer, "data_seed": args.seed, "ctx": first.get("ctx", 128)}
+        asked = {
+            "model": model,
+            "layer": layer,
+            "data_seed": args.seed,
+            "ctx": first.get("ctx", 128),
+        }
         if args.text or self.demo:
             asked["dataset"] = args.text or str(Path(model) / "heldout.jsonl")
         else:
-            asked |= {k: first[k] for k in ("dataset", "subset", "text_column") if k in first} | {"split": "validation"}
+            asked |= {k: first[k] for k in ("dataset", "subset", "text_column") if k in first} | {
+                "split": "validation"
+            }
             if "dataset" in asked and Path(asked["dataset"]).exists():
-                raise InputError(f"give --text: no text of {asked['dataset']} is known to be held out from training")
+                raise InputError(
+                    f"give --text: no text of {asked['dataset']} is known to be held out from training"
+                )
         self.cfg = sgo_sae.Config(**asked)
         lm, module, self.tokenizer = sgo_sae.load_lm(model, layer, device, dtype)
         self.read = partial(sgo_sae.layer_output, lm, module)
@@ -544,11 +685,18 @@ class Evaluation:
         self.head = any(re.search("CausalLM|LMHead|ConditionalGeneration", name) for name in names)
         for sae in saes:
             if len(sae.b_dec) != (D := lm.config.hidden_size):
-                raise InputError(f"the autoencoder is for {len(sae.b_dec)} dimensions, {model} has {D}")
-        self.train, self.test = args.train or (500 if self.demo else 2000), args.test or (200 if self.demo else 500)
+                raise InputError(
+                    f"the autoencoder is for {len(sae.b_dec)} dimensions, {model} has {D}"
+                )
+        self.train, self.test = (
+            args.train or (500 if self.demo else 2000),
+            args.test or (200 if self.demo else 500),
+        )
 
     def record(self, family, values):
-        for result, value in zip(self.results, values if isinstance(values, list) else [values] * len(self.saes)):
+        for result, value in zip(
+            self.results, values if isinstance(values, list) else [values] * len(self.saes)
+        ):
             result[family] = value
 
     def text(self, families):
@@ -572,15 +720,25 @@ class Evaluation:
         x_TD = x_TLD[keep_TL]
         if self.args.html:  # what the page looks at again; documents are parted by EOS
             self.x_TLD, self.keep_TL, self.ids_TL = x_TLD, keep_TL, ids_TL
-            self.document_TL = (~keep_TL & (ids_TL != ids_TL[0, 0])).flatten().cumsum(0).view_as(ids_TL)
-        x_TD = x_TD[torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(self.args.seed)).to(self.device)]
+            self.document_TL = (
+                (~keep_TL & (ids_TL != ids_TL[0, 0])).flatten().cumsum(0).view_as(ids_TL)
+            )
+        x_TD = x_TD[
+            torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(self.args.seed)).to(
+                self.device
+            )
+        ]
         self.samples["tokens"] = len(x_TD)
-        for sae, result in zip(progress_bar(self.saes, desc="reconstruction", **self.bar), self.results):
+        for sae, result in zip(
+            progress_bar(self.saes, desc="reconstruction", **self.bar), self.results
+        ):
             if "core" in families:
                 result["core"] = reconstruction(sae, x_TD, self.cfg.ctx)
             if "competition" in families:
                 scale = getattr(sae.cfg, "activation_scale", 1.0)
-                result["competition"] = competition(sae, x_TD[: 8 * 2048], result["settings"], scale)
+                result["competition"] = competition(
+                    sae, x_TD[: 8 * 2048], result["settings"], scale
+                )
 
     def tasks(self, families):
         """Sparse probing and SCR: every text is read once, for all autoencoders."""
@@ -593,20 +751,33 @@ class Evaluation:
             for task in sets[family]:
                 try:
                     if not isinstance(task, Task):
-                        task = benchmark_task(*task, double * self.train, double * self.test, args.seed)
+                        task = benchmark_task(
+                            *task, double * self.train, double * self.test, args.seed
+                        )
                 except InputError as error:
                     self.notes.append(f"{family}: a task is left out, {error}")
                     continue
                 desc, length = f"{family}: {task.name}", args.length or (64 if self.demo else 128)
-                x, latents = mean_latents(self.read, self.tokenizer, self.saes, task.texts, length, self.device, desc)
+                x, latents = mean_latents(
+                    self.read, self.tokenizer, self.saes, task.texts, length, self.device, desc
+                )
                 score_all = self.probing if family == "probe" else self.removal
                 found = score_all(task, x, progress_bar(latents, desc=desc, **self.bar))
                 for score, values in zip(scores, found):
                     score[task.name] = values
-                self.samples[desc] = {"train": int((~task.test).sum()), "test": int(task.test.sum())}
+                self.samples[desc] = {
+                    "train": int((~task.test).sum()),
+                    "test": int(task.test.sum()),
+                }
                 self.notes += [f"{family}: {task.note}"] if task.note else []
-            why = "none of its datasets can be had" if sets[family] else "the probe file has no column `attribute`"
-            self.record(family, [mean_of(list(score.values())) if score else why for score in scores])
+            why = (
+                "none of its datasets can be had"
+                if sets[family]
+                else "the probe file has no column `attribute`"
+            )
+            self.record(
+                family, [mean_of(list(score.values())) if score else why for score in scores]
+            )
             self.record(f"{family}_tasks", scores)
 
     def probing(self, task, x_TD, latents):
@@ -623,21 +794,32 @@ class Evaluation:
         probes = scr_probes(x_TD[fit], a[fit], b[fit], x_TD[held], a[held], b[held], self.args.seed)
         for f_TN, sae in zip(latents, self.saes):
             tests = (x_TD[held], f_TN[held], a[held], b[held], sae.W_dec.detach().cpu())
-            yield {f"scr_{n}": score for n, score in scr(probes, f_TN[fit], a[fit], b[fit], *tests).items()}
+            yield {
+                f"scr_{n}": score
+                for n, score in scr(probes, f_TN[fit], a[fit], b[fit], *tests).items()
+            }
 
     def absorption(self):
         """Absorption, its mean over --splits partitions of the words into training and test ones."""
         try:
             if not self.head:
                 raise InputError("the model has no language-model head")
-            x_TD, y_T = word_activations(self.read, self.tokenizer, self.device, self.args.words, self.args.seed)
+            x_TD, y_T = word_activations(
+                self.read, self.tokenizer, self.device, self.args.words, self.args.seed
+            )
             found = [[] for _ in self.saes]
-            for seed in progress_bar(range(self.args.seed, self.args.seed + self.args.splits), desc="splits"):
-                order = torch.randperm(len(y_T), generator=torch.Generator().manual_seed(seed)).to(self.device)
+            for seed in progress_bar(
+                range(self.args.seed, self.args.seed + self.args.splits), desc="splits"
+            ):
+                order = torch.randperm(len(y_T), generator=torch.Generator().manual_seed(seed)).to(
+                    self.device
+                )
                 fit, held = order[: len(y_T) * 4 // 5], order[len(y_T) * 4 // 5 :]
                 parts = (x_TD[fit], y_T[fit], x_TD[held], y_T[held])
                 probe = multi_probe(*parts[:2], batch=64, l2=1e-4, seed=seed)
-                for sae, figures in zip(progress_bar(self.saes, desc="absorption", **self.bar), found):
+                for sae, figures in zip(
+                    progress_bar(self.saes, desc="absorption", **self.bar), found
+                ):
                     figures.append(absorption(sae, *parts, probe, seed))
             self.record("absorption", [mean_of(figures) for figures in found])
             self.record("absorption_splits", found)
@@ -649,7 +831,17 @@ class Evaluation:
 # -------------------------------------------------------------------------------------------------- table
 HIGHER = r"cosine|explained_variance|.*_score|latents_.*|x_.*|scr_.*"  # is better; of these lower:
 LOWER = r"mse.*|never_fire|dense|ce_sae|kl_sae|w_mean|mean_max.*|pairs_over_half|absorption|full"
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided 95 %, by degrees of freedom
+STUDENT = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # two-sided 95 %, by degrees of freedom
 
 
 def table(names, results, paired=False):
@@ -660,19 +852,41 @@ def table(names, results, paired=False):
     groups, runs = {}, ("seed", "out", "log_every", "save_every", "resume", "device")
     for name, result in zip(names, results, strict=True):
         setting = {k: v for k, v in result["settings"].items() if k not in runs} or {"run": name}
-        flat = {(f, key): value for f in FAMILIES if type(result.get(f)) is dict for key, value in result[f].items()}
+        flat = {
+            (f, key): value
+            for f in FAMILIES
+            if type(result.get(f)) is dict
+            for key, value in result[f].items()
+        }
         seed, group = result["settings"].get("seed", name), json.dumps(setting, sort_keys=True)
         if seed in groups.get(group, ()):  # the same run again, in another folder
             group = json.dumps(setting | {"run": name}, sort_keys=True)
         groups.setdefault(group, {})[seed] = flat
     settings, seeds = [json.loads(group) for group in groups], list(groups.values())
-    differing = [k for k in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(k)) for s in settings}) > 1]
-    labels = [", ".join(f"{k} {s[k]}" for k in differing if k in s) or Path(names[0]).name for s in settings]
-    lines = [["", *(f"{label}, {len(s)} seeds" if len(s) > 1 else label for label, s in zip(labels, seeds))]]
+    differing = [
+        k
+        for k in dict.fromkeys(k for s in settings for k in s)
+        if len({str(s.get(k)) for s in settings}) > 1
+    ]
+    labels = [
+        ", ".join(f"{k} {s[k]}" for k in differing if k in s) or Path(names[0]).name
+        for s in settings
+    ]
+    lines = [
+        [
+            "",
+            *(
+                f"{label}, {len(s)} seeds" if len(s) > 1 else label
+                for label, s in zip(labels, seeds)
+            ),
+        ]
+    ]
     for family, key in dict.fromkeys(k for group in seeds for flat in group.values() for k in flat):
         cells = []
         for i, group in enumerate(seeds):
-            values = {seed: flat[family, key] for seed, flat in group.items() if (family, key) in flat}
+            values = {
+                seed: flat[family, key] for seed, flat in group.items() if (family, key) in flat
+            }
             if difference := paired and i > 0:
                 shared = [seed for seed in values if (family, key) in seeds[0].get(seed, ())]
                 values = {seed: values[seed] - seeds[0][seed][family, key] for seed in shared}
@@ -680,10 +894,18 @@ def table(names, results, paired=False):
         arrow = " ↑" if re.fullmatch(HIGHER, key) else " ↓" if re.fullmatch(LOWER, key) else ""
         lines.append([f"{family}: {key.replace('_', ' ')}{arrow}", *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
+    aligned = [
+        [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))]
+        for line in lines
+    ]
     rows = ["| " + " | ".join(line) + " |" for line in aligned]
     rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
-    notes = [f"{name}: not measured, {r[name]}" for name in FAMILIES for r in results if type(r.get(name)) is str]
+    notes = [
+        f"{name}: not measured, {r[name]}"
+        for name in FAMILIES
+        for r in results
+        if type(r.get(name)) is str
+    ]
     notes = dict.fromkeys(notes + [note for r in results for note in r["notes"]])
     return "\n".join([rows[0], f"|{rule}|", *rows[1:], *(f"\n{note}" for note in notes)])
 
@@ -693,7 +915,10 @@ def spread(values, difference=False):
     if not values:
         return ""
     n, mean = len(values), statistics.mean(values)
-    digits, sign = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 100 else 3, "+" if difference else ""
+    digits, sign = (
+        0 if abs(mean) >= 1000 else 1 if abs(mean) >= 100 else 3,
+        "+" if difference else "",
+    )
     if n == 1:
         return f"{mean:{sign},.{digits}f}"
     deviation = statistics.stdev(values) * (STUDENT[min(n, 10) - 2] / n**0.5 if difference else 1)
@@ -711,32 +936,61 @@ svg svg { overflow: visible } svg [class] { stroke-width: 2 } summary { font-wei
 i { font-style: normal; background: color-mix(in srgb, #e69f00 calc(var(--a) * 1%), transparent) }
 p { font: 13px/1.7 monospace; overflow-wrap: anywhere; margin: 2px 0 8px } .both { border-bottom: 3px solid #2f8fd0 }"""
 FIGURES = {  # what it shows, x axis, y axis; from `explained_variance` on of training
-    "w": ("Pairs of latents active together in 16 contexts, by how strongly they overlap.", "w", "log₁₀(1 + pairs)"),
+    "w": (
+        "Pairs of latents active together in 16 contexts, by how strongly they overlap.",
+        "w",
+        "log₁₀(1 + pairs)",
+    ),
     "density": ("Latents by how often they are active.", "log₁₀ of the share of tokens", "latents"),
-    "cosine": ("Latents by their decoder row's largest |cosine| with another.", "largest |cosine|", "latents"),
-    "explained_variance": ("Training: variance that is explained, of a batch.", "million tokens", "share"),
-    "penalty_share": ("Training: the penalty αΩ over the reconstruction term.", "million tokens", "ratio"),
+    "cosine": (
+        "Latents by their decoder row's largest |cosine| with another.",
+        "largest |cosine|",
+        "latents",
+    ),
+    "explained_variance": (
+        "Training: variance that is explained, of a batch.",
+        "million tokens",
+        "share",
+    ),
+    "penalty_share": (
+        "Training: the penalty αΩ over the reconstruction term.",
+        "million tokens",
+        "ratio",
+    ),
     "omega": ("Training: Ω of a batch, whatever its weight α.", "million tokens", "Ω"),
-    "dead": ("Training: latents that no token of the last 200 steps activated.", "million tokens", "latents"),
+    "dead": (
+        "Training: latents that no token of the last 200 steps activated.",
+        "million tokens",
+        "latents",
+    ),
     "l0": ("Training: latents active on a token, mean of a batch.", "million tokens", "latents"),
 }
 
 
 def chart(lines, caption, x_name, y_name):
     """SVG of lines [(x, y), ...] with axes of about five round numbers, and a sentence that says what they show."""
-    axes, parts = [], [f'<text x="196" y="222" text-anchor="middle">{x_name}</text><text x="2" y="10">{y_name}</text>']
+    axes, parts = (
+        [],
+        [
+            f'<text x="196" y="222" text-anchor="middle">{x_name}</text><text x="2" y="10">{y_name}</text>'
+        ],
+    )
     for values in zip(*chain(*lines)) if any(lines) else ([0], [0]):
         step = float(f"{(max(values) - min(values) or 1) / 4:.0e}")
         low = math.floor(min(values) / step)
         axes.append([step * n for n in range(low, max(low + 1, math.ceil(max(values) / step)) + 1)])
     for n, x in enumerate(xs := axes[0]):
-        parts.append(f'<text x="{48 + 296 * n / (len(xs) - 1)}" y="204" text-anchor="middle">{x:.4g}</text>')
+        parts.append(
+            f'<text x="{48 + 296 * n / (len(xs) - 1)}" y="204" text-anchor="middle">{x:.4g}</text>'
+        )
     for n, y in enumerate(ys := axes[1]):
         Y = 190 - 162 * n / (len(ys) - 1)
         parts.append(f'<path d="M48 {Y}h296"/><text x="2" y="{Y}">{y:.4g}</text>')
     paths = ("L".join(f"{x:.6g} {-y:.6g}" for x, y in line) for line in lines)
     drawn = "".join(f'<path class="s{i % 6}" d="M{path}"/>' for i, path in enumerate(paths) if path)
-    box = f'viewBox="{xs[0]} {-ys[-1]} {xs[-1] - xs[0]} {ys[-1] - ys[0]}" preserveAspectRatio="none"'
+    box = (
+        f'viewBox="{xs[0]} {-ys[-1]} {xs[-1] - xs[0]} {ys[-1] - ys[0]}" preserveAspectRatio="none"'
+    )
     parts.append(f'<svg x="48" y="28" width="296" height="162" {box}>{drawn}</svg>')
     return f'<figure><svg viewBox="0 0 360 230">{"".join(parts)}</svg><figcaption>{caption}</figcaption></figure>'
 
@@ -782,17 +1036,32 @@ def portrait(e, sae, label, wanted, head, sample=12):
         for t, at in list(places.values())[:3]:
             parts.append("<p>")
             for n in range(max(0, at - 16), min(f_TL.shape[1], at + 9)):
-                a, token = f_TL[t, n].item(), html.escape(e.tokenizer.decode([e.ids_TL[t, n].item()]))
-                both, shade = ' class="both"' if other_TL[t, n] > 0 else "", 15 + 75 * a / peak_T.max()
-                token = f'<i{both} style="--a:{shade:.0f}" title="{a:.3g}">{token}</i>' if a > 0 else token
+                a, token = (
+                    f_TL[t, n].item(),
+                    html.escape(e.tokenizer.decode([e.ids_TL[t, n].item()])),
+                )
+                both, shade = (
+                    ' class="both"' if other_TL[t, n] > 0 else "",
+                    15 + 75 * a / peak_T.max(),
+                )
+                token = (
+                    f'<i{both} style="--a:{shade:.0f}" title="{a:.3g}">{token}</i>'
+                    if a > 0
+                    else token
+                )
                 parts.append(token.replace("\n", "⏎"))
         parts.append("</div>")
 
     parts.append(f"<details open><summary>{label}: the pairs that compete most</summary>")
     for i, j in pairs:
-        both, cosine = int((f_TL_of[i] * f_TL_of[j] > 0).sum()), F.cosine_similarity(*sae.W_dec[[i, j]], dim=0)
+        both, cosine = (
+            int((f_TL_of[i] * f_TL_of[j] > 0).sum()),
+            F.cosine_similarity(*sae.W_dec[[i, j]], dim=0),
+        )
         w = both / min(fired_N[i], fired_N[j])
-        parts.append(f"<h4>w {w:.2f}, both on {both:,} tokens, cosine of decoder rows {cosine:.2f}</h4><div class=row>")
+        parts.append(
+            f"<h4>w {w:.2f}, both on {both:,} tokens, cosine of decoder rows {cosine:.2f}</h4><div class=row>"
+        )
         show(i, f_TL_of[j])
         show(j, f_TL_of[i])
         parts.append("</div>")
@@ -800,7 +1069,10 @@ def portrait(e, sae, label, wanted, head, sample=12):
     for i in others:
         show(i, torch.zeros_like(e.keep_TL))
     log_N, share = (fired_N / e.keep_TL.sum()).log10(), nearest_cosine(sae.W_dec)
-    bars = {"w": (0, 1, histogram.log1p() / math.log(10)), "density": (-5, 0, torch.histc(log_N, 20, -5, 0))}
+    bars = {
+        "w": (0, 1, histogram.log1p() / math.log(10)),
+        "density": (-5, 0, torch.histc(log_N, 20, -5, 0)),
+    }
     bars["cosine"], lines = (0, 1, torch.histc(share, 20, 0, 1)), {}
     for name, (lo, hi, n_20) in bars.items():
         edges = torch.linspace(lo, hi, 21).repeat_interleave(2)[1:-1].tolist()
@@ -819,7 +1091,13 @@ def page(e, markdown, runs, wanted):
         keys += f'<svg width="32" height="8"><path class="s{i % 6}" d="M0 4H32"/></svg> {label}<br>'
         text, lines = portrait(e, sae, label, wanted, head)
         rows = [json.loads(line) for line in file.open()] if file.exists() else []
-        found.append((text, {name: [(m["tokens"] / 1e6, m[name]) for m in rows] for name in list(FIGURES)[3:]} | lines))
+        found.append(
+            (
+                text,
+                {name: [(m["tokens"] / 1e6, m[name]) for m in rows] for name in list(FIGURES)[3:]}
+                | lines,
+            )
+        )
     charts = "".join(chart([lines[name] for _, lines in found], *FIGURES[name]) for name in FIGURES)
     title = f"{html.escape(Path(e.cfg.model).name)}, layer {e.cfg.layer}: which latents compete"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -843,20 +1121,28 @@ def open_sae(path, device):
 
         repository, inside = "/".join(place.parts[:2]), "/".join(place.parts[2:])
         with sgo_sae.loading(repository):
-            place = Path(snapshot_download(repository, allow_patterns=[inside, f"{inside}/*"])) / inside
+            place = (
+                Path(snapshot_download(repository, allow_patterns=[inside, f"{inside}/*"])) / inside
+            )
     place = place / "params.npz" if (place / "params.npz").exists() else place
     if place.suffix == ".npz":
         with sgo_sae.loading(path):
-            weights = {name: torch.from_numpy(array).float() for name, array in numpy.load(place).items()}
+            weights = {
+                name: torch.from_numpy(array).float() for name, array in numpy.load(place).items()
+            }
             weights["theta"] = weights.pop("threshold")
-            weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]  # it does not subtract b_dec
+            weights["b_enc"] = (
+                weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
+            )  # it does not subtract b_dec
             (N, D), layer = weights["W_dec"].shape, re.search(r"layer_(\d+)", str(path))
             sae = sgo_sae.ThresholdSAE(D, N, N)
             sae.load_state_dict(weights)
             cfg = {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
     else:
         sae, cfg = sgo_sae.load_sae(place), json.loads(Path(place, "cfg.json").read_text())
-    sae.cfg = SAEConfig(**({"model_from_pretrained_kwargs": {}} | (cfg.pop("metadata", None) or {}) | cfg))
+    sae.cfg = SAEConfig(
+        **({"model_from_pretrained_kwargs": {}} | (cfg.pop("metadata", None) or {}) | cfg)
+    )
     if hasattr(sae, "theta"):  # with thresholds the same latents stay active
         sgo_sae.fold_decoder_norms(sae)
     return sae.to(device)
@@ -895,7 +1181,9 @@ def origin(sae, args, path):
     hook = getattr(sae.cfg, "hook_name", None)
     known = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook or "")
     if not known and (hook or args.layer is None):
-        raise InputError(f"{path} names {hook} as its hook: hook_resid_post is needed, or none and --layer")
+        raise InputError(
+            f"{path} names {hook} as its hook: hook_resid_post is needed, or none and --layer"
+        )
     model = args.model or getattr(sae.cfg, "model_name", None) or sgo_sae.Config.model
     return model, args.layer if args.layer is not None else int(known[1])
 
@@ -903,19 +1191,41 @@ def origin(sae, args, path):
 def parse_args(argv):
     parser = sgo_sae.new_parser("eval_sae.py", __doc__.splitlines()[0])
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="folder of an SAE or of a grid of them, or Gemma Scope's params.npz")
+    add(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of an SAE or of a grid of them, or Gemma Scope's params.npz",
+    )
     add("--metrics", nargs="+", choices=FAMILIES, default=FAMILIES, help="families to measure")
     add("--model", help="language model, where a RUN does not name one that can be loaded")
     add("--layer", type=int, help="layer, where a RUN does not name it")
-    add("--text", help="text for core, behaviour, competition; else the demo's or the dataset's split `validation`")
+    add(
+        "--text",
+        help="text for core, behaviour, competition; else the demo's or the dataset's split `validation`",
+    )
     add("--probe", help="csv, jsonl or parquet file with text, label and, for SCR, attribute")
-    add("--contexts", type=int, default=512, help="contexts of text for core, behaviour and competition")
+    add(
+        "--contexts",
+        type=int,
+        default=512,
+        help="contexts of text for core, behaviour and competition",
+    )
     add("--train", type=int, help="training texts of each class (default: 2000, of the demo's 500)")
     add("--test", type=int, help="test texts of each class (default: 500, of the demo's 200)")
     add("--length", type=int, help="tokens of a text (default: 128, of the demo's 64)")
     add("--words", type=int, help="words of the absorption task (default: all of the tokenizer's)")
-    add("--splits", type=int, default=1, help="partitions of the words over which absorption is averaged")
-    add("--paired", action="store_true", help="differences to the first setting, seed by seed, with 95 %% intervals")
+    add(
+        "--splits",
+        type=int,
+        default=1,
+        help="partitions of the words over which absorption is averaged",
+    )
+    add(
+        "--paired",
+        action="store_true",
+        help="differences to the first setting, seed by seed, with 95 %% intervals",
+    )
     add("--device", default="auto", help="cuda, cpu; auto is cuda where there is one")
     add(
         "--dtype",
@@ -924,8 +1234,17 @@ def parse_args(argv):
         help="the model's; auto is bfloat16 on cuda, else float32",
     )
     add("--seed", type=int, default=0, help="seed of samples and probes")
-    add("--html", metavar="FILE", help="write a page to look at: pairs that compete most, latents, curves, the table")
-    add("--latents", type=lambda text: [*map(int, text.split(","))], default=[], help="latents to add: 12,345")
+    add(
+        "--html",
+        metavar="FILE",
+        help="write a page to look at: pairs that compete most, latents, curves, the table",
+    )
+    add(
+        "--latents",
+        type=lambda text: [*map(int, text.split(","))],
+        default=[],
+        help="latents to add: 12,345",
+    )
     args = parser.parse_args(argv)
     runs, args.runs = args.runs, []
     for run in runs:
@@ -946,10 +1265,14 @@ def work(argv):
     torch.manual_seed(args.seed)
     saes = [open_sae(run, device) for run in args.runs]
     if wrong := [i for i in args.latents for sae in saes if not 0 <= i < len(sae.b_enc)]:
-        raise InputError(f"--latents {wrong[0]}: the latents are 0 to {min(len(sae.b_enc) for sae in saes) - 1}")
+        raise InputError(
+            f"--latents {wrong[0]}: the latents are 0 to {min(len(sae.b_enc) for sae in saes) - 1}"
+        )
     place, *others = dict.fromkeys(origin(sae, args, run) for sae, run in zip(saes, args.runs))
     if others:
-        raise InputError(f"{place} and {others[0]}: autoencoders of several models or layers need a call for each")
+        raise InputError(
+            f"{place} and {others[0]}: autoencoders of several models or layers need a call for each"
+        )
     evaluation = Evaluation(args, *place, saes, device, dtype)
     text = [family for family in ("core", "behaviour", "competition") if family in args.metrics]
     if text or args.html:
@@ -959,11 +1282,19 @@ def work(argv):
         evaluation.absorption()
     for run, result in zip(args.runs, evaluation.results):
         if Path(run).exists():
-            path = Path(run) / "eval.json" if Path(run).is_dir() else Path(run).with_suffix(".eval.json")
-            path.write_text(json.dumps({"command": vars(args), "torch": torch.__version__, **result}, indent=2))
+            path = (
+                Path(run) / "eval.json"
+                if Path(run).is_dir()
+                else Path(run).with_suffix(".eval.json")
+            )
+            path.write_text(
+                json.dumps({"command": vars(args), "torch": torch.__version__, **result}, indent=2)
+            )
     print(markdown := table(args.runs, evaluation.results, args.paired))
     if args.html:
-        Path(args.html).write_text(page(evaluation, markdown, args.runs, args.latents), encoding="utf-8")
+        Path(args.html).write_text(
+            page(evaluation, markdown, args.runs, args.latents), encoding="utf-8"
+        )
     return 0
 
 
