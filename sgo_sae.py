@@ -25,7 +25,8 @@ The sections, in this order:
 
 Shapes are in the names: x_BD is an array of B by D. B are the tokens of a batch, L the positions of
 a context, D the hidden size, N the latents (d_sae), K the active latents of a token, E = B K the
-entries of a (B, K) array, T the latents of a tile, R the contexts and C the tokens of a round.
+entries of a (B, K) array and P some of them, I, J and T some of the latents, R the contexts and C
+the tokens of a round. λ is `lam`, and Ω is `omega`.
 """
 
 import argparse
@@ -153,7 +154,7 @@ class SAE(nn.Module):
         return (x - self.b_dec) @ self.W_enc + self.b_enc  # ours: b_dec is subtracted first
 
     def activate(self, pre):
-        """ReLU and the k largest latents of a token (4.2), which may be taken in either order."""
+        """ReLU and the k largest of a token (4.2), in either order; `SparseEncode` repeats it."""
         vals, idx = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, idx, vals.relu())
 
@@ -234,8 +235,8 @@ def alpha_at(step, alpha=0.075, start=0.01, warmup=1000):
 
 def lr_at(step, steps=4882, lr=3e-4, decay_start=0.875):
     """Learning rate at a step: constant up to a share of the steps, in the paper 4,271 (5.1)."""
-    first = int(decay_start * steps)
-    return lr * min(1.0, (steps - step) / max(1, steps - first))  # ours: then linear to 0
+    # Ours: then linear to 0.
+    return lr * min(1.0, (steps - step) / max(1, steps - int(decay_start * steps)))
 
 
 def geometric_median(x_BD, iterations=100):
@@ -367,7 +368,7 @@ def gradient_by_pairs(vals_BK, idx_BK, d_sae, cells=1 << 18):
 
     entries = latent_E.argsort(stable=True)[: (f_E > 0).sum()]  # those of 0 come last
     sizes = torch.bincount(latent_E[entries] // rows)
-    # The initializer makes each worker compute with one thread, its own.
+    # The pool's initializer makes each worker compute with a single thread, its own.
     with ThreadPoolExecutor(torch.get_num_threads(), "", torch.set_num_threads, (1,)) as pool:
         parts = pool.map(of_block, entries.split(sizes[sizes > 0].tolist()))
     gradient_E[entries] = torch.cat([f_E[:0], *parts])
@@ -535,9 +536,9 @@ ARCHITECTURES = {"topk": SAE, "batchtopk": BatchTopK, "relu": ReLU, "jumprelu": 
 # All that torchrun changes. Each process has a GPU and its part of every batch's tokens, and all
 # hold the same weights. Two terms of the loss are means over tokens, so the gradient of the whole
 # batch is the mean of the processes' gradients, which `average_gradients` takes. Ω is no mean: its
-# counts and products need all tokens of the batch. So each process gathers the latents of all and
-# computes the same Ω. Differentiated, `gather_tokens` gives a process's own latents the sum of the
-# gradients of n equal copies of Ω, which is n times what is right, and the mean divides it by n.
+# counts and products need all tokens of the batch. So each process gathers the latents of all,
+# computes the whole Ω, and differentiates it for its own tokens alone. The sum over the n processes
+# is then the whole gradient, and since the mean divides it by n, `Run.step` multiplies α by n.
 #
 # A run of two processes is not that of one: each shuffles the tokens that it has read itself, so
 # batches are put together differently, and batchtopk selects among a process's own tokens.
@@ -576,12 +577,13 @@ def all_reduce_(t, operation="SUM"):
 
 
 def gather_tokens(t):
-    """The rows of all processes, by rank."""
+    """The rows of all processes, by rank; gradients pass to this process's rows alone."""
     if not torchrun():
         return t
-    from torch.distributed.nn.functional import all_gather  # which can be differentiated
-
-    return torch.cat(all_gather(t))
+    parts = [torch.empty_like(t) for _ in range(n_processes())]
+    dist.all_gather(parts, t.detach())
+    parts[rank()] = t
+    return torch.cat(parts)
 
 
 def average_gradients(sae):
@@ -640,8 +642,7 @@ def load_lm(name, layer, device, dtype):
 
 def layers_of(lm, n_layers):
     """The list of a language model's layers: the outermost list that has as many members."""
-    lists = [module for module in lm.modules() if isinstance(module, nn.ModuleList)]
-    return next(modules for modules in lists if len(modules) == n_layers)
+    return next(m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
 
 
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -735,7 +736,8 @@ def layer_output(lm, layer, ids_BL):
     handle = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
     lm(input_ids=ids_BL)
     handle.remove()
-    return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    output = outputs[0]
+    return output[0] if isinstance(output, tuple) else output
 
 
 def progress_bar(work, **options):
@@ -771,8 +773,8 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
     two_batches = 2 * math.ceil(B / (cfg.ctx - 1))  # for half of the tokens may be EOS
     R = max(cfg.buffer // world, two_batches)
     contexts = token_contexts(read_texts(rows, cfg), tokenizer, cfg.ctx)
-    size = (R * (cfg.ctx - 1), lm.config.hidden_size)
-    x_CD = torch.empty(size, dtype=lm.dtype, device=lm.device)  # 1.2 GB in run 4
+    # The activations of a round, in the model's dtype: 1.2 GB in run 4.
+    x_CD = torch.empty(R * (cfg.ctx - 1), lm.config.hidden_size, dtype=lm.dtype, device=lm.device)
     n_tokens = lm.get_input_embeddings().num_embeddings
     for number in itertools.count():
         ids_RL = torch.tensor(list(itertools.islice(contexts, R * world)))
@@ -833,7 +835,8 @@ class Run:
         self.mixed_precision = mixed_precision and not cfg.plain
         self.alpha = 0.0
         self.lam = torch.tensor(cfg.lam, device=device)
-        self.last_fired_N = torch.full((cfg.d_sae,), 0, device=device)  # steps done then
+        # For each latent, how many steps were done when it was last active.
+        self.last_fired_N = torch.full((cfg.d_sae,), 0, device=device)
         self.history = []  # the lines of metrics.jsonl
         self.failure = None
         if torchrun():
@@ -848,7 +851,7 @@ class Run:
         lr = lr_at(step, steps, cfg.lr, cfg.decay_start)
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):  # 5.1
             terms = self.terms_of(self.sae, x_BD)
-        loss = total_loss(terms, self.lam, self.alpha)
+        loss = total_loss(terms, self.lam, self.alpha * n_processes())
         # An auxiliary loss would be added here: the latents to revive are those where
         # step - self.last_fired_N > DEAD_AFTER.
         self.last_fired_N.masked_fill_(terms["fired_N"], step + 1)
@@ -897,7 +900,6 @@ def figures_of(sae, x_BD, lam, alpha, scale):
     terms = loss_terms(sae, x_BD, sgo_penalty_dense)
     f_BN = terms["f_BN"]
     error = terms["reconstruction"]
-    variance = (x_BD - x_BD.mean(0)).square().sum(1).mean()
     figures = {
         "loss": total_loss(terms, lam, alpha),
         "reconstruction": error,
@@ -906,7 +908,7 @@ def figures_of(sae, x_BD, lam, alpha, scale):
         "lambda": lam,
         "penalty_share": alpha * terms["omega"] / error,
         "mse": error / x_BD.shape[1] / scale**2,  # per element
-        "explained_variance": 1 - error / variance,
+        "explained_variance": 1 - error / (x_BD - x_BD.mean(0)).square().sum(1).mean(),
         "cosine": F.cosine_similarity(x_BD, sae.decode(f_BN), dim=1).mean(),
         "l0": (f_BN > 0).sum(1).float().mean(),
     }
@@ -914,8 +916,10 @@ def figures_of(sae, x_BD, lam, alpha, scale):
 
 
 def begin(runs, data, steps):
-    """Sets what depends on the data, from its first tokens. Returns the factor for activations, and
-    the data from the first batch on."""
+    """Sets what depends on the data, from its first batches.
+
+    Returns the factor by which activations are multiplied, and the data from the first batch on.
+    """
     cfg = runs[0].cfg
     first = list(itertools.islice(data, min(steps, math.ceil(SAMPLE / cfg.batch))))
     sample_BD = gather_tokens(torch.cat(first).float())
@@ -1006,9 +1010,11 @@ def end(runs, folder, scale):
 def fixed_settings(runs):
     """The settings that a resumed run must keep: a list of the runs' values of each."""
     free = ("out", "device", "log_every", "save_every", "resume")
-    names = [name for name in vars(runs[0].cfg) if name not in free]
-    settings = {name: [getattr(run.cfg, name) for run in runs] for name in names}
-    return dict(settings, processes=n_processes())
+    settings = {"processes": n_processes()}
+    for name in vars(runs[0].cfg):
+        if name not in free:
+            settings[name] = [getattr(run.cfg, name) for run in runs]
+    return settings
 
 
 def save_checkpoint(path, runs, done, scale):
@@ -1295,8 +1301,8 @@ def choose_folders(cfgs):
     names = [f"{c.arch}-n{c.d_sae}-k{c.k}-a{c.alpha:g}-s{c.seed}" for c in cfgs]
     if len(set(names)) < len(names):
         raise InputError("a value of --arch, --dict, --k, --alpha or --seed is given twice")
-    name = names[0] if len(cfgs) == 1 else "grid"
-    folder = Path(cfg.out or f"runs/{Path(cfg.model or 'demo').name}-l{cfg.layer}-{name}")
+    what = names[0] if len(cfgs) == 1 else "grid"
+    folder = Path(cfg.out or f"runs/{Path(cfg.model or 'demo').name}-l{cfg.layer}-{what}")
     for c, name in zip(cfgs, names):
         c.out = str(folder / name) if len(cfgs) > 1 else str(folder)
     stopped = (folder / "checkpoint.pt").exists()
