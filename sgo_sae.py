@@ -31,7 +31,6 @@ the tokens of a round. λ is `lam`, and Ω is `omega`.
 
 import argparse
 import dataclasses
-import inspect
 import itertools
 import json
 import logging
@@ -1038,8 +1037,11 @@ def save_checkpoint(path, runs, done, scale):
             aside.replace(path)
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
-            reason = error.__context__ or error  # torch.save hides a disk's error behind its own
-            say(f"\ncheckpoint of step {done} can't be written, the last one stays: {reason}")
+            # torch.save hides a disk's error behind one of its own.
+            say(
+                f"\ncheckpoint of step {done} can't be written, the last one stays: "
+                f"{error.__context__ or error}"
+            )
     if torchrun():
         dist.barrier()  # a process that ended before this is written would end the first one too
 
@@ -1051,7 +1053,7 @@ def load_checkpoint(path, runs):
         theirs = saved["settings"].get
     changed = [name for name, ours in fixed_settings(runs).items() if ours != theirs(name)]
     if changed:
-        raise InputError(f"{path} was written with another value of {', '.join(sorted(changed))}")
+        raise InputError(f"{path} was written with another value of {', '.join(changed)}")
     for run, state in zip(runs, saved["runs"]):
         run.sae.load_state_dict(state.pop("sae"))
         run.adam.load_state_dict(state.pop("adam"))
@@ -1256,7 +1258,8 @@ def new_parser(program, text):
 def parse_args(argv):
     """The settings of a command line: a Config for each combination of the values of LISTS."""
     parser = new_parser("sgo_sae.py", __doc__.splitlines()[0])
-    comments = dict(re.findall(r"^    (\w+): .+  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    comment = re.compile(r"^    (\w+): .+  # (.+)$", re.MULTILINE)
+    comments = dict(comment.findall(Path(__file__).read_text(encoding="utf-8")))
     for field in dataclasses.fields(Config):
         options = {"dest": field.name, "default": field.default, "help": comments[field.name]}
         if field.type is bool:
