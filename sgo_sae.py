@@ -1307,7 +1307,7 @@ def choose_folders(cfgs):
     what = names[0] if len(cfgs) == 1 else "grid"
     folder = Path(cfg.out or f"runs/{Path(cfg.model or 'demo').name}-l{cfg.layer}-{what}")
     for c, name in zip(cfgs, names):
-        c.out = str(folder / name) if len(cfgs) > 1 else str(folder)
+        c.out = str(folder / name if len(cfgs) > 1 else folder)
     stopped = (folder / "checkpoint.pt").exists()
     ended = any(Path(c.out, "cfg.json").exists() for c in cfgs)
     if (ended and not stopped) or (stopped and not cfg.resume):
