@@ -1126,7 +1126,7 @@ def test_autoencoders_that_saelens_trained_load(arch, model, texts, tmp_path):
         sae=kinds[arch](d_in=16, d_sae=64, **({"k": 4} if "topk" in arch else {})), model_name=model[0],
         model_class_name="AutoModelForCausalLM", hook_name="model.layers.1", dataset_path="local",
         is_dataset_tokenized=False, streaming=False, context_size=16, training_tokens=2000, train_batch_size_tokens=256,
-        n_batches_in_buffer=4, store_batch_size_prompts=4, device="cpu", output_path=str(tmp_path / "out"),
+        n_batches_in_buffer=32, store_batch_size_prompts=4, device="cpu", output_path=str(tmp_path / "out"),
         checkpoint_path=None, logger=sae_lens.LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
     rows = [json.loads(line) for line in Path(texts).read_text().splitlines()]
