@@ -581,7 +581,7 @@ def load_whole(name, layer, device, dtype):
 
 
 def bos_of(tokenizer):
-    return [i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None][:1]
+    return sgo_sae.first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)
 
 
 @torch.no_grad()

@@ -444,7 +444,7 @@ class BatchTopK(ThresholdSAE):
     def adjust(self, lam, f_BN, l0, lr):
         """Moves θ, which is used after training: a running mean of each batch's least active value,
         over some 20 batches. Returns the next step's λ."""
-        least = f_BN[f_BN > 0].min()
+        least = f_BN.masked_fill(f_BN <= 0, math.inf).min().nan_to_num(posinf=0.0)
         self.theta.copy_(torch.where(self.theta > 0, self.theta.lerp(least, 0.05), least))
         return lam
 
@@ -751,8 +751,8 @@ def harvest(lm, layer, tokenizer, ids_RL, x_CD, lm_batch):
     filled = 0
     parts = ids_RL.split(lm_batch)
     for ids_BL in progress_bar(parts, desc="activations", leave=False, disable=rank() > 0):
-        x_BLD = layer_output(lm, layer, ids_BL.to(lm.device))
-        x_TD = x_BLD[kept_tokens(ids_BL, tokenizer).to(lm.device)]
+        ids_BL = ids_BL.to(lm.device)
+        x_TD = layer_output(lm, layer, ids_BL)[kept_tokens(ids_BL, tokenizer)]
         if not x_TD.isfinite().all():
             raise InputError("the model's activations are not finite; try --dtype float32")
         x_CD[filled : filled + len(x_TD)] = x_TD
@@ -805,7 +805,7 @@ def strength_advice(x_BD):
     α Ω grows with the 4th power of the activations' norm, the reconstruction with the 2nd. The
     paper's MSE and cosine imply that its activations have a mean squared norm of 21,000.
     """
-    alpha = 0.075 * 21_000 / x_BD.square().sum(1).mean().item()
+    alpha = 0.075 * 21_000 / x_BD.square().sum(1).mean()
     return f"use --normalize or a smaller --alpha (the paper's strength is α {alpha:.2g} here)"
 
 
@@ -879,8 +879,8 @@ class Run:
             say(f"\n{self.cfg.out}: {weighs}: {strength_advice(x_BD)}")
         self.history.append(m)
         if rank() == 0:
-            lines = [json.dumps(past) + "\n" for past in self.history]
-            Path(self.cfg.out, "metrics.jsonl").write_text("".join(lines))
+            file = Path(self.cfg.out, "metrics.jsonl")
+            file.write_text("".join(json.dumps(past) + "\n" for past in self.history))
 
     def figures(self):
         """The last figures in a line."""

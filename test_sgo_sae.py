@@ -1600,6 +1600,18 @@ def test_a_step_whose_gradient_is_not_finite_leaves_the_weights():
         assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_run_of_any_architecture_ends_by_itself_where_activations_are_not_finite(arch):
+    run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=20, k=4), 6, torch.device("cpu"))
+    run.step(torch.full((50, 6), math.nan), 0, 10)
+    assert "gradient not finite at step 0" in run.failure
+    if arch == "batchtopk":  # nor does a batch in which nothing is active end it
+        assert (
+            run.sae.adjust(0.04, torch.zeros(5, 20), None, 0.1) == 0.04
+            and run.sae.theta.isfinite().all()
+        )
+
+
 def test_activations_of_a_norm_that_overflows_end_with_advice(tmp_path):
     run = sgo_sae.Run(sgo_sae.Config(d_sae=64, k=4, out="large"), 16, torch.device("cpu"))
     run.step(torch.randn(64, 16) * 1e10, 0, 10)
