@@ -1,29 +1,48 @@
-"""Evaluate sparse autoencoders as SAEBench defines it: reconstruction, model behaviour, probing, SCR, absorption.
+"""Evaluate sparse autoencoders by the definitions of SAEBench 0.6.0.
 
-    python eval_sae.py RUN [RUN ...]               a table, a column per setting; eval.json in each run's folder
-    python eval_sae.py RUN --metrics core probe    only some of the families; --help lists every setting
-    python eval_sae.py RUN --html FILE             and a page to look at: which latents compete, and on what
+    python eval_sae.py RUN [RUN ...]               a table; the figures go to eval.json in each RUN
+    python eval_sae.py RUN --metrics core probe    some of the families; --help lists every setting
+    python eval_sae.py RUN [RUN ...] --paired      differences between settings, with intervals
+    python eval_sae.py RUN [RUN ...] --html FILE   and a page: which latents compete, on what text
 
-A RUN is a folder that sgo_sae.py or SAELens wrote, a folder of such folders, or a Gemma Scope params.npz, on disk or on
-the Hub. Shapes are named as in sgo_sae.py, and T texts, words or tokens, U those of a test part, S chosen latents.
+A RUN is a folder that sgo_sae.py or SAELens wrote, a folder of such folders, or a params.npz of
+Gemma Scope, on disk or on the Hub as OWNER/NAME/PATH.
+
+The sections, in this order:
+
+    text           core and behaviour: how well the reconstruction stands for the activation
+    competition    which latents are active together more often than chance
+    probes         logistic regressions, sparse probing, spurious correlation removal (SCR)
+    absorption     latents that take over what another should say
+    tasks          the labelled texts of probing and SCR
+    model          the language model, and reading it
+    autoencoders   everybody's files, and the interface that SAEBench asks for
+    evaluation     one method for each family, and eval.json
+    table          means, differences and intervals
+    page           the HTML page
+    main           from the command line to the table
+
+Shapes are named as in sgo_sae.py. Besides, T are texts, words or tokens, U those of a test part, V
+words on new prompts, E the tokens of a batch of texts, C letters and S chosen latents.
 """
 
 import argparse
-import ast
 import html
+import itertools
 import json
 import math
 import random
 import re
-import statistics
 import sys
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter
 from contextlib import suppress
-from functools import partial
-from itertools import chain, islice, product
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
+import pandas
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,142 +51,212 @@ import sgo_sae
 from sgo_sae import InputError, progress_bar
 
 FAMILIES = ("core", "behaviour", "competition", "probe", "scr", "absorption")
-KS = (1, 2, 5, 20)  # latents a sparse probe may use
-ABLATED = (2, 5, 10, 20, 50, 100, 500)  # latents that SCR ablates
 
 
-# ------------------------------------------------------------------- reconstruction, behaviour, competition
+# --------------------------------------------------------------------------------------------- text
 @torch.no_grad()
-def reconstruction(sae, x_TD, ctx=128, chunk=2048):
-    """How well x̂ stands for x over all tokens (T, D); `mse` is per element, `mse_benchmark` is SAEBench's figure.
+def reconstruction(sae, x_TD, ctx=128):
+    """How well x̂ stands for x over all tokens: a dict of figures, in the units of x.
 
-    SAEBench divides a token's squared error by the tokens of its evaluation batch, 16 contexts less their BOS.
+    `mse` is per element. `mse_benchmark` is SAEBench's figure: it divides a token's squared error
+    by the number of tokens in its evaluation batch, 16 contexts without their BOS.
     """
-    (T, D), mean_D, sums = x_TD.shape, x_TD.double().mean(0), Counter()
+    x_TD = x_TD.float()
+    xhat_TD = torch.empty_like(x_TD)
+    l0_T, l1_T = torch.empty(2, len(x_TD), device=x_TD.device)
     fired_N = torch.zeros(len(sae.b_enc), device=x_TD.device)
-    for x_BD in x_TD.split(chunk):
-        f_BN = sae.encode(x_BD.float())
+    for rows in torch.arange(len(x_TD), device=x_TD.device).split(2048):
+        f_BN = sae.encode(x_TD[rows])
+        xhat_TD[rows] = sae.decode(f_BN)
         fired_N += (f_BN > 0).sum(0)
-        x_BD, xhat_BD = x_BD.double(), sae.decode(f_BN).double()
-        sums["error"] += (x_BD - xhat_BD).square().sum().item()
-        sums["variance"] += (x_BD - mean_D).square().sum().item()
-        sums["cosine"] += F.cosine_similarity(x_BD, xhat_BD, dim=1).sum().item()
-        sums["l0"] += (f_BN > 0).sum().item()
-        sums["l1"] += f_BN.double().sum().item()
-        sums["norm_ratio"] += (xhat_BD.norm(dim=1) / x_BD.norm(dim=1)).sum().item()
-        sums["xhat2"] += xhat_BD.square().sum().item()
-        sums["dot"] += (x_BD * xhat_BD).sum().item()
-    result = {name: sums[name] / T for name in ("cosine", "l0", "l1", "norm_ratio")}
-    result |= {
-        "mse": sums["error"] / (T * D),
-        "mse_benchmark": sums["error"] / T / (16 * (ctx - 1)),
+        l0_T[rows] = (f_BN > 0).float().sum(1)
+        l1_T[rows] = f_BN.sum(1)
+    error_T = (x_TD - xhat_TD).square().sum(1).double()
+    variance_T = (x_TD - x_TD.mean(0)).square().sum(1).double()
+    figures = {
+        "explained_variance": 1 - error_T.sum() / variance_T.sum(),
+        "mse": error_T.mean() / x_TD.shape[1],
+        "mse_benchmark": error_T.mean() / (16 * (ctx - 1)),
+        "cosine": F.cosine_similarity(x_TD, xhat_TD, dim=1).mean(),
+        "l0": l0_T.mean(),
+        "l1": l1_T.mean(),
+        "norm_ratio": (xhat_TD.norm(dim=1) / x_TD.norm(dim=1)).mean(),
+        "bias": xhat_TD.square().sum() / (x_TD * xhat_TD).sum(),
+        "never_fire": (fired_N == 0).float().mean(),
+        "dense": (fired_N > len(x_TD) / 10).float().mean(),
     }
-    result |= {
-        "explained_variance": 1 - sums["error"] / sums["variance"],
-        "bias": sums["xhat2"] / sums["dot"],
-    }
-    never_N, dense_N = (fired_N == 0).double(), (fired_N > T / 10).double()
-    return result | {"never_fire": never_N.mean().item(), "dense": dense_N.mean().item()}
+    return {name: figure.item() for name, figure in figures.items()}
 
 
 @torch.inference_mode()
-def behaviour(lm, layer, saes, ids_TL, ordinary_TL):
-    """Cross-entropy and KL with each autoencoder's x̂ in place of x, beside clean and zeroed; a dict per autoencoder.
+def behaviour(lm, layer, saes, ids_TL, kept_TL):
+    """Cross-entropy and KL divergence with x̂ in place of x, in nats: a dict for each autoencoder.
 
-    Tokens that are not ordinary keep their activations, but where everything is zeroed. Means are over ordinary ones.
+    Beside them stand those of the clean model and of one whose x is zero. With an autoencoder, the
+    tokens that are not kept have their own activations; zeroed are all. Means are over kept tokens.
     """
-    splices = [lambda x, keep: x, lambda x, keep: torch.zeros_like(x)]
-    splices += [
-        lambda x, keep, sae=sae: torch.where(keep, sae(x.float()).to(x.dtype), x) for sae in saes
-    ]
-    rows = max(1, 2**23 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
-    sums, parts = (
-        torch.zeros(len(splices), 2).double(),
-        list(zip(ids_TL.split(rows), ordinary_TL.split(rows))),
-    )
+    replacements = [lambda x, kept: x, lambda x, kept: torch.zeros_like(x)]
+    replacements += [partial(reconstructed, sae) for sae in saes]
+    ce = [0.0] * len(replacements)
+    kl = [0.0] * len(replacements)
+    # The logits of four contexts of Gemma-2 are 0.5 GB.
+    rows = max(1, 2**27 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
+    parts = list(zip(ids_TL.split(rows), kept_TL.split(rows)))
+    for ids_BL, kept_BL in progress_bar(parts, desc="behaviour", leave=False):
+        next_E1 = ids_BL.roll(-1, 1)[kept_BL][:, None]
+        has_next_E = kept_BL.nonzero()[:, 1] < ids_BL.shape[1] - 1
+        for n, replace in enumerate(replacements):
+            log_q_EV = log_probabilities(lm, layer, ids_BL, kept_BL, replace)
+            if n == 0:
+                log_p_EV = log_q_EV
+                p_EV = log_p_EV.exp()
+            ce[n] -= log_q_EV.gather(1, next_E1)[has_next_E].double().sum().item()
+            kl[n] += torch.linalg.vecdot(p_EV, log_p_EV - log_q_EV).double().sum().item()
+    ce = [total / kept_TL[:, :-1].sum().item() for total in ce]
+    kl = [total / kept_TL.sum().item() for total in kl]
+    figures = []
+    for n in range(2, len(replacements)):
+        figures.append(
+            {
+                "ce_score": (ce[1] - ce[n]) / (ce[1] - ce[0]),
+                "kl_score": (kl[1] - kl[n]) / kl[1],
+                "ce_clean": ce[0],
+                "ce_sae": ce[n],
+                "ce_zero": ce[1],
+                "kl_sae": kl[n],
+                "kl_zero": kl[1],
+            }
+        )
+    return figures
+
+
+def reconstructed(sae, x_BLD, kept_BL):
+    return torch.where(kept_BL[..., None], sae(x_BLD.float()).to(x_BLD.dtype), x_BLD)
+
+
+def log_probabilities(lm, layer, ids_BL, kept_BL, replace):
+    """Log-probabilities (E, V) of the token after each kept one, with replace(x) for x."""
 
     def hook(module, args, output):
-        x_BLD = splice(output[0] if isinstance(output, tuple) else output, ordinary_BL[..., None])
-        return (x_BLD, *output[1:]) if isinstance(output, tuple) else x_BLD
+        if isinstance(output, tuple):
+            return (replace(output[0], kept_BL), *output[1:])
+        return replace(output, kept_BL)
 
     handle = layer.register_forward_hook(hook)
-    for ids_BL, ordinary_BL in progress_bar(parts, desc="behaviour", leave=False):
-        p_EV = log_p_EV = None
-        next_E1, last_BL = ids_BL.roll(-1, 1)[ordinary_BL][:, None], torch.zeros_like(ordinary_BL)
-        last_BL[:, -1] = True  # nothing follows
-        for i, splice in enumerate(splices):
-            log_q_EV = lm(input_ids=ids_BL).logits[ordinary_BL].float().log_softmax(-1)
-            p_EV, log_p_EV = (log_q_EV.exp(), log_q_EV) if i == 0 else (p_EV, log_p_EV)
-            sums[i, 0] -= log_q_EV.gather(1, next_E1)[~last_BL[ordinary_BL]].double().sum().item()
-            sums[i, 1] += torch.linalg.vecdot(p_EV, log_p_EV - log_q_EV).double().sum().item()
+    logits_BLV = lm(input_ids=ids_BL).logits
     handle.remove()
-    ce = (sums[:, 0] / ordinary_TL[:, :-1].sum().item()).tolist()
-    kl = (sums[:, 1] / ordinary_TL.sum().item()).tolist()
-    common = {"ce_clean": ce[0], "ce_zero": ce[1], "kl_zero": kl[1]}
-    return [
-        common
-        | {
-            "ce_sae": c,
-            "kl_sae": d,
-            "ce_score": (ce[1] - c) / (ce[1] - ce[0]),
-            "kl_score": (kl[1] - d) / kl[1],
-        }
-        for c, d in zip(ce[2:], kl[2:])
-    ]
-
-
-@torch.no_grad()
-def competition(sae, x_TD, settings, scale=1.0, batch=2048):
-    """Feature competition in batches as in training: w_ij of co-active pairs, decoder cosines, αΩ over reconstruction.
-
-    scale: what activations were multiplied by in training, with whose 4th power Ω grows, the error with its 2nd.
-    """
-    N, found = len(sae.b_enc), []
-    for x_BD in x_TD.float().split(batch)[: max(1, len(x_TD) // batch)]:
-        f_BN = sae.encode(x_BD)
-        sums, rivals = torch.zeros(3, dtype=torch.double, device=f_BN.device), []
-        for lo in range(0, N, 1024):
-            w_TN = sgo_sae.weights_between(f_BN[:, lo : lo + 1024], f_BN)
-            w_TN.diagonal(lo).zero_()
-            sums += torch.stack([w_TN.sum(), (w_TN > 0).sum(), (w_TN > 0.5).sum()])
-            rivals.append(w_TN.amax(1))
-        max_N, (total, pairs, over) = torch.cat(rivals), sums.tolist()
-        figures = {"w_mean": total / max(1, pairs), "pairs_over_half": over / 2}
-        figures["mean_max_w"] = max_N[max_N > 0].mean().item()
-        if settings:
-            vals_BK, idx_BK = f_BN.topk(int((f_BN > 0).sum(1).max()), dim=1)
-            error = (x_BD - sae.decode(f_BN)).square().sum(1).mean() * scale**2
-            omega = sgo_sae.sgo_penalty(vals_BK * scale, idx_BK, N)
-            figures["penalty_share"] = (settings["alpha"] * omega / error).item()
-        found.append(figures)
-    return mean_of(found) | {"mean_max_cos": nearest_cosine(sae.W_dec).mean().item()}
-
-
-def nearest_cosine(W_dec_ND):
-    """The largest |cosine| of each decoder row with another (N,)."""
-    W_ND = F.normalize(W_dec_ND.detach(), dim=1)
-    tiles = torch.arange(len(W_ND), device=W_ND.device).split(1024)
-    return torch.cat([(W_ND[i] @ W_ND.T).abs().scatter_(1, i[:, None], 0).amax(1) for i in tiles])
+    return logits_BLV[kept_BL].float().log_softmax(-1)
 
 
 def mean_of(dicts):
-    """Key by key."""
-    return {key: sum(d[key] for d in dicts) / len(dicts) for key in dicts[0]}
+    """The mean of dicts, key by key; of no dicts an empty one."""
+    return pandas.DataFrame(dicts).mean().to_dict()
 
 
-# -------------------------------------------------------------------------------------------------- probes
-def logistic_regression(x_TS, y_T, weight_T=None, C=1.0):
-    """L2 logistic regression at its optimum, as scikit-learn defines it: w (S,), b, by Newton's method in float64.
+# -------------------------------------------------------------------------------------- competition
+RARE = 20  # latents that are active on fewer tokens are not compared
+DENSE = 0.1  # and those that are active on a larger share of the tokens
 
-    Minimises ½‖w‖² + C Σ_t weight_t log(1 + exp(-±(w·x_t + b))), the intercept unpenalised.
+
+@torch.no_grad()
+def shared_tokens(sae, x_TD, batch=2048):
+    """On how many tokens each pair of latents is active (N, N); the diagonal has |M_i|."""
+    N = len(sae.b_enc)
+    shared_NN = torch.zeros(N, N, device=x_TD.device)  # exact up to 2^24 tokens
+    for x_BD in x_TD.split(batch):
+        active_BN = (sae.encode(x_BD.float()) > 0).float()
+        shared_NN.addmm_(active_BN.T, active_BN)
+    return shared_NN
+
+
+def compared_latents(shared_NN, n_tokens):
+    """The latents whose competition is measured: those that are neither rare nor dense.
+
+    One that fires once has w = 1 with all its neighbours, and one that fires on most tokens has a
+    large w with every other latent, by chance.
     """
-    x_TS, y_T = (
-        F.pad(x_TS.double(), (0, 1), value=1),
-        y_T.double(),
-    )  # the last column is the intercept's
-    weight_T = C * (torch.ones_like(y_T) if weight_T is None else weight_T.double())
-    w_S, ridge_S = torch.zeros_like(x_TS[0]), torch.ones_like(x_TS[0])
-    ridge_S[-1] = 1e-12  # keeps the system solvable
+    fired_N = shared_NN.diagonal()
+    return ((fired_N >= RARE) & (fired_N <= DENSE * n_tokens)).nonzero()[:, 0]
+
+
+def over_chance(shared_NN, rows_I, columns_J, n_tokens):
+    """What w_ij of Eq. 3 is over chance (I, J), of each pair i < j once; the others are 0.
+
+    Independent latents share |M_i| |M_j| / T tokens on average, so that their w is
+    max(|M_i|, |M_j|) / T, and this is 0 on average.
+    """
+    fired_I1 = shared_NN.diagonal()[rows_I, None]
+    fired_J = shared_NN.diagonal()[columns_J]
+    w_IJ = shared_NN[rows_I][:, columns_J] / torch.minimum(fired_I1, fired_J)
+    over_IJ = w_IJ - torch.maximum(fired_I1, fired_J) / n_tokens
+    return over_IJ.masked_fill_(rows_I[:, None] >= columns_J, 0)
+
+
+def competition(sae, x_TD):
+    """Competition of latents over the tokens: a dict of figures.
+
+    `pairs_over_chance` counts the pairs whose w is over chance by more than 0.5, and
+    `w_over_chance` is the mean over all pairs. Rare and dense latents are counted apart.
+    """
+    T = len(x_TD)
+    shared_NN = shared_tokens(sae, x_TD)
+    fired_N = shared_NN.diagonal()
+    compared_J = compared_latents(shared_NN, T)
+    n_pairs = len(compared_J) * (len(compared_J) - 1) / 2
+    sums = Counter()
+    for rows_I in compared_J.split(1024):
+        over_IJ = over_chance(shared_NN, rows_I, compared_J, T)
+        sums["pairs"] += (over_IJ > 0.5).sum().item()
+        sums["over"] += over_IJ.sum(dtype=torch.double).item()
+    return {
+        "pairs_over_chance": sums["pairs"],
+        "w_over_chance": sums["over"] / max(1, n_pairs),
+        "rare": (fired_N < RARE).double().mean().item(),
+        "dense": (fired_N > DENSE * T).double().mean().item(),
+        "mean_max_cos": nearest_cosine(sae.W_dec).mean().item(),
+    }
+
+
+@torch.no_grad()
+def penalty_share(sae, x_BD, alpha, scale):
+    """αΩ over the reconstruction term of a batch, in the units of training, x times `scale`."""
+    f_BN = sae.encode(x_BD.float())
+    error = (x_BD - sae.decode(f_BN)).square().sum(1).mean() * scale**2
+    return (alpha * sgo_sae.sgo_penalty_dense(f_BN * scale) / error).item()
+
+
+@torch.no_grad()
+def nearest_cosine(W_dec_ND):
+    """The largest |cosine| of each decoder row with another (N,)."""
+    W_ND = F.normalize(W_dec_ND, dim=1)
+    nearest = []
+    for rows_I in torch.arange(len(W_ND), device=W_ND.device).split(1024):
+        cosine_IN = (W_ND[rows_I] @ W_ND.T).abs()
+        cosine_IN.scatter_(1, rows_I[:, None], 0)
+        nearest.append(cosine_IN.amax(1))
+    return torch.cat(nearest)
+
+
+# ------------------------------------------------------------------------------------------- probes
+class Probe(NamedTuple):
+    """A linear probe: positive where w·x + b > 0."""
+
+    w_D: torch.Tensor
+    b: torch.Tensor
+
+
+def logistic_regression(x_TS, y_T, weight_T=None):
+    """L2-regularised logistic regression as scikit-learn defines it, with C = 1: a Probe.
+
+    Its w (S,) and b minimise ½‖w‖² + Σ_t weight_t log(1 + exp(-±(w·x_t + b))), found by Newton's
+    method in float64.
+    """
+    x_TS = F.pad(x_TS.double(), (0, 1), value=1)  # the last column is the intercept's
+    y_T = y_T.double()
+    weight_T = torch.ones_like(y_T) if weight_T is None else weight_T.double()
+    w_S = torch.zeros_like(x_TS[0])
+    ridge_S = torch.ones_like(w_S)
+    ridge_S[-1] = 1e-12  # the intercept is not penalised; this keeps the system solvable
 
     def objective(w_S):
         loss = F.binary_cross_entropy_with_logits(x_TS @ w_S, y_T, weight=weight_T, reduction="sum")
@@ -176,201 +265,179 @@ def logistic_regression(x_TS, y_T, weight_T=None, C=1.0):
     for _ in range(100):
         p_T = (x_TS @ w_S).sigmoid()
         gradient_S = x_TS.T @ (weight_T * (p_T - y_T)) + ridge_S * w_S
-        step_S = torch.linalg.solve(
-            x_TS.T * (weight_T * p_T * (1 - p_T)) @ x_TS + ridge_S.diag(), gradient_S
-        )
+        hessian_SS = x_TS.T * (weight_T * p_T * (1 - p_T)) @ x_TS + ridge_S.diag()
+        step_S = torch.linalg.solve(hessian_SS, gradient_S)
         while objective(w_S - step_S) > objective(w_S) * (1 + 1e-12):
             step_S = step_S / 2
         w_S = w_S - step_S
         if gradient_S.abs().max() < 1e-9:
             break
-    return w_S[:-1], w_S[-1]
+    return Probe(w_S[:-1], w_S[-1])
 
 
 def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, patience=10):
-    """SAEBench's probe on many columns: AdamW, until `epochs` or `patience` without a better one; of the epoch with
-    the best test accuracy w (D,), b and that accuracy."""
-    x_TD, y_T, x_UD = x_TD.float(), y_T.float(), x_UD.float()
-    w_D = (2 * torch.rand(x_TD.shape[1], generator=generator) - 1).to(x_TD.device) / x_TD.shape[
-        1
-    ] ** 0.5
-    w_D, b = w_D.requires_grad_(), torch.zeros((), device=x_TD.device, requires_grad=True)
-    adam, best, waited = torch.optim.AdamW([w_D, b], lr=lr, fused=True), (-1.0,), 0
-    for _ in range(epochs):
+    """SAEBench's probe on many columns, by AdamW: that of the epoch with the best test accuracy.
+
+    It ends after `epochs`, or after `patience` of them without a better one.
+    """
+    D = x_TD.shape[1]
+    y_T = y_T.float()
+    w_D = ((2 * torch.rand(D, generator=generator) - 1) / D**0.5).to(x_TD.device).requires_grad_()
+    b = torch.zeros((), device=x_TD.device, requires_grad=True)
+    adam = torch.optim.AdamW([w_D, b], lr=lr, fused=True)
+    best_score = -1.0
+    for epoch in range(epochs):
         for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
-            loss = (
-                F.binary_cross_entropy_with_logits(x_TD[rows] @ w_D + b, y_T[rows])
-                + l1 * w_D.abs().sum()
-            )
+            loss = F.binary_cross_entropy_with_logits(x_TD[rows] @ w_D + b, y_T[rows])
+            loss = loss + l1 * w_D.abs().sum()
             adam.zero_grad()
             loss.backward()
             adam.step()
-        score, waited = accuracy(x_UD, y_U, w_D, b), waited + 1
-        if score > best[0]:
-            best, waited = (score, w_D.detach().clone(), b.detach().clone()), 0
-        if waited >= patience:
+        score = accuracy(x_UD, y_U, Probe(w_D, b))
+        if score > best_score:
+            best_score = score
+            best_epoch = epoch
+            best = Probe(w_D.detach().clone(), b.detach().clone())
+        if epoch - best_epoch >= patience:
             break
-    return best[1], best[2], best[0]
+    return best
 
 
 @torch.no_grad()
-def accuracy(x_TD, y_T, w_D, b):
-    return ((x_TD.to(w_D.dtype) @ w_D + b > 0) == y_T.bool()).float().mean().item()
+def accuracy(x_TD, y_T, probe):
+    """The share of texts whose label the probe tells."""
+    logit_T = x_TD.to(probe.w_D.dtype) @ probe.w_D + probe.b
+    return ((logit_T > 0) == y_T.bool()).float().mean().item()
 
 
 def class_and_others(labels_T, c, generator):
-    """Rows of the texts of class c, and of as many others, drawn evenly from the other classes."""
+    """Rows of the texts of class c, and of as many random others, evenly from the other classes."""
+    order_T = torch.randperm(len(labels_T), generator=generator).to(labels_T.device)
+    labels_T = labels_T[order_T]
+    nth_TC = F.one_hot(labels_T).cumsum(0)  # how many texts of its class came up to a text
+    nth_T = nth_TC.gather(1, labels_T[:, None])[:, 0]
     mine = (labels_T == c).nonzero()[:, 0]
-    classes = [
-        (labels_T == other).nonzero()[:, 0] for other in labels_T.unique().tolist() if other != c
-    ]
-    share = math.ceil(len(mine) / len(classes))
-    others = torch.cat(
-        [rows[torch.randperm(len(rows), generator=generator)[:share]] for rows in classes]
-    )
-    return torch.cat([mine, others[torch.randperm(len(others), generator=generator)[: len(mine)]]])
+    share = math.ceil(len(mine) / (nth_TC.shape[1] - 1))
+    others = ((labels_T != c) & (nth_T <= share)).nonzero()[: len(mine), 0]
+    return order_T[torch.cat([mine, others])]
 
 
-def sparse_probing(f_TN, labels_T, f_UN, labels_U, seed=0):
-    """{k: test accuracy} of logistic regressions on the k latents of most |mean difference| between a class and as many
-    others (chance is half), and of a linear probe on all; averaged over classes."""
-    generator, found = torch.Generator().manual_seed(seed), []
+def sparse_probing(f_TN, labels_T, n_train, seed=0):
+    """Test accuracy of probes that tell a class from as many other texts, meaned over the classes.
+
+    The first `n_train` texts are to train on. Keys: "1", "2", "5" and "20", logistic regressions
+    on as many latents, those whose means differ most between class and others; and "all", a linear
+    probe on all latents. Chance is half.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
     for c in labels_T.unique().tolist():
-        rows_T, rows_U = (
-            class_and_others(labels_T, c, generator),
-            class_and_others(labels_U, c, generator),
-        )
-        x_TN, y_T, x_UN, y_U = (
-            f_TN[rows_T],
-            labels_T[rows_T] == c,
-            f_UN[rows_U],
-            labels_U[rows_U] == c,
-        )
+        train = class_and_others(labels_T[:n_train], c, generator)
+        test = n_train + class_and_others(labels_T[n_train:], c, generator)
+        x_TN = f_TN[train]
+        x_UN = f_TN[test]
+        y_T = labels_T[train] == c
+        y_U = labels_T[test] == c
         order_N = (x_TN[y_T].mean(0) - x_TN[~y_T].mean(0)).abs().argsort(descending=True)
-        tops = {k: order_N[:k] for k in KS}
-        found.append(
-            {
-                k: accuracy(x_UN[:, S], y_U, *logistic_regression(x_TN[:, S], y_T))
-                for k, S in tops.items()
-            }
-        )
-        found[-1]["all"] = linear_probe(
-            x_TN, y_T, x_UN, y_U, generator, epochs=100, batch=250, lr=1e-2
-        )[2]
+        scores = {}
+        for k in (1, 2, 5, 20):
+            top_S = order_N[:k]
+            probe = logistic_regression(x_TN[:, top_S], y_T)
+            scores[str(k)] = accuracy(x_UN[:, top_S], y_U, probe)
+        on_all = linear_probe(x_TN, y_T, x_UN, y_U, generator, epochs=100, batch=250, lr=1e-2)
+        scores["all"] = accuracy(x_UN, y_U, on_all)
+        found.append(scores)
     return mean_of(found)
 
 
-# ---------------------------------------------------------------------------------------------------- SCR
 def scr_rows(a_T, b_T):
-    """Rows in which each combination of the attributes a and b, 0 or 1, is a quarter, and as many of a = b alone."""
-    cells = [((a_T == a) & (b_T == b)).nonzero()[:, 0] for a in (0, 1) for b in (0, 1)]
-    fewest = min(len(cell) for cell in cells)
-    return torch.cat([cell[: fewest // 2] for cell in cells]), torch.cat(
-        [cells[0][:fewest], cells[3][:fewest]]
-    )
+    """Rows of two sets of texts, given their attributes a and b, 0 or 1.
+
+    In the clean set each combination of a and b is a quarter. In the biased set a = b. Each has as
+    many texts as its smallest combination allows.
+    """
+    cells = [(2 * a_T + b_T == cell).nonzero()[:, 0] for cell in range(4)]
+    quarter = min(len(cell) for cell in cells)
+    half = min(len(cells[0]), len(cells[3]))
+    clean = torch.cat([cell[:quarter] for cell in cells])
+    return clean, torch.cat([cells[0][:half], cells[3][:half]])
 
 
-def scr_probes(x_TD, a_T, b_T, x_UD, a_U, b_U, seed=0):
-    """SCR's probes on mean activations: for attribute a, for b, and for a (or b) where a = b in training and test."""
+def scr_probes(x_TD, a_T, b_T, n_train, seed=0):
+    """SCR's probes on mean activations: of a and of b on the clean sets, and the biased one."""
     generator = torch.Generator().manual_seed(seed)
-    (even_T, equal_T), (even_U, equal_U) = scr_rows(a_T, b_T), scr_rows(a_U, b_U)
+    clean_T, biased_T = scr_rows(a_T[:n_train], b_T[:n_train])
+    clean_U, biased_U = scr_rows(a_T[n_train:], b_T[n_train:])
+    # SAEBench lets all of them train for all of their epochs.
+    options = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}
 
-    sets = {
-        "a": (even_T, a_T, even_U, a_U),
-        "b": (even_T, b_T, even_U, b_U),
-        "biased": (equal_T, a_T, equal_U, a_U),
-    }
-    how = {"generator": generator, "epochs": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}
-    return {
-        name: linear_probe(x_TD[t], y_T[t], x_UD[u], y_U[u], **how)
-        for name, (t, y_T, u, y_U) in sets.items()
-    }
+    def probe(y_T, train, test):
+        test = test + n_train
+        return linear_probe(x_TD[train], y_T[train], x_TD[test], y_T[test], generator, **options)
+
+    on_clean = [probe(y_T, clean_T, clean_U) for y_T in (a_T, b_T)]
+    return on_clean, probe(a_T, biased_T, biased_U)
 
 
 @torch.no_grad()
-def scr(probes, f_TN, a_T, b_T, x_UD, f_UN, a_U, b_U, W_dec_ND, counts=ABLATED):
-    """Spurious correlation removal, {ablated latents: score}, 1 where ablation mends the biased probe.
+def scr(probes, biased, x_TD, f_TN, attributes, n_train, W_dec_ND):
+    """Spurious correlation removal: a dict of scores, 1 where ablation mends the biased probe.
 
-    a, b: two attributes (T,), 0 or 1; f: mean latents, x: mean activations. Latents set to 0, with the reconstruction
-    error added back, take f_S W_dec_S from each token, and so from the mean.
+    x are mean activations and f mean latents of texts, the first `n_train` to train on. Of the two
+    directions, the scores are those of the one in which the biased probe is less accurate. To set
+    latents to 0 and add the reconstruction error back takes f_S W_dec_S from the activation of each
+    token, and so from the mean.
     """
-    (even_T, _), (even_U, _), headline, result = scr_rows(a_T, b_T), scr_rows(a_U, b_U), None, {}
-    f_TN, a_T, b_T = f_TN[even_T], a_T[even_T].bool(), b_T[even_T].bool()
-    x_UD, f_UN, a_U, b_U = x_UD[even_U], f_UN[even_U], a_U[even_U], b_U[even_U]
-    for wanted, unwanted, y_T, label_U in (("a", "b", b_T, a_U), ("b", "a", a_T, b_U)):
-        effect_N = (
-            (f_TN[y_T].mean(0) - f_TN[~y_T].mean(0)) * (W_dec_ND @ probes[unwanted][0])
-        ).abs()
-        order_N = effect_N.argsort(descending=True)[: int((effect_N > 0).sum())]
-        w_D, b, _ = probes["biased"]
-        biased, clean = (
-            accuracy(x_UD, label_U, w_D, b),
-            accuracy(x_UD, label_U, *probes[wanted][:2]),
-        )
-        if headline is None or biased < headline:
-            headline = biased
-            for n in counts:
-                top_S = order_N[:n]
-                ablated = accuracy(x_UD - f_UN[:, top_S] @ W_dec_ND[top_S], label_U, w_D, b)
-                result[n] = (
-                    (ablated - biased) / (clean - biased) if clean - biased >= 0.001 else 0.0
-                )
-    return result
+    clean_T, _ = scr_rows(*(y_T[:n_train] for y_T in attributes))
+    clean_U, _ = scr_rows(*(y_T[n_train:] for y_T in attributes))
+    clean_U += n_train
+    x_UD = x_TD[clean_U]
+    before = [accuracy(x_UD, y_T[clean_U], biased) for y_T in attributes]
+    wanted = 0 if before[0] <= before[1] else 1
+    unwanted = 1 - wanted
+    y_U = attributes[wanted][clean_U]
+    gap = accuracy(x_UD, y_U, probes[wanted]) - before[wanted]
+    z_T = attributes[unwanted][clean_T].bool()
+    difference_N = f_TN[clean_T[z_T]].mean(0) - f_TN[clean_T[~z_T]].mean(0)
+    effect_N = (difference_N * (W_dec_ND @ probes[unwanted].w_D)).abs()
+    order_N = effect_N.argsort(descending=True)[: int((effect_N > 0).sum())]
+    scores = {}
+    for n in (2, 5, 10, 20, 50, 100, 500):
+        top_S = order_N[:n]
+        ablated_UD = x_UD - f_TN[clean_U][:, top_S] @ W_dec_ND[top_S]
+        gain = accuracy(ablated_UD, y_U, biased) - before[wanted]
+        scores[f"scr_{n}"] = gain / gap if gap >= 0.001 else 0.0
+    return scores
 
 
-# --------------------------------------------------------------------------------------------- absorption
-def letter_split(f_train, y_train, f_test, y_test, order_S, gain=0.03):
-    """The latents that share a letter: of `order_S`, best first, while one more lifts the test F1 by over `gain`."""
-    best, split = 0.0, 0
-    weight_T = torch.where(
-        y_train, len(y_train) / 2 / y_train.sum(), len(y_train) / 2 / (~y_train).sum()
-    )
-    for k in range(1, len(order_S) + 1):
-        w_S, b = logistic_regression(f_train[:, order_S[:k]], y_train, weight_T)
-        score = f1(f_test[:, order_S[:k]].double() @ w_S + b > 0, y_test)
-        if k > 1 and score - best <= gain:
-            break
-        best, split = score, k
-    return order_S[:split]
-
-
+# --------------------------------------------------------------------------------------- absorption
 def f1(predicted_T, true_T):
     hits = (predicted_T & true_T).sum().item()
     return 2 * hits / max(1, predicted_T.sum().item() + true_T.sum().item())
 
 
-@torch.no_grad()
-def absorbed_share(f_TN, x_TD, W_dec_ND, direction_D, split_S):
-    """Absorption fraction of each word (T,) and whether it is fully absorbed, given the letter's probe direction and
-    the latents of its split (Chanin et al. 2024, with SAEBench's thresholds)."""
-    direction_D = F.normalize(direction_D, dim=0)
-    cosine_N = F.normalize(W_dec_ND, dim=1) @ direction_D
-    projection_TN = f_TN * cosine_N
-    target_T, main_T = x_TD @ direction_D, projection_TN[:, split_S].sum(1)
-    others_TN = torch.where(cosine_N >= 0.1, projection_TN.clamp(min=0), 0)
-    others_TN[:, split_S] = 0
-    absorbers_T = others_TN.topk(min(3, others_TN.shape[1]), dim=1).values.sum(1)
-    absorbed_T = torch.minimum(absorbers_T, target_T - main_T)
-    share_T = torch.where(main_T <= 0, 1.0, absorbed_T / (absorbed_T + main_T)).clamp(0, 1)
-    share_T[(main_T >= target_T) | (absorbers_T < 0.4 * target_T) | (target_T <= 0)] = 0
-    top_T = projection_TN.argmax(1)
-    full_T = (f_TN[:, split_S] <= 1e-8).all(1) & (cosine_N[top_T] >= 0.025) & (target_T >= 0)
-    return share_T, full_T & (projection_TN.gather(1, top_T[:, None])[:, 0] >= 0.4 * target_T)
+def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=None, seed=0):
+    """The weights (C, D) and biases (C,) of SAEBench's probe of all 26 letters at once.
 
-
-def multi_probe(x_TD, y_T, batch, l2, l1=0.0, epochs=50, lr=0.01, end_lr=1e-5, seed=0):
-    """SAEBench's 26-way probe: Adam, rate falling exponentially, positives weighted by rarity; W (26, D), b (26,)."""
+    Positive words are weighted by their rarity. Where `encode` is given, the probe is on latents
+    (C, N): they are computed batch by batch, since those of all words would take 18 GB at
+    N 32,768.
+    """
     torch.manual_seed(seed)
-    probe, y_TC = nn.Linear(x_TD.shape[1], 26).to(x_TD.device), F.one_hot(y_T, 26).float()
+    epochs = 50
+    width = x_TD.shape[1] if encode is None else encode(x_TD[:1]).shape[1]
+    probe = nn.Linear(width, 26).to(x_TD.device)
+    y_TC = F.one_hot(y_T, 26).float()
     rarity_C = (len(y_T) - y_TC.sum(0)) / y_TC.sum(0).clamp(min=1)
-    adam = torch.optim.Adam(probe.parameters(), lr=lr, weight_decay=l2, fused=True)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, (end_lr / lr) ** (1 / epochs))
+    adam = torch.optim.Adam(probe.parameters(), lr=0.01, weight_decay=l2, fused=True)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, (1e-5 / 0.01) ** (1 / epochs))
     for _ in progress_bar(range(epochs), desc="letters", unit="epoch", leave=False):
         for rows in torch.randperm(len(x_TD)).to(x_TD.device).split(batch):
-            loss = F.binary_cross_entropy_with_logits(
-                probe(x_TD[rows]), y_TC[rows], pos_weight=rarity_C
-            )
-            loss = loss + l1 * probe.weight.abs().sum(1).mean() if l1 else loss
+            with torch.no_grad():
+                f_BN = x_TD[rows] if encode is None else encode(x_TD[rows])
+            loss = F.binary_cross_entropy_with_logits(probe(f_BN), y_TC[rows], pos_weight=rarity_C)
+            if l1:
+                loss = loss + l1 * probe.weight.abs().sum(1).mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -378,778 +445,452 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, epochs=50, lr=0.01, end_lr=1e-5, s
     return probe.weight.detach(), probe.bias.detach()
 
 
-def absorption(sae, x_TD, y_T, x_UD, y_U, probe, seed=0, max_split=10):
-    """Mean absorption over the letters that the residual stream spells, those of F1 over 0.6, and full absorption.
+def letter_split(f_TS, y_T, f_US, y_U, gain=0.03):
+    """How many latents S, best first, share a letter: one more must lift F1 by over `gain`."""
+    n_positive = y_T.sum()
+    weight_T = len(y_T) / 2 / torch.where(y_T, n_positive, len(y_T) - n_positive)
+    best = 0.0
+    for k in range(1, f_TS.shape[1] + 1):
+        probe = logistic_regression(f_TS[:, :k], y_T, weight_T)
+        score = f1(f_US[:, :k].double() @ probe.w_D + probe.b > 0, y_U)
+        if k > 1 and score - best <= gain:
+            return k - 1
+        best = score
+    return f_TS.shape[1]
 
-    x: activations at the words; y: their letters, 0 to 25; probe: multi_probe's on x. InputError under 20 letters.
+
+@torch.no_grad()
+def absorbed_share(f_VN, x_VD, W_dec_ND, direction_D, split_S):
+    """The absorption fraction of each word (V,), and whether it is fully absorbed (V,).
+
+    Given are the letter's probe direction and the latents of its split. It is the definition of
+    Chanin et al. (2024) with SAEBench's thresholds.
     """
-    W_CD, b_C = probe
+    direction_D = F.normalize(direction_D, dim=0)
+    cosine_N = F.normalize(W_dec_ND, dim=1) @ direction_D
+    projection_VN = f_VN * cosine_N
+    target_V = x_VD @ direction_D
+    main_V = projection_VN[:, split_S].sum(1)
+    others_VN = torch.where(cosine_N >= 0.1, projection_VN.clamp(min=0), 0)
+    others_VN[:, split_S] = 0
+    absorbers_V = others_VN.topk(min(3, others_VN.shape[1]), dim=1).values.sum(1)
+    absorbed_V = torch.minimum(absorbers_V, target_V - main_V)
+    share_V = torch.where(main_V <= 0, 1.0, absorbed_V / (absorbed_V + main_V)).clamp(0, 1)
+    share_V[(main_V >= target_V) | (absorbers_V < 0.4 * target_V) | (target_V <= 0)] = 0
+    top_V = projection_VN.argmax(1)
+    full_V = (f_VN[:, split_S] <= 1e-8).all(1) & (cosine_N[top_V] >= 0.025) & (target_V >= 0)
+    carried_V = projection_VN.gather(1, top_V[:, None])[:, 0]
+    return share_V, full_V & (carried_V >= 0.4 * target_V)
+
+
+def recognised_words(x_UD, y_U, W_CD, b_C):
+    """Which words (U,) the probe W finds, of letters that the residual stream spells: F1 over 0.6.
+
+    InputError if these are under 20 letters, as in SAEBench.
+    """
     positive_UC = x_UD @ W_CD.T + b_C > 0
-    letters = [c for c in range(26) if f1(positive_UC[:, c], y_U == c) > 0.6]
-    if len(letters) < 20:
-        raise InputError(f"the model spells {len(letters)} of 26 letters, 20 are needed")
-    with torch.no_grad():
-        f_TN, f_UN = (torch.cat([sae.encode(x) for x in part.split(2048)]) for part in (x_TD, x_UD))
-    sparse_CN, _ = multi_probe(f_TN, y_T, batch=4096, l2=1e-6, l1=0.01, seed=seed)
-    shares = []
-    for c in letters:
-        split_S = letter_split(f_TN, y_T == c, f_UN, y_U == c, sparse_CN[c].topk(max_split).indices)
-        scored_U = (y_U == c) & positive_UC[:, c]
-        if scored_U.any():
-            share_U, full_U = absorbed_share(
-                f_UN[scored_U], x_UD[scored_U], sae.W_dec.detach(), W_CD[c], split_S
-            )
-            shares.append(
-                {"absorption": share_U.mean().item(), "full": full_U.float().mean().item()}
-            )
-    return mean_of(shares) | {"letters": len(letters)}
+    spelled = [c for c in range(26) if f1(positive_UC[:, c], y_U == c) > 0.6]
+    if len(spelled) < 20:
+        raise InputError(f"the model spells {len(spelled)} of 26 letters, 20 are needed")
+    own_U = positive_UC.gather(1, y_U[:, None])[:, 0]
+    return own_U & torch.isin(y_U, torch.tensor(spelled, device=y_U.device))
 
 
-# -------------------------------------------------------------------------------------- texts with labels
-# Texts, their labels (T,) and, for SCR, an attribute (T,), 0 or 1; `test` (T,) parts them; `note` is what lacks.
-Task = namedtuple("Task", "name texts labels test attribute note")
+@torch.no_grad()
+def latents_of(sae, x_TD, columns_S, batch=4096):
+    """The chosen latents (T, S), encoded batch by batch."""
+    return torch.cat([sae.encode(x_BD)[:, columns_S] for x_BD in x_TD.split(batch)])
 
 
-def make_task(name, rows, train, test, seed, balanced=False):
-    """Task from rows (text, label, attribute, is_test): `train` and `test` random texts of each label or, where one has
-    fewer, as many as it has; `balanced`: as many of each attribute. InputError where one has under 20."""
-    rows = [(*row[:2], row[2] if balanced else None, row[3]) for row in rows]
-    labels, values = (sorted({row[i] for row in rows}, key=str) for i in (1, 2))
-    if len(labels) < 2 or len(values) != 1 + balanced:
-        raise InputError(
-            f"{name}: two labels or more are needed, and two attributes where they are balanced"
-        )
-    chosen, note = [], ""
-    for is_test, count in ((False, train // len(values)), (True, test // len(values))):
-        parts = {
-            cell: [row for row in rows if row[1:] == (*cell, is_test)]
-            for cell in product(labels, values)
-        }
-        cell, fewest = min(parts.items(), key=lambda part: len(part[1]))
-        named = " with ".join(str(c) for c in cell if c is not None)
-        has = f"{name}: {named} has {len(fewest)} texts to {'test' if is_test else 'train'} on"
-        if len(fewest) < 20:
-            raise InputError(f"{has}, 20 are needed")
-        note = f"{has}, so each class has no more, not {count}" if len(fewest) < count else note
-        for part in parts.values():
-            chosen += random.Random(seed).sample(part, min(count, len(fewest)))
-    random.Random(seed).shuffle(chosen)
-    y_T, test_T = (
-        torch.tensor([labels.index(row[1]) for row in chosen]),
-        torch.tensor([row[3] for row in chosen]),
+def absorption(sae, x_TD, y_T, x_UD, y_U, x_VD, y_V, W_CD, seed=0):
+    """Absorption and full absorption, meaned over letters: a dict of figures.
+
+    x are activations at words and y their letters, 0 to 25: of T training words, U test words and
+    those V of the test words that the probe W recognises, these on new prompts. Letters that no
+    word in V has do not count.
+    """
+    sparse_CN, _ = multi_probe(
+        x_TD, y_T, batch=4096, l2=1e-6, l1=0.01, encode=sae.encode, seed=seed
     )
-    attribute_T = torch.tensor([values.index(row[2]) for row in chosen]) if balanced else None
-    return Task(name, [row[0] for row in chosen], y_T, test_T, attribute_T, note)
+    candidates_CS = sparse_CN.topk(min(10, sparse_CN.shape[1]), dim=1).indices
+    f_TCS = latents_of(sae, x_TD, candidates_CS.flatten()).unflatten(1, candidates_CS.shape)
+    f_UCS = latents_of(sae, x_UD, candidates_CS.flatten()).unflatten(1, candidates_CS.shape)
+    found = []
+    for c in y_V.unique().tolist():
+        n_split = letter_split(f_TCS[:, c], y_T == c, f_UCS[:, c], y_U == c)
+        x_of_c = x_VD[y_V == c]
+        with torch.no_grad():
+            f_of_c = sae.encode(x_of_c)
+        share_V, full_V = absorbed_share(
+            f_of_c, x_of_c, sae.W_dec.detach(), W_CD[c], candidates_CS[c, :n_split]
+        )
+        figures = {"absorption": share_V.mean().item(), "full": full_V.float().mean().item()}
+        found.append({**figures, "split_latents": n_split})
+    return {**mean_of(found), "letters": len(found)}
 
 
-def library_tasks(train, test, seed, size=300):
-    """Two probing tasks and one for SCR from docstrings and bodies of the standard library, no file in both parts."""
-    rows = []  # text, package, kind, whether it is a test text
+# -------------------------------------------------------------------------------------------- tasks
+# The texts of a task are a pandas frame with the columns text, label, attribute (0 where there is
+# none) and is_test, in the order of their source.
+@dataclass
+class Task:
+    """Texts, the training texts first, with labels (T,), and for SCR attributes (T,), 0 or 1."""
+
+    name: str
+    texts: list
+    n_train: int
+    label_T: torch.Tensor
+    attribute_T: torch.Tensor
+    notes: list  # what there was too little of
+
+
+def task_of(name, chosen, notes):
+    """The Task of a frame of chosen texts; labels are numbered in sorted order."""
+    chosen = chosen.sort_values("is_test", kind="stable")
+    n_train = int((~chosen["is_test"]).sum())
+    label_T = torch.tensor(chosen["label"].rank(method="dense").to_numpy()).long() - 1
+    attribute_T = torch.tensor(chosen["attribute"].rank(method="dense").to_numpy()).long() - 1
+    return Task(name, chosen["text"].tolist(), n_train, label_T, attribute_T, notes)
+
+
+def cell_sizes(name, frame):
+    """How many texts each is_test, label and attribute has; InputError where one has under 20."""
+    sizes = frame.groupby(["is_test", "label", "attribute"]).size()
+    n_labels = frame["label"].nunique()
+    if n_labels < 2 or len(sizes) < 2 * n_labels * frame["attribute"].nunique() or min(sizes) < 20:
+        raise InputError(f"{name}: 20 texts of each label are needed, to train and to test on")
+    return sizes
+
+
+def probing_task(name, frame, train, test, seed):
+    """`train` and `test` random texts of each label, as many of each attribute.
+
+    Where one label has fewer, each has as many as that.
+    """
+    sizes = cell_sizes(name, frame)
+    chosen = []
+    notes = []
+    for is_test, wanted in ((False, train), (True, test)):
+        wanted //= frame["attribute"].nunique()
+        count = min(wanted, sizes[is_test].min())
+        groups = frame[frame["is_test"] == is_test].groupby(["label", "attribute"])
+        chosen.append(groups.sample(count, random_state=seed))
+        if count < wanted:
+            part = "test" if is_test else "training"
+            notes.append(f"{name}: {count} {part} texts of a label and attribute, not {wanted}")
+    return task_of(name, pandas.concat(chosen).sample(frac=1, random_state=seed), notes)
+
+
+def scr_task(name, frame, train, test):
+    """The first texts of each combination of two labels and two attributes.
+
+    `train` and `test` of them where both are the first or both the second, else half as many. So
+    SAEBench takes them, whatever the seed.
+    """
+    cell_sizes(name, frame)
+    is_biased = frame["label"].rank(method="dense") == frame["attribute"].rank(method="dense")
+    wanted = frame["is_test"].map({False: train, True: test}) // (2 - is_biased)
+    nth = frame.groupby(["is_test", "label", "attribute"]).cumcount()
+    chosen = frame[nth < wanted]
+    lacks = len(chosen) < 3 * (train + test)
+    notes = [f"{name}: {len(chosen)} texts, not {3 * (train + test)}"] if lacks else []
+    return task_of(name, chosen, notes)
+
+
+def library_frames():
+    """Frames of the demo's tasks, each by name, two of probing and one of SCR.
+
+    The texts are paragraphs of the standard library: the label is the package, and the attribute
+    is whether it has a docstring.
+    """
+    rows = []
     for file, text in sgo_sae.library_texts():
-        package, held, lines = (
-            file.split("/")[0],
-            zlib.crc32(file.encode()) % 3 == 0,
-            text.splitlines(),
-        )
-        with suppress(SyntaxError):  # of help texts, and of templates that the library carries
-            for node in ast.walk(ast.parse(text)):
-                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                    doc = ast.get_docstring(node) or ""
-                    body = node.body[bool(doc) :]
-                    code = "\n".join(lines[body[0].lineno - 1 : node.end_lineno]) if body else ""
-                    rows += [
-                        (doc[:size], package, "docstring", held),
-                        (code[:size], package, "body", held),
-                    ]
-    rows = [row for row in rows if len(row[0]) > 80]
-    sizes = Counter((p, held) for _, p, kind, held in rows if kind == "docstring" and "." not in p)
-    packages = sorted(
-        {p for p, _ in sizes}, key=lambda p: (-min(sizes[p, True], sizes[p, False]), p)
-    )[:5]
-    kinds = [(text, kind, None, held) for text, _, kind, held in rows]
-    bodies = [
-        (text, p, None, held) for text, p, kind, held in rows if kind == "body" and p in packages
-    ]
-    probing = [("docstring or body", kinds), ("package of a body", bodies)]
-    two = [row for row in rows if row[1] in packages[:2]]
-    spurious = make_task(" or ".join(packages[:2]), two, 2 * train, 2 * test, seed, balanced=True)
-    return [make_task(name, part, train, test, seed) for name, part in probing], [spurious]
+        is_test = zlib.crc32(file.encode()) % 3 == 0  # no file is in both parts
+        for paragraph in text.split("\n\n"):
+            if len(paragraph) > 80:
+                rows.append((paragraph[:300], file.split("/")[0], '"""' in paragraph, is_test))
+    frame = pandas.DataFrame(rows, columns=["text", "label", "attribute", "is_test"])
+    largest = frame[frame["is_test"]]["label"].value_counts().index[:5]
+    frame = frame[frame["label"].isin(largest)]
+    probing = {
+        "package": frame.assign(attribute=0),
+        "docstring or not": frame.assign(label=frame["attribute"], attribute=0),
+    }
+    return probing, {"docstrings of two packages": frame[frame["label"].isin(largest[:2])]}
 
 
-BIOS = ("LabHC/bias_in_bios", None, "hard_text", "profession", "gender")
-AMAZON = ("canrager/amazon_reviews_mcauley_1and5", None, "text", "category", "rating")
-EUROPARL = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
-PROBING = [  # name, (dataset, subset, text column, label column, attribute column that is balanced), classes
-    ("bias_in_bios 1", BIOS, (0, 1, 2, 6, 9)),
-    ("bias_in_bios 2", BIOS, (11, 13, 14, 18, 19)),
-    ("bias_in_bios 3", BIOS, (20, 21, 22, 25, 26)),
-    ("amazon category", AMAZON, (1, 2, 3, 5, 6)),
-    ("amazon sentiment", (*AMAZON[:3], "rating", None), (1.0, 5.0)),
-    (
-        "github-code",
-        ("codeparrot/github-code", None, "code", "language", None),
-        ("C", "Python", "HTML", "Java", "PHP"),
-    ),
-    ("ag_news", ("fancyzhx/ag_news", None, "text", "label", None), (0, 1, 2, 3)),
-    ("europarl", ("Helsinki-NLP/europarl", EUROPARL, "translation", None, None), tuple(EUROPARL)),
-]
-SPURIOUS = [  # first and second class, as SAEBench pairs them; gender 0 is male
-    *(
-        (f"professions {a} and {b}", BIOS, (a, b))
-        for a, b in ((21, 13), (1, 11), (25, 22), (2, 26))
-    ),
-    *(
-        (f"categories {a} and {b}", AMAZON, (a, b))
-        for a, b in ((24, 26), (30, 6), (18, 11), (3, 1))
-    ),
-]
+def file_frames(path):
+    """Frames of a local file: of a probing task, and of SCR where it has a column `attribute`.
 
-
-def benchmark_task(name, source, classes, train, test, seed):
-    """A task of SAEBench from the Hub, of random rows; without a test split, the last rows read are the test texts."""
-    import datasets
-
-    dataset, subset, text, label, attribute = source
-    values = {"gender": (0, 1), "rating": (1.0, 5.0)}.get(attribute, (None,))
-    whole, rows = dataset in ("codeparrot/github-code", "Helsinki-NLP/europarl"), []
-    for split, count in [("train", train + test)] if whole else [("train", train), ("test", test)]:
-        missing = dict.fromkeys(product(classes, values), math.ceil(count / len(values)))
-        for tongue, part in (
-            subset.items() if isinstance(subset, dict) else [(None, subset)]
-        ):  # Europarl: one of each
-            with sgo_sae.loading(dataset):
-                stream = datasets.load_dataset(dataset, part, split=split, streaming=True)
-                for row in stream.shuffle(seed=seed, buffer_size=20_000):
-                    cell = (tongue or row[label], row[attribute] if attribute else None)
-                    content = row[text][tongue] if tongue else row[text]
-                    if label == "language":  # of code, long files without their head
-                        content = content[150:] if len(content) > 534 else ""
-                    if missing.get(cell) and content:
-                        missing[cell] -= 1
-                        is_test = missing[cell] < test if whole else split == "test"
-                        rows.append((content, classes.index(cell[0]), cell[1], is_test))
-                    if not any(n for (c, _), n in missing.items() if tongue in (None, c)):
-                        break
-    return make_task(name, rows, train, test, seed, balanced=len(values) == 2)
-
-
-def file_tasks(path, train, test, seed):
-    """Probing task, and one for SCR where there is a column `attribute`, of a local file; a fifth of its rows test."""
-    rows, stream = [], sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
-    for row in stream:
-        if "label" not in row:
-            raise InputError(f"{path} lacks the column label; its columns are {', '.join(row)}")
-        if row["label"] is not None:
-            rows.append(
-                (
-                    row["text"],
-                    row["label"],
-                    row.get("attribute"),
-                    zlib.crc32(row["text"].encode()) % 5 == 0,
-                )
-            )
-    name, two = Path(path).stem, sorted({row[1] for row in rows}, key=str)[:2]
-    tasks, rows = (
-        [make_task(name, rows, train, test, seed)],
-        [r for r in rows if r[1] in two and r[2] is not None],
-    )
-    return tasks, [make_task(name, rows, 2 * train, 2 * test, seed, balanced=True)] if rows else []
-
-
-# ------------------------------------------------------------------------------------ the language model
-def padded(ids, tokenizer, device, desc, batch=64):
-    """Token id lists in batches of like length: their indices, ids (B, L) filled up on the right, which are real."""
-    order = sorted(range(len(ids)), key=lambda t: len(ids[t]))
-    for start in progress_bar(range(0, len(order), batch), desc=desc, unit="batch", leave=False):
-        rows = order[start : start + batch]
-        longest = len(ids[rows[-1]])
-        ids_BL = torch.tensor(
-            [ids[t] + [tokenizer.pad_token_id or 0] * (longest - len(ids[t])) for t in rows]
-        )
-        real_BL = torch.arange(longest) < torch.tensor([len(ids[t]) for t in rows])[:, None]
-        yield rows, ids_BL.to(device), real_BL.to(device)
-
-
-def load_whole(name, layer, device, dtype):
-    """The whole language model with its head, and one of its layers."""
-    from transformers import AutoModelForCausalLM
-
-    with sgo_sae.loading(name):
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().to(device)
-    n_layers = lm.config.get_text_config().num_hidden_layers
-    return lm, sgo_sae.layers_of(lm.get_decoder(), n_layers)[layer]
-
-
-def bos_of(tokenizer):
-    return sgo_sae.first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)
-
-
-@torch.no_grad()
-def mean_latents(read, tokenizer, saes, texts, length, device, desc="texts"):
-    """Mean over each text's tokens, special ones left out, of the activations (T, D) and of each SAE's latents (T, N).
-
-    read: token ids (B, L) -> activations (B, L, D). Texts are cut at `length` tokens, BOS included.
+    A fifth of the texts are test texts. SCR takes the first two labels and attributes.
     """
-    bos = bos_of(tokenizer)
-    ids = [
-        bos + i[: length - len(bos)]
-        for i in tokenizer(texts, add_special_tokens=False)["input_ids"]
-    ]
-    encoders = [lambda x: x, *(sae.encode for sae in saes)]
-    means = [
-        torch.zeros(len(ids), width)
-        for width in (len(saes[0].b_dec), *(len(sae.b_enc) for sae in saes))
-    ]
-    for rows, ids_BL, real_BL in padded(ids, tokenizer, device, desc):
-        keep_BL = real_BL & sgo_sae.kept_tokens(ids_BL, tokenizer)
-        x_ED, text_E = read(ids_BL)[keep_BL].float(), keep_BL.nonzero()[:, 0]
-        for encode, mean_TN in zip(encoders, means, strict=True):
-            part_EN = encode(x_ED)
-            sum_BN = part_EN.new_zeros(len(rows), part_EN.shape[1]).index_add_(0, text_E, part_EN)
-            mean_TN[rows] = (sum_BN / keep_BL.sum(1, keepdim=True).clamp(min=1)).cpu()
-    return means[0], means[1:]
+    with sgo_sae.loading(path):
+        frame = pandas.DataFrame(list(sgo_sae.open_dataset(sgo_sae.Config(dataset=path))))
+    if not {"text", "label"} <= set(frame):
+        raise InputError(f"{path} needs the columns text and label, and has {', '.join(frame)}")
+    frame = frame[frame["text"].astype(bool) & frame["label"].notna()]
+    frame = frame.assign(is_test=frame["text"].map(lambda text: zlib.crc32(text.encode()) % 5 == 0))
+    name = Path(path).stem
+    probing = {name: frame.assign(attribute=0)}
+    if "attribute" not in frame:
+        return probing, {}
+    pair = frame[frame["attribute"].notna()]
+    for column in ("label", "attribute"):
+        pair = pair[pair[column].isin(sorted(pair[column].unique())[:2])]
+    return probing, {name: pair}
 
 
-@torch.no_grad()
-def word_activations(read, tokenizer, device, count, seed):
-    """Activations (T, D) at the word of prompts that ask for its first letter after ten examples; the letters, 0 to 25.
-
-    Words are the tokenizer's alphabetic tokens, with at most one space before them. Prompts are put together from token
-    ids, so that a word is one, and end with it: what follows changes nothing there in a causal model.
-    """
-    rng, texts = random.Random(seed), tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    words = [(i, t.strip(" ")) for i, t in enumerate(texts) if re.fullmatch(" ?[A-Za-z]+", t)]
-    words = rng.sample(words, min(count or len(words), len(words)))
-    if len(words) < 100:
-        raise InputError(f"the tokenizer has {len(words)} words, 100 are needed")
-    tail, newline = (
-        tokenizer(t, add_special_tokens=False)["input_ids"]
-        for t in (" has the first letter:", "\n")
-    )
-    answers = [
-        tokenizer(f" {c}", add_special_tokens=False)["input_ids"]
-        for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    ]
-    letters, prompts = [ord(text[0].upper()) - ord("A") for _, text in words], []
-    for word, _ in words:
-        examples = [j for j in rng.sample(range(len(words)), 11) if words[j][0] != word][:10]
-        prompts.append(
-            sum(
-                (newline + [words[j][0]] + tail + answers[letters[j]] for j in examples),
-                bos_of(tokenizer),
-            )
-        )
-        prompts[-1] += [*newline, word]
-    order, found = [], []
-    for rows, ids_BL, real_BL in padded(prompts, tokenizer, device, "words"):
-        order += rows
-        found.append(
-            read(ids_BL)[torch.arange(len(rows), device=device), real_BL.sum(1) - 1].float()
-        )
-    return torch.cat(found)[torch.tensor(order).argsort()], torch.tensor(letters, device=device)
-
-
-# --------------------------------------------------------------------------------------------- evaluation
-class Evaluation:
-    """Autoencoders of one language model and layer; `results`: for each {family: {key: value} or why there is none}."""
-
-    def __init__(self, args, model, layer, saes, device, dtype):
-        from transformers import AutoConfig
-
-        self.args, self.saes, self.device, self.dtype = args, saes, device, dtype
-        self.samples, self.notes = {}, []
-        common = {"samples": self.samples, "notes": self.notes}
-        self.results = [{"settings": getattr(sae.cfg, "settings", {}), **common} for sae in saes]
-        first = self.results[0]["settings"]
-        self.demo, self.bar = bool(first.get("demo")), {"unit": "SAE", "leave": False}
-        asked = {
-            "model": model,
-            "layer": layer,
-            "data_seed": args.seed,
-            "ctx": first.get("ctx", 128),
-        }
-        if args.text or self.demo:
-            asked["dataset"] = args.text or str(Path(model) / "heldout.jsonl")
-        else:
-            asked |= {k: first[k] for k in ("dataset", "subset", "text_column") if k in first} | {
-                "split": "validation"
-            }
-            if "dataset" in asked and Path(asked["dataset"]).exists():
-                raise InputError(
-                    f"give --text: no text of {asked['dataset']} is known to be held out from training"
-                )
-        self.cfg = sgo_sae.Config(**asked)
-        lm, module, self.tokenizer = sgo_sae.load_lm(model, layer, device, dtype)
-        self.read = partial(sgo_sae.layer_output, lm, module)
-        names = AutoConfig.from_pretrained(model).architectures or []
-        self.head = any(re.search("CausalLM|LMHead|ConditionalGeneration", name) for name in names)
-        for sae in saes:
-            if len(sae.b_dec) != (D := lm.config.hidden_size):
-                raise InputError(
-                    f"the autoencoder is for {len(sae.b_dec)} dimensions, {model} has {D}"
-                )
-        self.train, self.test = (
-            args.train or (500 if self.demo else 2000),
-            args.test or (200 if self.demo else 500),
-        )
-
-    def record(self, family, values):
-        for result, value in zip(
-            self.results, values if isinstance(values, list) else [values] * len(self.saes)
-        ):
-            result[family] = value
-
-    def text(self, families):
-        """Reconstruction, behaviour and competition on contexts of text."""
-        texts = (row[self.cfg.text_column] for row in sgo_sae.load_texts(self.cfg))  # once through
-        contexts = sgo_sae.token_contexts(texts, self.tokenizer, self.cfg.ctx)
-        ids_TL = torch.tensor(list(islice(contexts, self.args.contexts)), device=self.device)
-        if not len(ids_TL):
-            raise InputError(f"{self.cfg.dataset} does not fill a context of {self.cfg.ctx} tokens")
-        if len(ids_TL) < self.args.contexts:
-            have = f"{len(ids_TL)} contexts of {self.cfg.ctx} tokens, not {self.args.contexts}"
-            self.notes.append(f"text: {self.cfg.dataset} has {have}")
-        keep_TL = sgo_sae.kept_tokens(ids_TL, self.tokenizer)
-        if "behaviour" in families and self.head:
-            lm, module = load_whole(self.cfg.model, self.cfg.layer, self.device, self.dtype)
-            self.record("behaviour", behaviour(lm, module, self.saes, ids_TL, keep_TL))
-        elif "behaviour" in families:
-            self.record("behaviour", "the model has no language-model head")
-        parts = progress_bar(ids_TL.split(32), desc="activations", unit="batch", leave=False)
-        x_TLD = torch.cat([self.read(ids_BL) for ids_BL in parts])
-        x_TD = x_TLD[keep_TL]
-        if self.args.html:  # what the page looks at again; documents are parted by EOS
-            self.x_TLD, self.keep_TL, self.ids_TL = x_TLD, keep_TL, ids_TL
-            self.document_TL = (
-                (~keep_TL & (ids_TL != ids_TL[0, 0])).flatten().cumsum(0).view_as(ids_TL)
-            )
-        x_TD = x_TD[
-            torch.randperm(len(x_TD), generator=torch.Generator().manual_seed(self.args.seed)).to(
-                self.device
-            )
-        ]
-        self.samples["tokens"] = len(x_TD)
-        for sae, result in zip(
-            progress_bar(self.saes, desc="reconstruction", **self.bar), self.results
-        ):
-            if "core" in families:
-                result["core"] = reconstruction(sae, x_TD, self.cfg.ctx)
-            if "competition" in families:
-                scale = getattr(sae.cfg, "activation_scale", 1.0)
-                result["competition"] = competition(
-                    sae, x_TD[: 8 * 2048], result["settings"], scale
-                )
-
-    def tasks(self, families):
-        """Sparse probing and SCR: every text is read once, for all autoencoders."""
-        args, sets = self.args, {"probe": PROBING, "scr": SPURIOUS}
-        if families and (args.probe or self.demo):
-            load = partial(file_tasks, args.probe) if args.probe else library_tasks
-            sets["probe"], sets["scr"] = load(self.train, self.test, args.seed)
-        for family in families:
-            scores, double = [{} for _ in self.saes], 2 if family == "scr" else 1
-            for task in sets[family]:
-                try:
-                    if not isinstance(task, Task):
-                        task = benchmark_task(
-                            *task, double * self.train, double * self.test, args.seed
-                        )
-                except InputError as error:
-                    self.notes.append(f"{family}: a task is left out, {error}")
-                    continue
-                desc, length = f"{family}: {task.name}", args.length or (64 if self.demo else 128)
-                x, latents = mean_latents(
-                    self.read, self.tokenizer, self.saes, task.texts, length, self.device, desc
-                )
-                score_all = self.probing if family == "probe" else self.removal
-                found = score_all(task, x, progress_bar(latents, desc=desc, **self.bar))
-                for score, values in zip(scores, found):
-                    score[task.name] = values
-                self.samples[desc] = {
-                    "train": int((~task.test).sum()),
-                    "test": int(task.test.sum()),
-                }
-                self.notes += [f"{family}: {task.note}"] if task.note else []
-            why = (
-                "none of its datasets can be had"
-                if sets[family]
-                else "the probe file has no column `attribute`"
-            )
-            self.record(
-                family, [mean_of(list(score.values())) if score else why for score in scores]
-            )
-            self.record(f"{family}_tasks", scores)
-
-    def probing(self, task, x_TD, latents):
-        fit, held, y_T = ~task.test, task.test, task.labels
-        residual, *found = (
-            sparse_probing(f_TN[fit], y_T[fit], f_TN[held], y_T[held], self.args.seed)
-            for f_TN in chain([x_TD], latents)
-        )
-        common = {f"x_{k}": score for k, score in residual.items()}
-        return [common | {f"latents_{k}": score for k, score in scores.items()} for scores in found]
-
-    def removal(self, task, x_TD, latents):
-        fit, held, a, b = ~task.test, task.test, task.labels, task.attribute
-        probes = scr_probes(x_TD[fit], a[fit], b[fit], x_TD[held], a[held], b[held], self.args.seed)
-        for f_TN, sae in zip(latents, self.saes):
-            tests = (x_TD[held], f_TN[held], a[held], b[held], sae.W_dec.detach().cpu())
-            yield {
-                f"scr_{n}": score
-                for n, score in scr(probes, f_TN[fit], a[fit], b[fit], *tests).items()
-            }
-
-    def absorption(self):
-        """Absorption, its mean over --splits partitions of the words into training and test ones."""
-        try:
-            if not self.head:
-                raise InputError("the model has no language-model head")
-            x_TD, y_T = word_activations(
-                self.read, self.tokenizer, self.device, self.args.words, self.args.seed
-            )
-            found = [[] for _ in self.saes]
-            for seed in progress_bar(
-                range(self.args.seed, self.args.seed + self.args.splits), desc="splits"
-            ):
-                order = torch.randperm(len(y_T), generator=torch.Generator().manual_seed(seed)).to(
-                    self.device
-                )
-                fit, held = order[: len(y_T) * 4 // 5], order[len(y_T) * 4 // 5 :]
-                parts = (x_TD[fit], y_T[fit], x_TD[held], y_T[held])
-                probe = multi_probe(*parts[:2], batch=64, l2=1e-4, seed=seed)
-                for sae, figures in zip(
-                    progress_bar(self.saes, desc="absorption", **self.bar), found
-                ):
-                    figures.append(absorption(sae, *parts, probe, seed))
-            self.record("absorption", [mean_of(figures) for figures in found])
-            self.record("absorption_splits", found)
-            self.samples["words"] = len(y_T)
-        except InputError as error:
-            self.record("absorption", str(error))
-
-
-# -------------------------------------------------------------------------------------------------- table
-HIGHER = r"cosine|explained_variance|.*_score|latents_.*|x_.*|scr_.*"  # is better; of these lower:
-LOWER = r"mse.*|never_fire|dense|ce_sae|kl_sae|w_mean|mean_max.*|pairs_over_half|absorption|full"
-STUDENT = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # two-sided 95 %, by degrees of freedom
-
-
-def table(names, results, paired=False):
-    """Markdown of results {family: {key: value} or reason}: a column per setting, mean ± standard deviation over seeds.
-
-    paired: the difference to the first setting instead, seed by seed, and half its 95 % interval.
-    """
-    groups, runs = {}, ("seed", "out", "log_every", "save_every", "resume", "device")
-    for name, result in zip(names, results, strict=True):
-        setting = {k: v for k, v in result["settings"].items() if k not in runs} or {"run": name}
-        flat = {
-            (f, key): value
-            for f in FAMILIES
-            if type(result.get(f)) is dict
-            for key, value in result[f].items()
-        }
-        seed, group = result["settings"].get("seed", name), json.dumps(setting, sort_keys=True)
-        if seed in groups.get(group, ()):  # the same run again, in another folder
-            group = json.dumps(setting | {"run": name}, sort_keys=True)
-        groups.setdefault(group, {})[seed] = flat
-    settings, seeds = [json.loads(group) for group in groups], list(groups.values())
-    differing = [
-        k
-        for k in dict.fromkeys(k for s in settings for k in s)
-        if len({str(s.get(k)) for s in settings}) > 1
-    ]
-    labels = [
-        ", ".join(f"{k} {s[k]}" for k in differing if k in s) or Path(names[0]).name
-        for s in settings
-    ]
-    lines = [
-        [
-            "",
-            *(
-                f"{label}, {len(s)} seeds" if len(s) > 1 else label
-                for label, s in zip(labels, seeds)
-            ),
-        ]
-    ]
-    for family, key in dict.fromkeys(k for group in seeds for flat in group.values() for k in flat):
-        cells = []
-        for i, group in enumerate(seeds):
-            values = {
-                seed: flat[family, key] for seed, flat in group.items() if (family, key) in flat
-            }
-            if difference := paired and i > 0:
-                shared = [seed for seed in values if (family, key) in seeds[0].get(seed, ())]
-                values = {seed: values[seed] - seeds[0][seed][family, key] for seed in shared}
-            cells.append(spread(list(values.values()), difference))
-        arrow = " ↑" if re.fullmatch(HIGHER, key) else " ↓" if re.fullmatch(LOWER, key) else ""
-        lines.append([f"{family}: {key.replace('_', ' ')}{arrow}", *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = [
-        [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))]
-        for line in lines
-    ]
-    rows = ["| " + " | ".join(line) + " |" for line in aligned]
-    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
-    notes = [
-        f"{name}: not measured, {r[name]}"
-        for name in FAMILIES
-        for r in results
-        if type(r.get(name)) is str
-    ]
-    notes = dict.fromkeys(notes + [note for r in results for note in r["notes"]])
-    return "\n".join([rows[0], f"|{rule}|", *rows[1:], *(f"\n{note}" for note in notes)])
-
-
-def spread(values, difference=False):
-    """Mean ± standard deviation, of differences ± half the 95 % interval, with three or four digits that count."""
-    if not values:
-        return ""
-    n, mean = len(values), statistics.mean(values)
-    digits, sign = (
-        0 if abs(mean) >= 1000 else 1 if abs(mean) >= 100 else 3,
-        "+" if difference else "",
-    )
-    if n == 1:
-        return f"{mean:{sign},.{digits}f}"
-    deviation = statistics.stdev(values) * (STUDENT[min(n, 10) - 2] / n**0.5 if difference else 1)
-    return f"{mean:{sign},.{digits}f} ± {deviation:,.{digits}f}"
-
-
-# ---------------------------------------------------------------------------------------------- the page
-STYLE = """:root { color-scheme: light dark } body { font: 15px/1.5 system-ui; max-width: 1200px; margin: auto }
-body { padding: 1em } figure { margin: 0 } pre { overflow-x: auto } small, figcaption, pre { font-size: 13px }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 12px 24px }
-text { font: 11px system-ui; fill: currentColor } path { fill: none; stroke: #8884; vector-effect: non-scaling-stroke }
-svg svg { overflow: visible } svg [class] { stroke-width: 2 } summary { font-weight: 600 } .s0 { stroke: #2f8fd0 }
-.s1 { stroke: #d55e00; stroke-dasharray: 6 } .s2 { stroke: #009e73; stroke-dasharray: 2 } .s3 { stroke: #cc79a7 }
-.s4 { stroke: #b8860b; stroke-dasharray: 6 } .s5 { stroke: #777777; stroke-dasharray: 2 }
-i { font-style: normal; background: color-mix(in srgb, #e69f00 calc(var(--a) * 1%), transparent) }
-p { font: 13px/1.7 monospace; overflow-wrap: anywhere; margin: 2px 0 8px } .both { border-bottom: 3px solid #2f8fd0 }"""
-FIGURES = {  # what it shows, x axis, y axis; from `explained_variance` on of training
-    "w": (
-        "Pairs of latents active together in 16 contexts, by how strongly they overlap.",
-        "w",
-        "log₁₀(1 + pairs)",
-    ),
-    "density": ("Latents by how often they are active.", "log₁₀ of the share of tokens", "latents"),
-    "cosine": (
-        "Latents by their decoder row's largest |cosine| with another.",
-        "largest |cosine|",
-        "latents",
-    ),
-    "explained_variance": (
-        "Training: variance that is explained, of a batch.",
-        "million tokens",
-        "share",
-    ),
-    "penalty_share": (
-        "Training: the penalty αΩ over the reconstruction term.",
-        "million tokens",
-        "ratio",
-    ),
-    "omega": ("Training: Ω of a batch, whatever its weight α.", "million tokens", "Ω"),
-    "dead": (
-        "Training: latents that no token of the last 200 steps activated.",
-        "million tokens",
-        "latents",
-    ),
-    "l0": ("Training: latents active on a token, mean of a batch.", "million tokens", "latents"),
+# Of the datasets of SAEBench: the name on the Hub, and the columns of text, label and attribute.
+BIOS = ("LabHC/bias_in_bios", "hard_text", "profession", "gender")
+AMAZON = ("canrager/amazon_reviews_mcauley_1and5", "text", "category", "rating")
+SENTIMENT = ("canrager/amazon_reviews_mcauley_1and5", "text", "rating", None)
+NEWS = ("fancyzhx/ag_news", "text", "label", None)
+EUROPARL = ("Helsinki-NLP/europarl", "translation", None, None)
+LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
+PROBING = {  # with the classes
+    "bias_in_bios 1": (BIOS, [0, 1, 2, 6, 9]),
+    "bias_in_bios 2": (BIOS, [11, 13, 14, 18, 19]),
+    "bias_in_bios 3": (BIOS, [20, 21, 22, 25, 26]),
+    "amazon category": (AMAZON, [1, 2, 3, 5, 6]),
+    "amazon sentiment": (SENTIMENT, [1.0, 5.0]),
+    "ag_news": (NEWS, [0, 1, 2, 3]),
+    "europarl": (EUROPARL, [*LANGUAGES]),
+}
+SPURIOUS = {  # with the first and the second class, as SAEBench pairs them
+    "professor, nurse": (BIOS, [21, 13]),
+    "architect, journalist": (BIOS, [1, 11]),
+    "surgeon, psychologist": (BIOS, [25, 22]),
+    "attorney, teacher": (BIOS, [2, 26]),
+    "books, CDs": (AMAZON, [24, 26]),
+    "software, electronics": (AMAZON, [30, 6]),
+    "pets, office": (AMAZON, [18, 11]),
+    "industrial, toys": (AMAZON, [3, 1]),
 }
 
 
-def chart(lines, caption, x_name, y_name):
-    """SVG of lines [(x, y), ...] with axes of about five round numbers, and a sentence that says what they show."""
-    axes, parts = (
-        [],
-        [
-            f'<text x="196" y="222" text-anchor="middle">{x_name}</text><text x="2" y="10">{y_name}</text>'
-        ],
-    )
-    for values in zip(*chain(*lines)) if any(lines) else ([0], [0]):
-        step = float(f"{(max(values) - min(values) or 1) / 4:.0e}")
-        low = math.floor(min(values) / step)
-        axes.append([step * n for n in range(low, max(low + 1, math.ceil(max(values) / step)) + 1)])
-    for n, x in enumerate(xs := axes[0]):
-        parts.append(
-            f'<text x="{48 + 296 * n / (len(xs) - 1)}" y="204" text-anchor="middle">{x:.4g}</text>'
-        )
-    for n, y in enumerate(ys := axes[1]):
-        Y = 190 - 162 * n / (len(ys) - 1)
-        parts.append(f'<path d="M48 {Y}h296"/><text x="2" y="{Y}">{y:.4g}</text>')
-    paths = ("L".join(f"{x:.6g} {-y:.6g}" for x, y in line) for line in lines)
-    drawn = "".join(f'<path class="s{i % 6}" d="M{path}"/>' for i, path in enumerate(paths) if path)
-    box = (
-        f'viewBox="{xs[0]} {-ys[-1]} {xs[-1] - xs[0]} {ys[-1] - ys[0]}" preserveAspectRatio="none"'
-    )
-    parts.append(f'<svg x="48" y="28" width="296" height="162" {box}>{drawn}</svg>')
-    return f'<figure><svg viewBox="0 0 360 230">{"".join(parts)}</svg><figcaption>{caption}</figcaption></figure>'
+def hub_frame(source, classes):
+    """The texts of one of SAEBench's datasets, the labels being the positions of their classes."""
+    import datasets
+
+    name, text, label, attribute = source
+    parts = []
+    with sgo_sae.loading(name):
+        if source == EUROPARL:  # it has no test split, and a configuration for each language
+            for n, (language, subset) in enumerate(LANGUAGES.items()):
+                rows = datasets.load_dataset(name, subset, split="train[:4000]").to_pandas()
+                texts = rows[text].str.get(language)
+                columns = {
+                    "text": texts,
+                    "label": n,
+                    "attribute": 0,
+                    "is_test": rows.index % 5 == 0,
+                }
+                parts.append(pandas.DataFrame(columns))
+        else:
+            for split in ("train", "test"):
+                rows = datasets.load_dataset(name, split=split).to_pandas()
+                rows = rows[rows[label].isin(classes)]
+                frame = rows.assign(text=rows[text], label=rows[label].map(classes.index))
+                frame["attribute"] = rows[attribute] if attribute else 0
+                parts.append(frame.assign(is_test=split == "test"))
+    return pandas.concat(parts)
 
 
-def closest_pairs(f_BN, count):
-    """The `count` pairs (i, j) of most w_ij |M_i ∩ M_j|, and a histogram of w_ij over co-active pairs."""
-    N, size_N, found, histogram = f_BN.shape[1], (f_BN > 0).sum(0), [], 0
-    for lo in range(0, N, 1024):
-        w_TN = sgo_sae.weights_between(f_BN[:, lo : lo + 1024], f_BN).triu(lo + 1)
-        histogram += torch.histc(w_TN[w_TN > 0], 20, 0, 1)
-        score_TN = w_TN.square() * torch.minimum(size_N[lo : lo + 1024, None], size_N)
-        score, cell = score_TN.flatten().topk(min(count, score_TN.numel()))
-        found += zip(score.tolist(), (cell // N + lo).tolist(), (cell % N).tolist())
-    return [pair for score, *pair in sorted(found, reverse=True)[:count] if score], histogram
+def load_tasks(family, args, demo, notes):
+    """The tasks of probing or of SCR, one by one; one that can't be had is a line of notes."""
+    train = args.train or (500 if demo else 2000)
+    test = args.test or (200 if demo else 500)
+    is_scr = family == "scr"
+    if args.probe or demo:
+        frames = (file_frames(args.probe) if args.probe else library_frames())[is_scr]
+    else:
+        frames = SPURIOUS if is_scr else PROBING
+        if not is_scr:
+            notes.append("github-code is left out, since `datasets` does not load it any more")
+    for name, frame in frames.items():
+        try:
+            if isinstance(frame, tuple):
+                frame = hub_frame(*frame)
+            if is_scr:
+                task = scr_task(name, frame, train, test)
+            else:
+                task = probing_task(name, frame, train, test, args.seed)
+        except InputError as error:
+            notes.append(f"a task is left out, {error}")
+        else:
+            notes += task.notes
+            yield task
+
+
+# -------------------------------------------------------------------------------------------- model
+class LayerReached(Exception):
+    """Ends a forward pass of the language model, whose later layers nobody needs."""
+
+
+class LanguageModel:
+    """A whole language model with its head, one of its layers, and its tokenizer."""
+
+    def __init__(self, name, layer, device, dtype):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        with sgo_sae.loading(name):
+            saved_as = AutoConfig.from_pretrained(name).architectures or []
+            # Text that spells "<bos>" must not become that token.
+            self.tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True)
+            self.lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().to(device)
+        heads = re.compile("CausalLM|LMHead|ConditionalGeneration")
+        self.has_head = bool(heads.search(" ".join(saved_as)))
+        self.width = self.lm.config.get_text_config().hidden_size
+        n_layers = self.lm.config.get_text_config().num_hidden_layers
+        if layer >= n_layers:
+            raise InputError(f"--layer {layer}: the layers of {name} are 0 to {n_layers - 1}")
+        self.layer = sgo_sae.layers_of(self.lm.get_decoder(), n_layers)[layer]
+        self.bos = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
+
+    def ids(self, lists):
+        """Token ids (B, L) on the device, filled up on the right with -1."""
+        parts = [torch.tensor(ids) for ids in lists]
+        ids_BL = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
+        n_tokens = self.lm.get_input_embeddings().num_embeddings
+        if ids_BL.max() >= n_tokens:
+            raise InputError(
+                f"the tokenizer gives the id {ids_BL.max()} of {n_tokens} in the model"
+            )
+        return ids_BL.to(self.lm.device)
+
+    def kept(self, ids_BL):
+        """The positions (B, L) that count: all but the first, special tokens and the filling."""
+        return sgo_sae.kept_tokens(ids_BL, self.tokenizer) & (ids_BL >= 0)
+
+    @torch.inference_mode()
+    def read(self, ids_BL):
+        """The layer's output (B, L, D); in a causal model the filling on the right changes none."""
+        outputs = []
+
+        def hook(module, args, output):
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            raise LayerReached
+
+        handle = self.layer.register_forward_hook(hook)
+        with suppress(LayerReached):
+            self.lm(input_ids=ids_BL.clamp(min=0))
+        handle.remove()
+        return outputs[0]
+
+    def batches(self, lists, desc, batch=64):
+        """The rows and token ids (B, L) of batches of like length."""
+        order = sorted(range(len(lists)), key=lambda t: len(lists[t]))
+        starts = range(0, len(order), batch)
+        for start in progress_bar(starts, desc=desc, unit="batch", leave=False):
+            rows = order[start : start + batch]
+            yield rows, self.ids([lists[t] for t in rows])
 
 
 @torch.no_grad()
-def portrait(e, sae, label, wanted, head, sample=12):
-    """HTML of an autoencoder's closest pairs and some other latents; its lines of FIGURES.
+def mean_latents(model, saes, texts, desc, length=128):
+    """Means over each text's kept tokens, of the activations (T, D) and each SAE's latents (T, N).
 
-    Pairs are sought in 16 contexts, about a batch, and counted in all of them; only what is shown is kept.
+    A text is its first `length` tokens, BOS among them. The means are on the CPU.
     """
-    N, every = len(sae.b_enc), max(1, len(e.x_TLD) // 16)
-    some = slice(None, 16 * every, every)
-    pairs, histogram = closest_pairs(sae.encode(e.x_TLD[some][e.keep_TL[some]].float()), 20)
-    others, fired_N, kept, parts = [*wanted, *range(0, N, max(1, N // sample))], 0, [], []
-    latents = list(dict.fromkeys([*chain(*pairs), *others]))
-    for x_BLD, keep_BL in zip(e.x_TLD.split(16), e.keep_TL.split(16)):
-        f_BLN = sae.encode(x_BLD.float()) * keep_BL[..., None]
-        fired_N += (f_BLN > 0).sum((0, 1))
-        kept.append(f_BLN[..., latents])
-    f_TL_of = dict(zip(latents, torch.cat(kept).unbind(-1)))
-
-    def show(i, other_TL):
-        f_TL, (peak_T, at_T), places = f_TL_of[i], f_TL_of[i].max(1), {}
-        parts.append(f"<div><small>latent {i}, on {fired_N[i]:,} tokens</small>")
-        for word, sign in (("raises", 1), ("lowers", -1)) if head else ():
-            best = (sign * head(sae.W_dec[i].to(e.dtype))).topk(8).indices[:, None]
-            words = html.escape("  ".join(map(repr, e.tokenizer.batch_decode(best))))
-            parts.append(f"<br><small>{word} {words}</small>")
-        for t in peak_T.argsort(descending=True)[: int((peak_T > 0).sum())].tolist():
-            places.setdefault(e.document_TL[t, at_T[t]].item(), (t, at_T[t].item()))
-        for t, at in list(places.values())[:3]:
-            parts.append("<p>")
-            for n in range(max(0, at - 16), min(f_TL.shape[1], at + 9)):
-                a, token = (
-                    f_TL[t, n].item(),
-                    html.escape(e.tokenizer.decode([e.ids_TL[t, n].item()])),
-                )
-                both, shade = (
-                    ' class="both"' if other_TL[t, n] > 0 else "",
-                    15 + 75 * a / peak_T.max(),
-                )
-                token = (
-                    f'<i{both} style="--a:{shade:.0f}" title="{a:.3g}">{token}</i>'
-                    if a > 0
-                    else token
-                )
-                parts.append(token.replace("\n", "⏎"))
-        parts.append("</div>")
-
-    parts.append(f"<details open><summary>{label}: the pairs that compete most</summary>")
-    for i, j in pairs:
-        both, cosine = (
-            int((f_TL_of[i] * f_TL_of[j] > 0).sum()),
-            F.cosine_similarity(*sae.W_dec[[i, j]], dim=0),
-        )
-        w = both / min(fired_N[i], fired_N[j])
-        parts.append(
-            f"<h4>w {w:.2f}, both on {both:,} tokens, cosine of decoder rows {cosine:.2f}</h4><div class=row>"
-        )
-        show(i, f_TL_of[j])
-        show(j, f_TL_of[i])
-        parts.append("</div>")
-    parts.append(f"</details><details><summary>{label}: other latents</summary><div class=row>")
-    for i in others:
-        show(i, torch.zeros_like(e.keep_TL))
-    log_N, share = (fired_N / e.keep_TL.sum()).log10(), nearest_cosine(sae.W_dec)
-    bars = {
-        "w": (0, 1, histogram.log1p() / math.log(10)),
-        "density": (-5, 0, torch.histc(log_N, 20, -5, 0)),
-    }
-    bars["cosine"], lines = (0, 1, torch.histc(share, 20, 0, 1)), {}
-    for name, (lo, hi, n_20) in bars.items():
-        edges = torch.linspace(lo, hi, 21).repeat_interleave(2)[1:-1].tolist()
-        lines[name] = list(zip(edges, n_20.repeat_interleave(2).tolist()))
-    return "".join([*parts, "</div></details>"]), lines
+    ids = model.tokenizer(texts, add_special_tokens=False).input_ids
+    ids = [model.bos + i[: length - len(model.bos)] for i in ids]
+    encoders = [lambda x_ED: x_ED] + [sae.encode for sae in saes]
+    widths = [model.width] + [len(sae.b_enc) for sae in saes]
+    means = [torch.empty(len(texts), width) for width in widths]
+    for rows, ids_BL in model.batches(ids, desc):
+        kept_BL = model.kept(ids_BL)
+        x_ED = model.read(ids_BL)[kept_BL].float()
+        text_E = kept_BL.nonzero()[:, 0]
+        n_B1 = kept_BL.sum(1, keepdim=True).clamp(min=1)
+        for encode, mean_TN in zip(encoders, means):
+            f_EN = encode(x_ED)
+            sum_BN = f_EN.new_zeros(len(rows), f_EN.shape[1]).index_add_(0, text_E, f_EN)
+            mean_TN[rows] = (sum_BN / n_B1).cpu()
+    return means
 
 
-def page(e, markdown, runs, wanted):
-    """One HTML file: what an Evaluation of these runs found, as its table says it, and what is in them."""
-    found, keys = [], ""
-    head = None
-    if e.head:
-        head = load_whole(e.cfg.model, e.cfg.layer, e.device, e.dtype)[0].get_output_embeddings()
-    for i, (run, sae) in enumerate(progress_bar(list(zip(runs, e.saes)), desc="page", **e.bar)):
-        label, file = html.escape(run), Path(run, "metrics.jsonl")
-        keys += f'<svg width="32" height="8"><path class="s{i % 6}" d="M0 4H32"/></svg> {label}<br>'
-        text, lines = portrait(e, sae, label, wanted, head)
-        rows = [json.loads(line) for line in file.open()] if file.exists() else []
-        found.append(
-            (
-                text,
-                {name: [(m["tokens"] / 1e6, m[name]) for m in rows] for name in list(FIGURES)[3:]}
-                | lines,
-            )
-        )
-    charts = "".join(chart([lines[name] for _, lines in found], *FIGURES[name]) for name in FIGURES)
-    title = f"{html.escape(Path(e.cfg.model).name)}, layer {e.cfg.layer}: which latents compete"
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{STYLE}</style><h2>{title}</h2>{keys}<div>
-Latents compete where they are active on the same tokens: w = |M_i ∩ M_j| / min(|M_i|, |M_j|), M_i the tokens on which
-latent i is active, of {int(e.keep_TL.sum()):,}. Text is shaded by activation, underlined where both are active.</div>
-<div class=row>{charts}</div>{"".join(text for text, _ in found)}<pre>{html.escape(markdown)}</pre></html>"""
+def alphabetic_words(tokenizer):
+    """Token ids and letters, 0 to 25, of the tokens that are words, maybe after a space."""
+    words = []
+    for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
+        if re.fullmatch(" ?[A-Za-z]+", text):
+            words.append((i, ord(text.strip().upper()[0]) - ord("A")))
+    return words
 
 
-# --------------------------------------------------------------------------------------------------- main
+@torch.no_grad()
+def spelled_activations(model, words, vocabulary, rng, desc):
+    """Activations (T, D) at words whose first letter a prompt asks for after ten random examples.
+
+    A prompt ends with the word, since what follows changes nothing there in a causal model. It is
+    put together from token ids, so that the word is one token.
+    """
+    newline, question, *answers = model.tokenizer(
+        ["\n", " has the first letter:", *(f" {chr(65 + c)}" for c in range(26))],
+        add_special_tokens=False,
+    ).input_ids
+    prompts = []
+    for word, _ in words:
+        others = [other for other in rng.sample(vocabulary, 11) if other[0] != word]
+        prompt = list(model.bos)
+        for example, letter in others[:10]:
+            prompt += newline + [example] + question + answers[letter]
+        prompts.append(prompt + newline + [word])
+    x_TD = torch.empty(len(prompts), model.width, device=model.lm.device)
+    for rows, ids_BL in model.batches(prompts, desc):
+        last_B = (ids_BL >= 0).sum(1) - 1
+        x_TD[rows] = model.read(ids_BL)[torch.arange(len(rows)), last_B].float()
+    return x_TD
+
+
+# ------------------------------------------------------------------------------------- autoencoders
 def open_sae(path, device):
-    """An autoencoder as SAEBench measures it: decoder rows of unit length where that changes no latent's being active.
+    """An autoencoder as SAEBench measures it, with the settings `cfg` that SAEBench asks for.
 
-    path: a folder of SAELens's format or Gemma Scope's params.npz, on disk or as OWNER/NAME/PATH on the Hub.
+    Its decoder rows have unit length wherever that changes no latent's being active. The path is
+    a folder of SAELens's format or a params.npz of Gemma Scope, on disk or OWNER/NAME/PATH.
     """
-    import numpy
-
     place = Path(path)
     if not place.exists() and len(place.parts) > 2:
         from huggingface_hub import snapshot_download
 
-        repository, inside = "/".join(place.parts[:2]), "/".join(place.parts[2:])
+        repository = "/".join(place.parts[:2])
+        inside = "/".join(place.parts[2:])
         with sgo_sae.loading(repository):
-            place = (
-                Path(snapshot_download(repository, allow_patterns=[inside, f"{inside}/*"])) / inside
-            )
-    place = place / "params.npz" if (place / "params.npz").exists() else place
+            folder = snapshot_download(repository, allow_patterns=[inside, f"{inside}/*"])
+        place = Path(folder, inside)
+    if (place / "params.npz").exists():
+        place = place / "params.npz"
     if place.suffix == ".npz":
-        with sgo_sae.loading(path):
-            weights = {
-                name: torch.from_numpy(array).float() for name, array in numpy.load(place).items()
-            }
-            weights["theta"] = weights.pop("threshold")
-            weights["b_enc"] = (
-                weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
-            )  # it does not subtract b_dec
-            (N, D), layer = weights["W_dec"].shape, re.search(r"layer_(\d+)", str(path))
-            sae = sgo_sae.ThresholdSAE(D, N, N)
-            sae.load_state_dict(weights)
-            cfg = {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
+        sae, cfg = open_gemma_scope(place)
     else:
-        sae, cfg = sgo_sae.load_sae(place), json.loads(Path(place, "cfg.json").read_text())
-    sae.cfg = SAEConfig(
-        **({"model_from_pretrained_kwargs": {}} | (cfg.pop("metadata", None) or {}) | cfg)
-    )
-    if hasattr(sae, "theta"):  # with thresholds the same latents stay active
+        sae = sgo_sae.load_sae(place)
+        cfg = json.loads(Path(place, "cfg.json").read_text())
+    metadata = cfg.pop("metadata", None) or {}
+    sae.cfg = SAEConfig(**{"model_from_pretrained_kwargs": {}, **metadata, **cfg})
+    if hasattr(sae, "theta"):
         sgo_sae.fold_decoder_norms(sae)
     return sae.to(device)
 
 
+def open_gemma_scope(file):
+    """The autoencoder of a params.npz, and what its path says of it."""
+    import numpy
+
+    with sgo_sae.loading(str(file)):
+        arrays = numpy.load(file)
+        weights = {name: torch.from_numpy(arrays[name]).float() for name in arrays}
+        N, D = weights["W_dec"].shape
+        sae = sgo_sae.ThresholdSAE(D, N, N)
+        weights["theta"] = weights.pop("threshold")
+        weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]  # it does not subtract b_dec
+        sae.load_state_dict(weights)
+    layer = re.search(r"layer_(\d+)", str(file))
+    return sae, {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
+
+
 class SAEConfig(argparse.Namespace):
-    """What SAEBench asks of `sae.cfg`: model_name, hook_name, hook_layer, context_size, d_in, d_sae, ..."""
+    """What SAEBench asks of `sae.cfg`: model_name, hook_name, hook_layer, context_size, ..."""
 
     def to_dict(self):
         return json.loads(json.dumps(vars(self), default=vars))
@@ -1161,141 +902,674 @@ class BenchmarkSAE(nn.Module):
     def __init__(self, path, device="cpu"):
         super().__init__()
         self.sae = open_sae(path, device)
-        self.cfg, self.encode, self.decode, self.forward = (
-            self.sae.cfg,
-            self.sae.encode,
-            self.sae.decode,
-            self.sae.forward,
+        self.forward = self.sae.forward
+
+    def __getattr__(self, name):
+        if name in ("cfg", "encode", "decode", "W_enc", "b_enc", "W_dec", "b_dec"):
+            return getattr(self.sae, name)
+        if name in ("device", "dtype"):
+            return getattr(self.sae.W_dec, name)
+        return super().__getattr__(name)
+
+
+FREE = (
+    "seed",
+    "out",
+    "log_every",
+    "save_every",
+    "resume",
+    "device",
+)  # settings that name no column
+
+
+class Subject:
+    """An autoencoder that is evaluated, what is known of it, and what eval.json says of it."""
+
+    def __init__(self, path, device):
+        self.path = path
+        self.sae = open_sae(path, device)
+        cfg = vars(self.sae.cfg)
+        training = cfg.get("settings", {})
+        self.training = training
+        self.settings = {name: value for name, value in training.items() if name not in FREE}
+        self.seed = training.get("seed", 0)
+        self.scale = cfg.get("activation_scale", 1.0)
+        self.model = cfg.get("model_name")
+        self.hook = cfg.get("hook_name")
+        self.ctx = cfg.get("context_size")
+        dataset = training.get("dataset", cfg.get("dataset_path"))
+        self.text = (dataset, training.get("subset"), training.get("text_column", "text"))
+        local = Path(path)
+        self.file = local / "eval.json" if local.is_dir() else local.with_suffix(".eval.json")
+        self.results = {}
+        if self.file.exists():
+            with sgo_sae.loading(str(self.file)):
+                known = json.loads(self.file.read_text()).items()
+                self.results = {name: record for name, record in known if "figures" in record}
+
+    def layer(self):
+        """The number of the layer whose output it is for, or None where it does not say."""
+        # The names of TransformerLens and of Hugging Face's modules.
+        names = r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)*(?:layers|h)\.(\d+)"
+        known = re.fullmatch(names, self.hook or "")
+        if self.hook and not known:
+            raise InputError(
+                f"{self.path} is for {self.hook}, and only a layer's output is measured"
+            )
+        return int(known[1] or known[2]) if known else None
+
+    def keep(self, family, record):
+        """Puts what was measured into eval.json, where there is a folder for it."""
+        self.results[family] = record
+        if Path(self.path).exists():
+            self.file.write_text(json.dumps(self.results, indent=2))
+
+
+def agreed(values, flag):
+    """The value that all of those have that have one, or None."""
+    known = set(values) - {None}
+    if len(known) > 1:
+        raise InputError(f"the runs differ, {sorted(map(str, known))}: give {flag}")
+    return known.pop() if known else None
+
+
+# --------------------------------------------------------------------------------------- evaluation
+class Evaluation:
+    """Autoencoders of one layer, what they are measured with, and a method for each family.
+
+    A family's method returns for each autoencoder a dict of the parts that it was measured on
+    (a task, a partition of the words), each with a dict of figures. It sets `sample`, how much was
+    used, and adds to `notes` what lacked. It raises InputError where it can't be measured.
+    """
+
+    def __init__(self, args, subjects, device, dtype):
+        self.args = args
+        self.subjects = subjects
+        self.device = device
+        self.dtype = dtype
+        self.demo = all(subject.training.get("demo") for subject in subjects)
+        named = agreed((subject.model for subject in subjects), "a call for each model")
+        layer = agreed((subject.layer() for subject in subjects), "a call for each layer")
+        self.name = args.model or named or sgo_sae.Config.model
+        self.layer = layer if args.layer is None else args.layer
+        if self.layer is None:
+            raise InputError("the runs do not name their layer: give --layer")
+        self.train = args.train or (500 if self.demo else 2000)
+        self.test = args.test or (200 if self.demo else 500)
+        free = ("runs", "metrics", "resume", "paired", "html", "device")
+        self.settings = {name: value for name, value in vars(args).items() if name not in free}
+        self.settings.update(model=self.name, layer=self.layer, dtype=str(dtype))
+
+    def measure(self, family):
+        """Measures a family and puts it into eval.json; with --resume, what is not there yet."""
+        self.measured = []
+        for subject in self.subjects:
+            known = subject.results.get(family, {}).get("settings")
+            if not (self.args.resume and known == self.settings):
+                self.measured.append(subject)
+        if not self.measured:
+            return
+        self.sample = {}
+        self.notes = []
+        try:
+            found = getattr(self, family)([subject.sae for subject in self.measured])
+        except InputError as error:
+            self.notes.append(f"not measured, {error}")
+            found = [{}] * len(self.measured)
+        for subject, parts in zip(self.measured, found):
+            record = {
+                "figures": mean_of(list(parts.values())),
+                "parts": parts,
+                "sample": self.sample,
+                "notes": self.notes,
+                "settings": self.settings,
+            }
+            subject.keep(family, record)
+
+    @cached_property
+    def model(self):
+        model = LanguageModel(self.name, self.layer, self.device, self.dtype)
+        for subject in self.subjects:
+            D = len(subject.sae.b_dec)
+            if D != model.width:
+                raise InputError(
+                    f"{subject.path} is for {D} dimensions, the model has {model.width}"
+                )
+        return model
+
+    def text_config(self):
+        """Where the text of core, behaviour and competition comes from: the same for all."""
+        ctx = self.args.ctx or agreed((subject.ctx for subject in self.subjects), "--ctx")
+        config = sgo_sae.Config(ctx=ctx or 128, data_seed=self.args.seed)
+        if self.args.text or self.demo:
+            config.dataset = self.args.text or f"{self.name}/heldout.jsonl"
+            return config
+        texts = [subject.text if subject.text[0] else None for subject in self.subjects]
+        config.split = "validation"
+        config.dataset, config.subset, config.text_column = agreed(texts, "--text") or (
+            sgo_sae.Config.dataset,
+            None,
+            "text",
         )
+        if Path(config.dataset).exists():
+            raise InputError(f"give --text: no text of {config.dataset} is known to be held out")
+        return config
 
-    W_enc = property(lambda self: self.sae.W_enc)
-    b_enc = property(lambda self: self.sae.b_enc)
-    W_dec = property(lambda self: self.sae.W_dec)
-    b_dec = property(lambda self: self.sae.b_dec)
-    device = property(lambda self: self.sae.W_dec.device)
-    dtype = property(lambda self: self.sae.W_dec.dtype)
+    @cached_property
+    def contexts(self):
+        """Contexts of text (T, L), and which of their tokens count (T, L)."""
+        config = self.text_config()
+        model = self.model
+        texts = (row[config.text_column] for row in sgo_sae.load_texts(config))  # once through
+        contexts = sgo_sae.token_contexts(texts, model.tokenizer, config.ctx)
+        lists = list(itertools.islice(contexts, self.args.contexts))
+        if not lists:
+            raise InputError(f"{config.dataset} does not fill a context of {config.ctx} tokens")
+        ids_TL = model.ids(lists)
+        return ids_TL, model.kept(ids_TL)
+
+    @cached_property
+    def activations(self):
+        """Activations (T, L, D) of the contexts, in the model's dtype."""
+        parts = self.contexts[0].split(32)
+        bar = progress_bar(parts, desc="activations", unit="batch", leave=False)
+        return torch.cat([self.model.read(ids_BL) for ids_BL in bar])
+
+    def text(self):
+        """The contexts' ids (T, L) and kept tokens (T, L), and activations (T, D) of these."""
+        ids_TL, kept_TL = self.contexts
+        x_TD = self.activations[kept_TL]
+        self.sample = {"contexts": len(ids_TL), "tokens": len(x_TD)}
+        if len(ids_TL) < self.args.contexts:
+            self.notes.append(f"the text has {len(ids_TL)} contexts, not {self.args.contexts}")
+        return ids_TL, kept_TL, x_TD
+
+    def core(self, saes):
+        ids_TL, _, x_TD = self.text()
+        return [{"text": reconstruction(sae, x_TD, ids_TL.shape[1])} for sae in each(saes, "core")]
+
+    def behaviour(self, saes):
+        model = self.model
+        if not model.has_head:
+            raise InputError("the model has no language-model head")
+        ids_TL, kept_TL, _ = self.text()
+        found = behaviour(model.lm, model.layer, saes, ids_TL, kept_TL)
+        return [{"text": figures} for figures in found]
+
+    def competition(self, saes):
+        x_TD = self.text()[2]
+        found = []
+        for subject, sae in zip(self.measured, each(saes, "competition")):
+            figures = competition(sae, x_TD)
+            if "alpha" in subject.training:
+                generator = torch.Generator().manual_seed(self.args.seed)
+                batch = torch.randperm(len(x_TD), generator=generator)[:2048].to(x_TD.device)
+                alpha = subject.training["alpha"]
+                figures["penalty_share"] = penalty_share(sae, x_TD[batch], alpha, subject.scale)
+            found.append({"text": figures})
+        return found
+
+    def tasks(self, family, saes):
+        """Task by task: the task, and the means over its texts of activations and of latents.
+
+        Every text is read once, for all autoencoders.
+        """
+        for task in load_tasks(family, self.args, self.demo, self.notes):
+            n_test = len(task.texts) - task.n_train
+            self.sample[task.name] = {"train": task.n_train, "test": n_test}
+            desc = f"{family}: {task.name}"
+            means = mean_latents(self.model, saes, task.texts, desc)
+            yield task, (mean_TN.to(self.device) for mean_TN in each(means, desc))
+        if not self.sample:
+            raise InputError("it has no task, or none whose texts can be had")
+
+    def probe(self, saes):
+        found = [{} for _ in saes]
+        for task, means in self.tasks("probe", saes):
+            label_T = task.label_T.to(self.device)
+            seed = self.args.seed
+            scores = [sparse_probing(f_TN, label_T, task.n_train, seed) for f_TN in means]
+            residual = {f"x_{k}": score for k, score in scores[0].items()}
+            for parts, own in zip(found, scores[1:]):
+                latents = {f"latents_{k}": score for k, score in own.items()}
+                parts[task.name] = {**latents, **residual}
+        return found
+
+    def scr(self, saes):
+        found = [{} for _ in saes]
+        for task, means in self.tasks("scr", saes):
+            n = task.n_train
+            attributes = [task.label_T.to(self.device), task.attribute_T.to(self.device)]
+            x_TD = next(means)
+            probes = scr_probes(x_TD, *attributes, n, self.args.seed)
+            for parts, f_TN, sae in zip(found, means, saes):
+                parts[task.name] = scr(*probes, x_TD, f_TN, attributes, n, sae.W_dec)
+        return found
+
+    def absorption(self, saes):
+        model = self.model
+        seed = self.args.seed
+        if not model.has_head:
+            raise InputError("the model has no language-model head")
+        rng = random.Random(seed)
+        vocabulary = alphabetic_words(model.tokenizer)
+        n_words = min(self.args.words or len(vocabulary), len(vocabulary))
+        if n_words < 100:
+            raise InputError(f"there are {n_words} words, 100 are needed")
+        self.sample = {"words": n_words}
+        words = rng.sample(vocabulary, n_words)
+        x_TD = spelled_activations(model, words, vocabulary, rng, "words")
+        y_T = torch.tensor([letter for _, letter in words], device=x_TD.device)
+        found = [{} for _ in saes]
+        for split in range(seed, seed + self.args.splits):
+            order_T = torch.randperm(n_words, generator=torch.Generator().manual_seed(split))
+            train, test = order_T.to(x_TD.device).tensor_split([n_words * 4 // 5])
+            probe = multi_probe(x_TD[train], y_T[train], batch=64, l2=1e-4, seed=split)
+            scored = test[recognised_words(x_TD[test], y_T[test], *probe)]
+            # They are scored on new prompts, as in SAEBench.
+            again = [words[t] for t in scored.tolist()]
+            x_VD = spelled_activations(model, again, vocabulary, rng, "new prompts")
+            data = (x_TD[train], y_T[train], x_TD[test], y_T[test], x_VD, y_T[scored], probe[0])
+            for parts, sae in zip(found, each(saes, "absorption")):
+                parts[f"partition {split}"] = absorption(sae, *data, split)
+        return found
 
 
-def origin(sae, args, path):
-    """Model and layer of an autoencoder."""
-    hook = getattr(sae.cfg, "hook_name", None)
-    known = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook or "")
-    if not known and (hook or args.layer is None):
-        raise InputError(
-            f"{path} names {hook} as its hook: hook_resid_post is needed, or none and --layer"
+def each(work, desc):
+    return progress_bar(work, desc=desc, unit="SAE", leave=False)
+
+
+# -------------------------------------------------------------------------------------------- table
+# The figures of which more is better, and those of which less is.
+HIGHER = re.compile(r".*(: cosine|explained_variance|_score|latents_.*|: x_.*|scr_.*)")
+LOWER = re.compile(
+    r".*(mse.*|never_fire|dense|rare|ce_sae|kl_sae|over_chance|max_cos|: absorption|full)"
+)
+
+
+def name_subjects(subjects):
+    """Gives each a `name`, that of its column: the settings in which it differs from the others.
+
+    Runs that differ in their seeds alone have the same. Those that don't say how they were trained
+    are named after their folder.
+    """
+    trained = [subject for subject in subjects if subject.settings]
+    values = pandas.DataFrame([subject.settings for subject in trained]).astype(str)
+    differing = [key for key in values if values[key].nunique() > 1]
+    taken = set()
+    for subject in subjects:
+        words = [f"{key} {subject.settings[key]}" for key in differing if key in subject.settings]
+        first = trained[0] if subject.settings else subject
+        subject.name = ", ".join(words) or Path(first.path.removesuffix("/params.npz")).name
+        if (subject.name, subject.seed) in taken:  # the same again, in another folder
+            subject.name = subject.path
+        taken.add((subject.name, subject.seed))
+
+
+def baseline_of(subjects):
+    """The name of the setting that others are compared with: the first unpenalised topk, else the
+    first setting of all."""
+    for subject in subjects:
+        if subject.settings.get("arch") == "topk" and subject.settings["alpha"] == 0:
+            return subject.name
+    return subjects[0].name
+
+
+def table(subjects, families, baseline=None):
+    """Markdown: a line for each figure, a column for each setting, mean ± deviation over its seeds.
+
+    With a baseline, the other columns are differences to it, seed by seed, and the last one is half
+    the 95 % interval of such a difference.
+    """
+    rows = []
+    notes = []
+    for subject in subjects:
+        for family in families:
+            record = subject.results[family]
+            notes += [f"{family}: {note}" for note in record["notes"]]
+            for key, value in record["figures"].items():
+                rows.append((f"{family}: {key}", subject.name, subject.seed, value))
+    frame = pandas.DataFrame(rows, columns=["figure", "setting", "seed", "value"])
+    seeds = Counter(subject.name for subject in subjects)
+    settings = sorted(seeds, key=lambda name: name != baseline)
+    lines = [
+        ["", *(f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings)]
+    ]
+    if baseline:
+        lines[0].append("±")
+        notes.append(
+            f"All but the first column are differences to {baseline}; ± is half their 95 % "
+            "interval, from the variance of all settings. **Better** and _worse_ lie outside it."
         )
-    model = args.model or getattr(sae.cfg, "model_name", None) or sgo_sae.Config.model
-    return model, args.layer if args.layer is not None else int(known[1])
+    for figure, part in frame.groupby("figure", sort=False):
+        values = part.pivot(index="seed", columns="setting", values="value").reindex(
+            columns=settings
+        )
+        sign = int(bool(HIGHER.fullmatch(figure))) - int(bool(LOWER.fullmatch(figure)))
+        cells = paired_cells(values, sign) if baseline else [mean_cell(values[s]) for s in settings]
+        lines.append([figure.replace("_", " ") + ("", " ↑", " ↓")[sign], *cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    for n, line in enumerate(lines):
+        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
+        cells[0] = line[0].ljust(widths[0])
+        lines[n] = f"| {' | '.join(cells)} |"
+    return "\n".join([*lines, *(f"\n{note}" for note in dict.fromkeys(notes))])
 
 
-def parse_args(argv):
-    parser = sgo_sae.new_parser("eval_sae.py", __doc__.splitlines()[0])
-    add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="folder of an SAE or of a grid of them, or Gemma Scope's params.npz",
-    )
-    add("--metrics", nargs="+", choices=FAMILIES, default=FAMILIES, help="families to measure")
-    add("--model", help="language model, where a RUN does not name one that can be loaded")
-    add("--layer", type=int, help="layer, where a RUN does not name it")
-    add(
-        "--text",
-        help="text for core, behaviour, competition; else the demo's or the dataset's split `validation`",
-    )
-    add("--probe", help="csv, jsonl or parquet file with text, label and, for SCR, attribute")
-    add(
-        "--contexts",
-        type=int,
-        default=512,
-        help="contexts of text for core, behaviour and competition",
-    )
-    add("--train", type=int, help="training texts of each class (default: 2000, of the demo's 500)")
-    add("--test", type=int, help="test texts of each class (default: 500, of the demo's 200)")
-    add("--length", type=int, help="tokens of a text (default: 128, of the demo's 64)")
-    add("--words", type=int, help="words of the absorption task (default: all of the tokenizer's)")
-    add(
-        "--splits",
-        type=int,
-        default=1,
-        help="partitions of the words over which absorption is averaged",
-    )
-    add(
-        "--paired",
-        action="store_true",
-        help="differences to the first setting, seed by seed, with 95 %% intervals",
-    )
-    add("--device", default="auto", help="cuda, cpu; auto is cuda where there is one")
-    add(
-        "--dtype",
-        default="auto",
-        choices=sgo_sae.CHOICES["dtype"],
-        help="the model's; auto is bfloat16 on cuda, else float32",
-    )
-    add("--seed", type=int, default=0, help="seed of samples and probes")
-    add(
-        "--html",
-        metavar="FILE",
-        help="write a page to look at: pairs that compete most, latents, curves, the table",
-    )
-    add(
-        "--latents",
-        type=lambda text: [*map(int, text.split(","))],
-        default=[],
-        help="latents to add: 12,345",
-    )
-    args = parser.parse_args(argv)
-    runs, args.runs = args.runs, []
-    for run in runs:
-        members = sorted(str(path.parent) for path in Path(run).glob("*/cfg.json"))
-        args.runs += members if members and not (Path(run) / "cfg.json").exists() else [run]
-    for name in ("contexts", "train", "test", "length", "words", "splits"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1, but is {getattr(args, name)}")
-    return args
+def decimals(number):
+    """How many decimals show two digits of a number that count."""
+    return max(0, 1 - math.floor(math.log10(abs(number)))) if number else 0
 
 
+def mean_cell(values):
+    """The mean ± standard deviation of a series, or one value with four digits that count."""
+    mean = values.mean()
+    deviation = values.std()
+    if math.isnan(mean):
+        return ""
+    if not deviation > 0:  # of one seed it is not a number
+        return f"{mean:,.{decimals(mean / 100)}f}"
+    digits = decimals(deviation)
+    return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
+
+
+def paired_cells(values, sign):
+    """Cells for a frame of seeds by settings, whose first column is the baseline.
+
+    The variance of a difference comes from what seed and setting together leave unexplained, over
+    all settings: with three seeds, that of one setting alone would be luck.
+    """
+    complete = values.dropna(axis=1, how="all").dropna()
+    S, R = complete.shape
+    baseline = values.columns[0]
+    if S == 0 or baseline not in complete:
+        return [""] * (len(values.columns) + 1)
+    difference = complete.sub(complete[baseline], axis=0).mean()
+    residual = complete.sub(complete.mean(axis=1), axis=0)
+    residual -= residual.mean()
+    freedom = (S - 1) * (R - 1)
+    half = 0.0
+    if freedom:
+        half = student_t(freedom) * math.sqrt(2 * residual.stack().var(ddof=0) * R / freedom)
+    level = complete[baseline].mean()
+    digits = decimals(half or level / 100)
+    cells = [f"{level:,.{digits}f}"]
+    for setting in values.columns[1:]:
+        change = difference.get(setting, math.nan)
+        text = "" if math.isnan(change) else f"{change:+,.{digits}f}"
+        if half and sign and abs(change) > half:
+            text = f"**{text}**" if change * sign > 0 else f"_{text}_"
+        cells.append(text)
+    return [*cells, f"{half:,.{digits}f}" if half else ""]
+
+
+def student_t(freedom):
+    """The 97.5 % quantile of Student's t; the density of atan(t / √freedom) is a power of cos."""
+    angle = torch.linspace(-math.pi / 2, math.pi / 2, 1_000_001, dtype=torch.double)
+    share = angle.cos().pow(freedom - 1).cumsum(0)
+    quantile = torch.searchsorted(share, 0.975 * share[-1])
+    return math.sqrt(freedom) * math.tan(angle[quantile])
+
+
+# --------------------------------------------------------------------------------------------- page
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui; max-width: 1200px; margin: auto; padding: 1em }
+figure { margin: 0 }
+pre { overflow-x: auto }
+small, figcaption, pre { font-size: 13px }
+.row { display: grid; gap: 12px 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)) }
+text { font: 11px system-ui; fill: currentColor }
+path { fill: none; stroke: #8884 }
+path[class] { stroke-width: 2 }
+.key { display: inline-block; margin-right: 1.5em }
+.s0 { stroke: #2f8fd0 }
+.s1 { stroke: #d55e00; stroke-dasharray: 6 }
+.s2 { stroke: #009e73; stroke-dasharray: 2 }
+.s3 { stroke: #cc79a7 }
+.s4 { stroke: #b8860b; stroke-dasharray: 6 }
+.s5 { stroke: #777777; stroke-dasharray: 2 }
+summary { font-weight: 600 }
+i { font-style: normal;
+  background: color-mix(in srgb, #e69f00 calc(var(--a) * 1%), transparent) }
+p { font: 13px/1.7 monospace; overflow-wrap: anywhere; margin: 2px 0 8px }
+.both { border-bottom: 3px solid #2f8fd0 }
+"""
+CHARTS = {  # what a chart shows, its x axis and its y axis
+    "over": ("Pairs by how much their w is over chance", "w over chance", "log₁₀(1 + pairs)"),
+    "explained_variance": ("Explained variance in training", "million tokens", "share"),
+    "penalty_share": ("αΩ over the reconstruction term in training", "million tokens", "ratio"),
+    "omega": ("Ω in training, whatever its weight α", "million tokens", "Ω"),
+    "dead": ("Latents inactive for 200 steps, in training", "million tokens", "latents"),
+}
+
+
+def ticks(values):
+    """About five round numbers, 1, 2 or 5 times a power of ten apart, that enclose the values."""
+    raw = (max(values) - min(values)) / 4
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.floor(min(values) / step)
+    return [step * n for n in range(first, math.ceil(max(values) / step) + 1)]
+
+
+def chart(lines, caption, x_name, y_name):
+    """An SVG of lines [(x, y), ...], or nothing where all of their values are the same."""
+    points = [point for line in lines for point in line]
+    if len({x for x, _ in points}) < 2 or len({y for _, y in points}) < 2:
+        return ""
+    xs = ticks([x for x, _ in points])
+    ys = ticks([y for _, y in points])
+
+    def across(x):
+        return 56 + 288 * (x - xs[0]) / (xs[-1] - xs[0])
+
+    def down(y):
+        # It ends above the frame, so that a line on the axis can be seen.
+        return 184 - 150 * (y - ys[0]) / (ys[-1] - ys[0])
+
+    parts = [f'<path d="M48 22V190H352"/><text x="2" y="12">{y_name}</text>']
+    parts.append(f'<text x="200" y="224" text-anchor="middle">{x_name}</text>')
+    for x in xs:
+        parts.append(f'<text x="{across(x):.1f}" y="205" text-anchor="middle">{x:.4g}</text>')
+    for y in ys:
+        parts.append(f'<path d="M48 {down(y):.1f}h304"/>')
+        parts.append(f'<text x="42" y="{down(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+    for n, line in enumerate(lines):
+        path = "L".join(f"{across(x):.1f} {down(y):.1f}" for x, y in line)
+        if path:
+            parts.append(f'<path class="s{n % 6}" d="M{path}"/>')
+    svg = f'<svg viewBox="0 0 360 230">{"".join(parts)}</svg>'
+    return f"<figure>{svg}<figcaption>{caption}.</figcaption></figure>"
+
+
+def closest_pairs(shared_NN, n_tokens, count=20):
+    """The pairs of latents (i, j) that share most beyond chance, and a histogram of all pairs.
+
+    Pairs are in the order of w over chance times the tokens that they share.
+    """
+    compared_J = compared_latents(shared_NN, n_tokens)
+    histogram_20 = torch.zeros(20)
+    found = []
+    for rows_I in compared_J.split(1024):
+        over_IJ = over_chance(shared_NN, rows_I, compared_J, n_tokens)
+        histogram_20 += torch.histc(over_IJ[over_IJ > 0], 20, 0, 1).cpu()
+        score_IJ = over_IJ * shared_NN[rows_I][:, compared_J]
+        best = score_IJ.flatten().topk(min(count, score_IJ.numel()))
+        i = rows_I[best.indices // len(compared_J)]
+        j = compared_J[best.indices % len(compared_J)]
+        found += zip(best.values.tolist(), i.tolist(), j.tolist())
+    found.sort(reverse=True)
+    return [(i, j) for score, i, j in found[:count] if score > 0], histogram_20
+
+
+def tokens_html(evaluation, f_TL, other_TL, t):
+    """The tokens around the peak of context t, shaded by activation."""
+    ids_TL, _ = evaluation.contexts
+    peak = int(f_TL[t].argmax())
+    parts = []
+    for n in range(max(0, peak - 16), min(f_TL.shape[1], peak + 9)):
+        text = html.escape(evaluation.model.tokenizer.decode([ids_TL[t, n].item()]))
+        text = text.replace("\n", "⏎")
+        a = f_TL[t, n].item()
+        if a > 0:
+            shade = 15 + 75 * a / f_TL.max().item()
+            both = ' class="both"' if other_TL[t, n] > 0 else ""
+            text = f'<i{both} style="--a:{shade:.0f}" title="{a:.3g}">{text}</i>'
+        parts.append(text)
+    return f"<p>{''.join(parts)}</p>"
+
+
+def latent_html(evaluation, sae, i, f_TL, other_TL):
+    """A latent: the tokens that it raises and lowers, and the three contexts where it peaks."""
+    model = evaluation.model
+    parts = [f"<div><small>latent {i}, on {int((f_TL > 0).sum()):,} tokens</small>"]
+    if model.has_head:
+        head = model.lm.get_output_embeddings()
+        effect_V = head(sae.W_dec[i].to(head.weight.dtype))
+        for word, largest in (("raises", True), ("lowers", False)):
+            top = effect_V.topk(8, largest=largest).indices[:, None]
+            words = "  ".join(map(repr, model.tokenizer.batch_decode(top)))
+            parts.append(f"<br><small>{word} {html.escape(words)}</small>")
+    peaks = f_TL.amax(1).topk(min(3, len(f_TL)))
+    for peak, t in zip(peaks.values.tolist(), peaks.indices.tolist()):
+        if peak > 0:
+            parts.append(tokens_html(evaluation, f_TL, other_TL, t))
+    return "".join([*parts, "</div>"])
+
+
+@torch.no_grad()
+def portrait(evaluation, subject, name):
+    """An autoencoder's closest pairs, as HTML, and the lines of its charts."""
+    sae = subject.sae
+    kept_TL = evaluation.contexts[1]
+    x_TLD = evaluation.activations
+    n_tokens = int(kept_TL.sum())
+    shared_NN = shared_tokens(sae, x_TLD[kept_TL])
+    fired_N = shared_NN.diagonal()
+    pairs, histogram_20 = closest_pairs(shared_NN, n_tokens)
+    latents = list(dict.fromkeys(itertools.chain(*pairs)))
+    f_TLS = torch.cat([sae.encode(x_BLD.float())[..., latents] for x_BLD in x_TLD.split(16)])
+    f_of = dict(zip(latents, (f_TLS * kept_TL[..., None]).unbind(-1)))
+    parts = [f"<details open><summary>{name}: the pairs that compete most</summary>"]
+    for i, j in pairs:
+        rarer, oftener = sorted([int(fired_N[i]), int(fired_N[j])])
+        both = int(shared_NN[i, j])
+        cosine = F.cosine_similarity(sae.W_dec[i], sae.W_dec[j], dim=0).item()
+        parts.append(f"<h4>w {both / rarer:.2f}, by chance {oftener / n_tokens:.2f}, ")
+        parts.append(f"both on {both:,} tokens, cosine of decoder rows {cosine:.2f}</h4>")
+        first = latent_html(evaluation, sae, i, f_of[i], f_of[j])
+        second = latent_html(evaluation, sae, j, f_of[j], f_of[i])
+        parts.append(f"<div class=row>{first}{second}</div>")
+    lines = {name: [] for name in CHARTS}
+    for n, count in enumerate(histogram_20.tolist()):
+        lines["over"] += [(n / 20, math.log10(1 + count)), ((n + 1) / 20, math.log10(1 + count))]
+    file = Path(subject.path, "metrics.jsonl")
+    for row in map(json.loads, file.open() if file.exists() else []):
+        for key in set(CHARTS) & set(row):
+            lines[key].append((row["tokens"] / 1e6, row[key]))
+    return "".join([*parts, "</details>"]), lines
+
+
+def page(evaluation, found):
+    """One HTML file: what is in the autoencoders, how they were trained, and the table `found`."""
+    subjects = evaluation.subjects
+    names = [html.escape(subject.name) for subject in subjects]
+    if len(set(names)) < len(names):
+        names = [f"{name}, seed {s.seed}" for name, s in zip(names, subjects)]
+    pairs = progress_bar(list(zip(subjects, names)), desc="page", leave=False)
+    portraits = [portrait(evaluation, subject, name) for subject, name in pairs]
+    charts = [chart([lines[key] for _, lines in portraits], *CHARTS[key]) for key in CHARTS]
+    keys = []
+    for n, name in enumerate(names):
+        line = f'<svg width="32" height="8"><path class="s{n % 6}" d="M0 4H32"/></svg>'
+        keys.append(f'<span class="key">{line} {name}</span>')
+    title = html.escape(f"{Path(evaluation.name).name}, layer {evaluation.layer}")
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}: which latents compete</title><style>{STYLE}</style>
+<h2>{title}: which latents compete</h2>
+<div>Latents compete where they are active on the same tokens. w is the share of the rarer latent's
+tokens on which the other one is active too; two latents that have nothing to do with each other
+share some by chance. In the texts below, tokens are shaded by a latent's activation, and underlined
+where the other latent of the pair is active too.</div>
+<div>{"".join(keys)}</div>
+<div class=row>{"".join(charts)}</div>
+{"".join(text for text, _ in portraits)}
+<pre>{html.escape(found)}</pre></html>"""
+
+
+# --------------------------------------------------------------------------------------------- main
 MEMORY_ADVICE = "smaller --contexts, --train, --test and --words need less"
 
 
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def new_parser():
+    parser = sgo_sae.new_parser("eval_sae.py", __doc__.splitlines()[0])
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="an SAE's folder, a folder of such, or a params.npz")
+    add("--metrics", nargs="+", choices=FAMILIES, default=FAMILIES, help="families to measure")
+    add("--resume", action="store_true", help="keep what eval.json has of the same settings")
+    add("--model", help="language model, where a RUN names none that can be loaded")
+    add("--layer", type=int, help="layer, where a RUN does not name it")
+    add("--text", help="held-out text, column `text` (default: the demo's, or split `validation`)")
+    add("--contexts", type=positive, default=512, help="contexts of text")
+    add("--ctx", type=positive, help="tokens in a context (default: as in training)")
+    add("--probe", help="file with the columns text, label and, for SCR, attribute")
+    add("--train", type=positive, help="training texts of a class (default: 2000, of the demo 500)")
+    add("--test", type=positive, help="test texts of a class (default: 500, of the demo 200)")
+    add(
+        "--words",
+        type=positive,
+        help="words of the absorption task (default: all the tokenizer has)",
+    )
+    add(
+        "--splits", type=positive, default=1, help="partitions of the words, over which is averaged"
+    )
+    add("--seed", type=int, default=0, help="seed of samples and probes")
+    add(
+        "--paired",
+        action="store_true",
+        help="differences to the first RUN or to its topk SAE of alpha 0",
+    )
+    add("--html", metavar="FILE", help="write a page with the pairs that compete most")
+    add("--device", default="auto", help="cuda, cuda:1, cpu; auto is cuda where there is one")
+    dtypes = sgo_sae.CHOICES["dtype"]
+    add("--dtype", default="auto", choices=dtypes, help="the model's; auto is bfloat16 on cuda")
+    return parser
+
+
+def members(run):
+    """The paths of the autoencoders of a RUN: its own, or those of the folders in it."""
+    found = sorted(str(path.parent) for path in Path(run).glob("*/cfg.json"))
+    alone = not found or Path(run, "cfg.json").exists()
+    return [run] if alone else found
+
+
 def work(argv):
-    args = parse_args(argv)
+    """Measures what the command line asks for."""
+    args = new_parser().parse_args(argv)
     device, dtype = sgo_sae.find_device(args.device, args.dtype)
-    torch.manual_seed(args.seed)
-    saes = [open_sae(run, device) for run in args.runs]
-    if wrong := [i for i in args.latents for sae in saes if not 0 <= i < len(sae.b_enc)]:
-        raise InputError(
-            f"--latents {wrong[0]}: the latents are 0 to {min(len(sae.b_enc) for sae in saes) - 1}"
-        )
-    place, *others = dict.fromkeys(origin(sae, args, run) for sae, run in zip(saes, args.runs))
-    if others:
-        raise InputError(
-            f"{place} and {others[0]}: autoencoders of several models or layers need a call for each"
-        )
-    evaluation = Evaluation(args, *place, saes, device, dtype)
-    text = [family for family in ("core", "behaviour", "competition") if family in args.metrics]
-    if text or args.html:
-        evaluation.text(text)
-    evaluation.tasks([family for family in ("probe", "scr") if family in args.metrics])
-    if "absorption" in args.metrics:
-        evaluation.absorption()
-    for run, result in zip(args.runs, evaluation.results):
-        if Path(run).exists():
-            path = (
-                Path(run) / "eval.json"
-                if Path(run).is_dir()
-                else Path(run).with_suffix(".eval.json")
-            )
-            path.write_text(
-                json.dumps({"command": vars(args), "torch": torch.__version__, **result}, indent=2)
-            )
-    print(markdown := table(args.runs, evaluation.results, args.paired))
+    paths = dict.fromkeys(itertools.chain(*map(members, args.runs)))
+    subjects = [Subject(path, device) for path in paths]
+    name_subjects(subjects)
+    evaluation = Evaluation(args, subjects, device, dtype)
+    families = [family for family in FAMILIES if family in args.metrics]
+    for family in families:
+        evaluation.measure(family)
+    of_first_run = subjects[: len(members(args.runs[0]))]
+    found = table(subjects, families, baseline_of(of_first_run) if args.paired else None)
+    print(found)
     if args.html:
-        Path(args.html).write_text(
-            page(evaluation, markdown, args.runs, args.latents), encoding="utf-8"
-        )
-    return 0
+        Path(args.html).write_text(page(evaluation, found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import runpy
+import shutil
 import signal
 import statistics
 import string
@@ -35,6 +36,7 @@ os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRES
 
 import operator
 
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
@@ -838,9 +840,8 @@ def test_special_tokens_and_the_first_one_never_reach_the_autoencoder(tmp_path, 
         distance.amin(1).max() < 1e-4
     )  # each is one of them, and, less than a batch aside, each of them is there
     assert (distance.amin(0) < 1e-4).sum() > len(kept) - 4
-    means = eval_sae.mean_latents(
-        partial(sgo_sae.layer_output, lm, layer), tokenizer, [SAE(16, 8, 2)], ["a b c"], 8, "cpu"
-    )
+    reader = eval_sae.LanguageModel(str(tmp_path), 1, torch.device("cpu"), torch.float32)
+    means = eval_sae.mean_latents(reader, [SAE(16, 8, 2)], ["a b c"], "texts", 8)
     ids = torch.tensor([sgo_sae.first_id(tokenizer.bos_token_id) + tokenizer("a b c").input_ids])
     with torch.inference_mode():
         expected = sgo_sae.layer_output(lm, layer, ids)[0, 1:].mean(0)
@@ -2182,81 +2183,74 @@ def test_50_damaged_data_files_are_refused_in_one_line(model, tmp_path, capsys):
 
 @slow
 def test_memory_is_flat(tmp_path):
-    """Resident memory of a run of the demo's sizes, but for its batch, in steps 200 to 700 and from 1,700 on."""
+    """Resident memory of a run in steps 200 to 400 and 1,000 to 1,200.
+
+    A copy of a batch that were kept at each step would add 0.25 MB times 800, a third. It varies
+    by 5 % from run to run, as the allocator finds its blocks.
+    """
     documents = [text for _, text in sgo_sae.library_texts()][:300]
     sgo_sae.train_demo_lm(documents, tmp_path / "lm", steps=1)
-    (tmp_path / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in documents)
-    )
-    settings = sgo_sae.DEMO | {"d_sae": 256, "k": 8, "alpha": 0.075, "model": tmp_path / "lm", "dataset": tmp_path / "texts.jsonl", "layer": 0, "batch": 1024, "tokens": 1024 * 2060, "log_every": 100,
-                                   "save_every": 100, "out": tmp_path / "run"}  # fmt: skip
-    argv = [
-        str(part) for name, value in settings.items() for part in (sgo_sae.flag_of(name), value)
-    ]
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    metrics, resident = tmp_path / "run" / "metrics.jsonl", {}
+    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    settings = sgo_sae.DEMO | {
+        "d_sae": 256,
+        "k": 8,
+        "alpha": 0.075,
+        "model": tmp_path / "lm",
+        "dataset": tmp_path / "texts.jsonl",
+        "layer": 0,
+        "batch": 512,
+        "tokens": 512 * 1200,
+        "log_every": 200,
+        "save_every": 200,
+        "out": tmp_path / "run",
+    }
+    argv = [sys.executable, SCRIPT]
+    for name, value in settings.items():
+        argv += [sgo_sae.flag_of(name), str(value)]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    resident = {}
     while process.poll() is None:
-        part = (
-            (metrics.read_text().count("\n") - 2) // 5 if metrics.exists() else -1
-        )  # of 500 steps, from step 200 on
+        part = metrics.read_text().count("\n") if metrics.exists() else 0
         pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
         resident.setdefault(part, []).append(pages)
         time.sleep(0.05)
     assert process.returncode == 0, process.stderr.read()
-    # Harvesting takes 60 MB for a moment.
     middle = {part: statistics.median(pages) for part, pages in resident.items()}
-    assert middle[3] == pytest.approx(middle[0], rel=0.05), middle
+    assert middle[5] == pytest.approx(middle[1], rel=0.12), middle
 
 
-# -------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------- evaluation
 
 
-def planted_sae(W_dec_ND, W_enc_DN=None, k=None):
+def planted_sae(W_dec_ND, k=None):
     """An autoencoder with a given dictionary, whose encoder reads each direction's coefficient."""
     N, D = W_dec_ND.shape
     sae = SAE(D, N, k or N)
     sae.W_dec.data = W_dec_ND.clone()
-    sae.W_enc.data = (W_dec_ND.T if W_enc_DN is None else W_enc_DN).clone()
+    sae.W_enc.data = W_dec_ND.T.clone()
     return sae
 
 
 def test_reconstruction_of_constructed_cases():
-    x_TD = torch.randn(500, 8)
+    x_TD = torch.randn(5000, 8)
     perfect = planted_sae(torch.cat([torch.eye(8), -torch.eye(8)]))  # x = Σ relu(±x_i) ±e_i
     figures = eval_sae.reconstruction(perfect, x_TD)
-    assert figures["explained_variance"] == pytest.approx(1, abs=1e-10) and figures[
-        "cosine"
-    ] == pytest.approx(1)
-    assert figures["l0"] == 8 and figures["l1"] == pytest.approx(
-        x_TD.abs().sum(1).mean().item(), rel=1e-5
-    )
-    assert (
-        figures["norm_ratio"] == pytest.approx(1)
-        and figures["never_fire"] == 0
-        and figures["dense"] == 1
-    )
-    half = planted_sae(
-        torch.cat([torch.eye(8)[:4], -torch.eye(8)[:4]])
-    )  # the first 4 of 8 dimensions
+    assert figures["explained_variance"] == pytest.approx(1, abs=1e-6)
+    assert figures["cosine"] == pytest.approx(1)
+    assert figures["l0"] == 8
+    assert figures["l1"] == pytest.approx(x_TD.abs().sum(1).mean().item(), rel=1e-5)
+    assert figures["norm_ratio"] == pytest.approx(1)
+    assert (figures["never_fire"], figures["dense"]) == (0, 1)
+    half = planted_sae(torch.cat([torch.eye(8)[:4], -torch.eye(8)[:4]]))  # 4 of 8 dimensions
     figures = eval_sae.reconstruction(half, x_TD, ctx=65)
     error = x_TD[:, 4:].double().square().sum().item()
-    assert figures["mse"] == pytest.approx(error / 4000, rel=1e-6)
-    assert figures["mse_benchmark"] == pytest.approx(error / 500 / (16 * 64), rel=1e-6)
-    assert figures["cosine"] == pytest.approx(
-        (x_TD[:, :4].norm(dim=1) / x_TD.norm(dim=1)).mean().item(), rel=1e-5
-    )
-    variance = (x_TD.double() - x_TD.double().mean(0)).square().sum().item()
-    assert figures["explained_variance"] == pytest.approx(1 - error / variance, rel=1e-6)
-    assert figures["bias"] == pytest.approx(1, rel=1e-6)  # a projection has ‖x̂‖² = ⟨x, x̂⟩
-
-
-def test_reconstruction_does_not_depend_on_batch_size():
-    torch.manual_seed(0)
-    sae, x_TD = SAE(8, 32, 4), torch.randn(300, 8)
-    whole, parts = (eval_sae.reconstruction(sae, x_TD, chunk=c) for c in (300, 7))
-    assert all(whole[key] == pytest.approx(parts[key], rel=1e-6) for key in whole)
+    variance = (x_TD - x_TD.mean(0)).double().square().sum().item()
+    assert figures["explained_variance"] == pytest.approx(1 - error / variance, rel=1e-5)
+    assert figures["mse"] == pytest.approx(error / (5000 * 8), rel=1e-5)
+    assert figures["mse_benchmark"] == pytest.approx(error / 5000 / (16 * 64), rel=1e-5)
+    assert figures["bias"] == pytest.approx(1, rel=1e-5)
 
 
 class Exact(torch.nn.Module):
@@ -2270,37 +2264,112 @@ class Zero(torch.nn.Module):
 
 
 def test_behaviour_of_the_exact_activation_and_of_zero(model):
-    """Special tokens keep their activations, but where all is zeroed; they are no source of the means."""
+    """Special tokens keep their activations, but where all is zeroed, and are no source of means."""
     _, full, tokenizer = model
     ids_TL = torch.randint(3, len(tokenizer), (5, 12))
     ids_TL[:, 0] = tokenizer.bos_token_id
     ids_TL[2, 5] = tokenizer.eos_token_id
-    layer, ordinary_TL = full.model.layers[1], ids_TL > 2
+    layer = full.model.layers[1]
+    kept_TL = ids_TL > 2
+    places = [(t, i) for t in range(5) for i in range(12) if kept_TL[t, i]]
+
+    def by_hand(log_p, log_q):
+        ce = [-log_q[t, i, ids_TL[t, i + 1]].item() for t, i in places if i < 11]
+        kl = [(log_p[t, i].exp() * (log_p[t, i] - log_q[t, i])).sum().item() for t, i in places]
+        return statistics.mean(ce), statistics.mean(kl)
+
+    expected = {}
     with torch.inference_mode():
-        clean = full(ids_TL).logits
-        exact, zero = eval_sae.behaviour(full, layer, [Exact(), Zero()], ids_TL, ordinary_TL)
-        expected = {}
-        for name, keep in (
-            ("all zero", torch.zeros_like(ids_TL, dtype=torch.bool)),
-            ("special kept", ~ordinary_TL),
-        ):
+        exact, zero = eval_sae.behaviour(full, layer, [Exact(), Zero()], ids_TL, kept_TL)
+        clean = full(ids_TL).logits.log_softmax(-1)
+        for name, keep in (("zero", torch.zeros_like(kept_TL)), ("sae", ~kept_TL)):
             handle = layer.register_forward_hook(lambda m, a, x, keep=keep: x * keep[..., None])
-            log_p, log_q = full(ids_TL).logits.log_softmax(-1), clean.log_softmax(-1)
+            expected[name] = by_hand(clean, full(ids_TL).logits.log_softmax(-1))
             handle.remove()
-            places = [(t, i) for t in range(5) for i in range(12) if ordinary_TL[t, i]]
-            ce = [-log_p[t, i, ids_TL[t, i + 1]].item() for t, i in places if i < 11]
-            kl = [(log_q[t, i].exp() * (log_q[t, i] - log_p[t, i])).sum().item() for t, i in places]
-            expected[name] = (sum(ce) / len(ce), sum(kl) / len(kl))
-        ce = [-clean.log_softmax(-1)[t, i, ids_TL[t, i + 1]].item() for t, i in places if i < 11]
-    assert exact["ce_clean"] == exact["ce_sae"] == pytest.approx(sum(ce) / len(ce), rel=1e-5)
-    assert (
-        exact["ce_score"] == 1
-        and exact["kl_score"] == pytest.approx(1)
-        and exact["kl_sae"] == pytest.approx(0, abs=1e-6)
-    )
-    assert (zero["ce_zero"], zero["kl_zero"]) == pytest.approx(expected["all zero"], rel=1e-4)
-    assert (zero["ce_sae"], zero["kl_sae"]) == pytest.approx(expected["special kept"], rel=1e-4)
+    assert exact["ce_clean"] == exact["ce_sae"] == pytest.approx(by_hand(clean, clean)[0], rel=1e-5)
+    assert exact["ce_score"] == 1
+    assert exact["kl_score"] == pytest.approx(1)
+    assert exact["kl_sae"] == pytest.approx(0, abs=1e-6)
+    assert (zero["ce_zero"], zero["kl_zero"]) == pytest.approx(expected["zero"], rel=1e-4)
+    assert (zero["ce_sae"], zero["kl_sae"]) == pytest.approx(expected["sae"], rel=1e-4)
     assert abs(zero["ce_sae"] - zero["ce_zero"]) > 1e-3
+
+
+def independent_latents(T, N, seed=0):
+    """Latents that fire independently at log-normal rates, of mean 1 in 80."""
+    generator = torch.Generator().manual_seed(seed)
+    rate_N = (torch.randn(N, generator=generator) * 1.5).exp()
+    rate_N = (rate_N / rate_N.mean() / 80).clamp(max=0.9)
+    return (torch.rand(T, N, generator=generator) < rate_N).float()
+
+
+def competition_of(f_TN):
+    sae = planted_sae(torch.eye(f_TN.shape[1]))
+    sae.encode = lambda x: x
+    return eval_sae.competition(sae, f_TN)
+
+
+def test_independent_latents_do_not_compete():
+    """Eq. 3 alone says that they do: thousands of their pairs have w over 0.5 in a batch."""
+    f_TN = independent_latents(8192, 1500)
+    w_NN = coactivation_weights(f_TN[:2048])
+    assert (w_NN.triu(1) > 0.5).sum() > 2000
+    figures = competition_of(f_TN)
+    assert figures["pairs_over_chance"] <= 2
+    assert abs(figures["w_over_chance"]) < 1e-3
+    assert figures["rare"] + figures["dense"] < 0.5
+
+
+def test_planted_competition_is_found():
+    f_TN = independent_latents(8192, 600)
+    rate_N = f_TN.mean(0)
+    moderate = ((rate_N > 0.005) & (rate_N < 0.08)).nonzero()[:, 0]
+    for i, j in moderate[:40].view(20, 2).tolist():
+        f_TN[:, j] = f_TN[:, i]
+    assert competition_of(f_TN)["pairs_over_chance"] == pytest.approx(20, abs=1)
+
+
+def test_competition_is_that_of_its_definition():
+    f_TN = independent_latents(3000, 90)
+    f_TN[:, 1] = f_TN[:, 0] * (torch.rand(3000) < 0.8)
+    M = [set(f_TN[:, i].nonzero()[:, 0].tolist()) for i in range(90)]
+    compared = [i for i in range(90) if 20 <= len(M[i]) <= 300]
+    over = [
+        len(M[i] & M[j]) / min(len(M[i]), len(M[j])) - max(len(M[i]), len(M[j])) / 3000
+        for n, i in enumerate(compared)
+        for j in compared[:n]
+    ]
+    figures = competition_of(f_TN)
+    assert figures["pairs_over_chance"] == sum(x > 0.5 for x in over)
+    assert figures["w_over_chance"] == pytest.approx(statistics.mean(over), abs=1e-6)
+    assert figures["rare"] == pytest.approx(sum(len(m) < 20 for m in M) / 90)
+    assert figures["dense"] == pytest.approx(sum(len(m) > 300 for m in M) / 90)
+    assert figures["mean_max_cos"] == 0
+
+
+def test_penalty_share_and_nearest_cosine_are_those_of_the_definitions():
+    torch.manual_seed(0)
+    sae = SAE(8, 32, 4)
+    x_TD = torch.randn(256, 8)
+    sae.b_enc.data.normal_()
+    cosine_NN = F.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).abs().fill_diagonal_(0)
+    assert torch.allclose(eval_sae.nearest_cosine(sae.W_dec), cosine_NN.amax(1), atol=1e-6)
+    error = (3 * (x_TD - sae(x_TD))).square().sum(1).mean()
+    omega = orthogonality(3 * sae.encode(x_TD))
+    expected = (0.1 * omega / error).item()
+    assert eval_sae.penalty_share(sae, x_TD, 0.1, 3.0) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [["--normalize"], []])
+def test_penalty_share_is_that_of_training(model, texts, tmp_path, options):
+    argv = flags(model, texts, tmp_path / "run", tokens=64 * 40, alpha_warmup=0) + options
+    assert sgo_sae.main(argv) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    argv = [tmp_path / "run", "--text", texts, "--metrics", "competition", "--contexts", "40"]
+    assert evaluated([str(part) for part in argv]) == 0
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())["competition"]["figures"]
+    # The batches are others. Without the scale it would be off by its square.
+    assert found["penalty_share"] == pytest.approx(last["penalty_share"], rel=0.6)
 
 
 @pytest.mark.parametrize("separable", [True, False])
@@ -2309,191 +2378,351 @@ def test_logistic_regression_meets_its_optimality_conditions(separable):
     x_TS = torch.randn(200, 5, dtype=torch.float64) * torch.tensor([0.01, 1, 1, 30, 5]) + 3
     y_T = x_TS[:, 1] + x_TS[:, 2] + (0 if separable else 2 * torch.randn(200)) > 6
     weight_T = (torch.rand(200) > 0.2).double()
-    w_S, b = eval_sae.logistic_regression(x_TS, y_T, weight_T, C=0.7)
-    residual_T = weight_T * (torch.sigmoid(x_TS @ w_S + b) - y_T.double())
-    assert (w_S + 0.7 * residual_T @ x_TS).abs().max() < 1e-4
+    probe = eval_sae.logistic_regression(x_TS, y_T, weight_T)
+    residual_T = weight_T * (torch.sigmoid(x_TS @ probe.w_D + probe.b) - y_T.double())
+    assert (probe.w_D + residual_T @ x_TS).abs().max() < 1e-4
     assert residual_T.sum().abs() < 1e-4
-    right = eval_sae.accuracy(x_TS, y_T, w_S, b)
+    right = eval_sae.accuracy(x_TS, y_T, probe)
     assert right > 0.97 if separable else 0.6 < right < 0.95
 
 
 def test_a_probe_sees_as_many_of_its_class_as_of_the_others():
     labels_T = torch.tensor([0] * 50 + [1] * 60 + [2] * 70)[torch.randperm(180)]
-    rows = eval_sae.class_and_others(labels_T, 1, torch.Generator().manual_seed(0))
-    found = torch.bincount(labels_T[rows])
-    assert found.tolist() == [30, 60, 30] and len(rows.unique()) == 120
+    rows = eval_sae.class_and_others(labels_T, 1, torch.Generator())
+    assert torch.bincount(labels_T[rows]).tolist() == [30, 60, 30]
+    assert len(rows.unique()) == 120
 
 
 def test_probing_finds_the_planted_latent():
     """And noise is told by chance, half, whatever the number of classes."""
     torch.manual_seed(0)
-    labels = torch.arange(1500) % 5
+    labels_T = torch.arange(1500) % 5
     f_TN = torch.rand(1500, 40)
     for c in range(5):
-        f_TN[:, 7 * c] = (labels == c) + 0.1 * torch.rand(1500)
+        f_TN[:, 7 * c] = (labels_T == c) + 0.1 * torch.rand(1500)
     f_TN[:, 30] *= 3  # large, and tells nothing
-    found = eval_sae.sparse_probing(f_TN[:750], labels[:750], f_TN[750:], labels[750:])
-    assert found[1] == found[2] == 1 and found["all"] > 0.99
-    noise = eval_sae.sparse_probing(
-        torch.rand(3000, 20), torch.arange(3000) % 5, torch.rand(3000, 20), torch.arange(3000) % 5
-    )
-    assert (
-        all(abs(noise[k] - 0.5) < 0.03 for k in eval_sae.KS) and abs(noise["all"] - 0.5) < 0.08
-    )  # its best epoch
+    found = eval_sae.sparse_probing(f_TN, labels_T, 750)
+    assert found["1"] == found["2"] == 1
+    assert found["all"] > 0.99
+    noise = eval_sae.sparse_probing(torch.rand(6000, 20), torch.arange(6000) % 5, 3000)
+    assert all(abs(noise[k] - 0.5) < 0.03 for k in ("1", "2", "5", "20"))
+    assert abs(noise["all"] - 0.5) < 0.08  # it is that of its best epoch
 
 
 def planted_attributes(T=4800):
-    """Activations in which one direction carries attribute a, weakly, and another attribute b, strongly."""
+    """Activations in which one direction has attribute a, weakly, and another b, strongly."""
     torch.manual_seed(0)
-    a_T, b_T = torch.arange(T) % 2, torch.arange(T) // 2 % 2
+    a_T = torch.arange(T) % 2
+    b_T = torch.arange(T) // 2 % 2
     f_TN = torch.rand(T, 8) * 0.05
     f_TN[:, :4] += torch.stack([a_T, 1 - a_T, 2.0 * b_T, 2.0 * (1 - b_T)], 1)
-    return f_TN, a_T, b_T
+    return f_TN, [a_T, b_T]
 
 
 def test_scr_of_a_planted_dictionary():
-    f_TN, a_T, b_T = planted_attributes()
+    f_TN, attributes = planted_attributes()
     W_ND = torch.eye(8)
     x_TD = f_TN @ W_ND
-    halves = [slice(0, 2400), slice(2400, 4800)]
-    (xa, fa, aa, ba), (xb, fb, ab, bb) = ((x_TD[h], f_TN[h], a_T[h], b_T[h]) for h in halves)
-    probes = eval_sae.scr_probes(xa, aa, ba, xb, ab, bb)
-    assert probes["a"][2] == 1
-    assert eval_sae.accuracy(xb, ab, *probes["biased"][:2]) < 0.9  # it took b for a
-    one = eval_sae.scr(probes, fa, aa, ba, xb, fb, ab, bb, W_ND, counts=(2,))
-    assert one[2] == pytest.approx(1, abs=0.02)
-    nothing = eval_sae.scr(probes, fa, aa, ba, xb, fb, ab, bb, torch.zeros(8, 8), counts=(1, 2))
-    assert nothing == {1: 0, 2: 0}
-    fa[:, 2:4] = (
-        0  # the latents of b tell no longer: no effect, so they are not among those that are ablated
-    )
+    probes, biased = eval_sae.scr_probes(x_TD, *attributes, 2400)
+    data = (probes, biased, x_TD)
+    assert eval_sae.accuracy(x_TD, attributes[0], probes[0]) == 1
+    assert eval_sae.accuracy(x_TD, attributes[0], biased) < 0.9  # it took b for a
+    found = eval_sae.scr(*data, f_TN, attributes, 2400, W_ND)
+    assert found["scr_2"] == pytest.approx(1, abs=0.02)
+    nothing = eval_sae.scr(*data, f_TN, attributes, 2400, torch.zeros(8, 8))
+    assert set(nothing.values()) == {0.0}
+    f_TN[:2400, 2:4] = 0  # the latents of b tell no longer: without effect, they are not ablated
     W_ND[2:] = 0
-    assert eval_sae.scr(probes, fa, aa, ba, xb, fb, ab, bb, W_ND, counts=(5,))[5] <= 0
+    assert eval_sae.scr(*data, f_TN, attributes, 2400, W_ND)["scr_5"] <= 0
 
 
 def test_scr_balances_what_is_clean_and_takes_as_many_texts_for_what_is_biased():
-    a_T, b_T = torch.arange(4000) % 2, torch.arange(4000) // 2 % 2
-    even_T, equal_T = eval_sae.scr_rows(a_T, b_T)
-    assert len(even_T) == len(equal_T) == 2000 and torch.equal(a_T[equal_T], b_T[equal_T])
-    assert torch.bincount(2 * a_T[even_T] + b_T[even_T]).tolist() == [500] * 4
-    assert torch.bincount(a_T[equal_T]).tolist() == [1000] * 2
+    """The smallest combination limits only the sets that it is in."""
+    a_T = torch.arange(4000) % 2
+    b_T = torch.arange(4000) // 2 % 2
+    kept = ((a_T == b_T) | (torch.arange(4000) < 400)).nonzero()[:, 0]
+    clean, biased = eval_sae.scr_rows(a_T[kept], b_T[kept])
+    cells_T = (2 * a_T + b_T)[kept]
+    assert torch.bincount(cells_T[clean]).tolist() == [100] * 4
+    assert torch.bincount(cells_T[biased]).tolist() == [1000, 0, 0, 1000]
+
+
+def test_scrs_probes_train_for_all_of_their_epochs(monkeypatch):
+    """Also where no epoch is better than the first: SAEBench sets their patience to their number."""
+    f_TN, attributes = planted_attributes(400)
+    scores = []
+    monkeypatch.setattr(eval_sae, "accuracy", lambda *data: scores.append(0.5) or 0.5)
+    eval_sae.scr_probes(f_TN, *attributes, 200)
+    assert len(scores) == 3 * 20
+
+
+def frame_of(cells, tests=(False, True)):
+    """A frame of numbered texts, a label and an attribute for each cell, and how many texts."""
+    rows = []
+    for is_test in tests:
+        for (label, attribute), size in cells.items():
+            for n in range(size):
+                rows.append((f"{label} {attribute} {is_test} {n}", label, attribute, is_test))
+    frame = pandas.DataFrame(rows, columns=["text", "label", "attribute", "is_test"])
+    return frame.sample(frac=1, random_state=0).sort_values("text", key=lambda t: t.str[-5:])
+
+
+def test_scrs_texts_are_the_first_of_each_combination():
+    cells = {("x", 0): 90, ("x", 1): 90, ("y", 0): 30, ("y", 1): 90}
+    frame = frame_of(cells)
+    task = eval_sae.scr_task("two", frame, 80, 60)
+    cells_T = 2 * task.label_T + task.attribute_T
+    n = task.n_train
+    assert torch.bincount(cells_T[:n]).tolist() == [80, 40, 30, 80]
+    assert torch.bincount(cells_T[n:]).tolist() == [60, 30, 30, 60]
+    first = frame[(frame["label"] == "x") & (frame["attribute"] == 1) & ~frame["is_test"]]
+    shown = [text for text, cell in zip(task.texts[:n], cells_T) if cell == 1]
+    assert shown == first["text"].tolist()[:40]
+    assert task.notes == ["two: 410 texts, not 420"]
+    with pytest.raises(InputError, match="two: 20 texts of each label are needed"):
+        eval_sae.scr_task("two", frame_of({**cells, ("y", 0): 19}), 80, 60)
+
+
+def test_probings_texts_are_random_and_balanced():
+    cells = {(label, attribute): 400 for label in "xyz" for attribute in (0, 1)}
+    task = eval_sae.probing_task("three", frame_of(cells), 80, 60, seed=0)
+    cells_T = 2 * task.label_T + task.attribute_T
+    assert torch.bincount(cells_T[: task.n_train]).tolist() == [40] * 6
+    assert torch.bincount(cells_T[task.n_train :]).tolist() == [30] * 6
+    numbers = [int(text.split()[-1]) for text in task.texts]
+    assert max(numbers) > 300  # not the first ones
+    again = eval_sae.probing_task("three", frame_of(cells), 80, 60, seed=1)
+    assert again.texts != task.texts
+    for text, cell in zip(task.texts, cells_T.tolist()):
+        assert text.startswith(f"{'xyz'[cell // 2]} {cell % 2} ")
+    cells["y", 1] = 30
+    task = eval_sae.probing_task("three", frame_of(cells), 80, 60, seed=0)
+    assert torch.bincount(task.label_T[: task.n_train]).tolist() == [60] * 3
+    assert task.notes == ["three: 30 training texts of a label and attribute, not 40"]
+
+
+def test_benchmark_frames_are_of_its_columns_and_classes(monkeypatch):
+    """The loader's calls, answered by rows made here, as the benchmark's datasets have them."""
+    import datasets
+
+    def reviews(name, split):
+        rows = [{"text": f"{i}", "category": i % 4, "rating": (1.0, 5.0)[i % 2]} for i in range(99)]
+        return datasets.Dataset.from_list(rows[: 80 if split == "train" else 40])
+
+    monkeypatch.setattr(datasets, "load_dataset", reviews)
+    frame = eval_sae.hub_frame(eval_sae.AMAZON, [3, 1])
+    assert frame["text"].astype(int).mod(4).map({3: 0, 1: 1}).tolist() == frame["label"].tolist()
+    assert frame["attribute"].tolist() == [5.0] * len(frame)
+    assert frame["is_test"].tolist() == [False] * 40 + [True] * 20
+
+    def sentences(name, subset, split):
+        languages = subset.split("-")
+        rows = [{"translation": {x: f"{x} {i}" for x in languages}} for i in range(300)]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", sentences)
+    frame = eval_sae.hub_frame(*eval_sae.PROBING["europarl"])
+    task = eval_sae.probing_task("europarl", frame, 100, 50, seed=0)
+    languages = list(eval_sae.LANGUAGES)
+    for text, label in zip(task.texts, task.label_T):
+        assert text.startswith(f"{languages[label]} ")
+    assert not set(task.texts[: task.n_train]) & set(task.texts[task.n_train :])
+    assert len(task.texts) == 5 * 150
+
+
+def test_the_demos_tasks_keep_documents_apart(monkeypatch):
+    """Of texts made here: what each task holds, from which files."""
+    sizes = {"big": 60, "middle": 50, "small": 40, "tiny": 30, "least": 25, "left": 20}
+    files = []
+    for package, size in sizes.items():
+        for i in range(size):
+            code = f"{package}{i}x = 0  # " + "filling " * 12
+            files.append((f"{package}/{i}.py", f'{code}\n\ndef f():\n    """{code}"""\n\nshort'))
+    monkeypatch.setattr(sgo_sae, "library_texts", lambda: iter(files))
+    probing, spurious = eval_sae.library_frames()
+    for frame in [*probing.values(), *spurious.values()]:
+        file_of = frame["text"].str.extract(r"([a-z]+\d+)x")[0]
+        assert not set(file_of[frame["is_test"]]) & set(file_of[~frame["is_test"]])
+    packages = probing["package"]
+    assert set(packages["label"]) == set(sizes) - {"left"}
+    assert (packages["text"].str.extract(r"([a-z]+)\d+x")[0] == packages["label"]).all()
+    documented = probing["docstring or not"]
+    assert (documented["text"].str.contains('"""') == documented["label"]).all()
+    assert set(spurious["docstrings of two packages"]["label"]) == {"big", "middle"}
 
 
 def test_absorption_of_planted_words():
     direction_D = F.one_hot(torch.tensor(0), 6).float()
     W_ND = torch.eye(6)
-    W_ND[3] = F.normalize(
-        torch.tensor([0.6, 0, 0, 0.8, 0, 0]), dim=0
-    )  # an absorber, cosine 0.6 with the letter
-    f_TN = torch.tensor(
+    W_ND[3] = torch.tensor([0.6, 0, 0, 0.8, 0, 0])  # an absorber, cosine 0.6 with the letter
+    f_VN = torch.tensor(
         [
             [2.0, 0, 0, 0, 0, 0],  # the letter's latent carries all of it
             [0, 0, 0, 2.5, 0, 0],  # absorbed: 1.5 of 1.5 by latent 3
             [0.5, 0, 0, 2.5, 0, 0],  # 0.5 by the letter, 1.5 by latent 3
-            [1.6, 0, 0, 0.5, 0, 0],
+            [1.6, 0, 0, 0.5, 0, 0],  # latent 3 carries 0.3 of 1.9: under 40 %
         ]
-    )  # latent 3 carries 0.3 of 1.9: under 40 %
-    share_T, full_T = eval_sae.absorbed_share(
-        f_TN, f_TN @ W_ND, W_ND, direction_D, torch.tensor([0])
     )
-    assert torch.allclose(share_T, torch.tensor([0, 1, 0.75, 0]))
-    assert full_T.tolist() == [False, True, False, False]
-    x_TD = f_TN @ W_ND
-    x_TD[1, 0] = -1.0  # nothing to absorb where the residual does not point to the letter
-    assert eval_sae.absorbed_share(f_TN, x_TD, W_ND, direction_D, torch.tensor([0]))[0][1] == 0
+    x_VD = f_VN @ W_ND
+    letter = (W_ND, direction_D, torch.tensor([0]))
+    share_V, full_V = eval_sae.absorbed_share(f_VN, x_VD, *letter)
+    assert torch.allclose(share_V, torch.tensor([0, 1, 0.75, 0]))
+    assert full_V.tolist() == [False, True, False, False]
+    x_VD[1, 0] = -1.0  # nothing to absorb where the residual does not point to the letter
+    assert eval_sae.absorbed_share(f_VN, x_VD, *letter)[0][1] == 0
 
 
 @pytest.mark.parametrize("absorbing", [False, True])
 def test_absorption_from_planted_letters_to_the_mean(absorbing, monkeypatch):
     torch.manual_seed(0)
-    letters, words = torch.arange(26).repeat(600), torch.arange(15600) // 26
+    letters_T = torch.arange(26).repeat(600)
+    nth_T = torch.arange(15600) // 26
     W_ND = torch.eye(60)[:53]
     f_TN = torch.zeros(15600, 53)
-    f_TN[torch.arange(15600), letters] = 4 + torch.rand(15600)
+    f_TN[torch.arange(15600), letters_T] = 4 + torch.rand(15600)
     f_TN[torch.arange(15600), 26 + torch.randint(26, (15600,))] = 0.5
     W_ND[52] = F.normalize(torch.eye(60)[0] + torch.eye(60)[58], dim=0)
-    taken = (letters == 0) & (words % 25 == 0)
-    if (
-        absorbing
-    ):  # of one A word in 25, too few to split the letter, latent 52 takes the letter over
-        f_TN[taken] = 0
-        f_TN[taken, 52] = 6
-    x_TD, decode = f_TN @ W_ND, torch.linalg.pinv(W_ND)
-    sae = SAE(60, 53, 53)
-    sae.W_dec.data = W_ND
+    # Latent 52 takes over one A word in 25, too few for it to be in the letter's split.
+    taken_T = (letters_T == 0) & (nth_T % 25 == 0)
+    if absorbing:
+        f_TN[taken_T] = 0
+        f_TN[taken_T, 52] = 6
+    x_TD = f_TN @ W_ND
+    decode = torch.linalg.pinv(W_ND)
+    sae = planted_sae(W_ND)
     sae.encode = lambda x: (x @ decode).clamp(min=0)
-    test = words >= 450
-    probe = (20 * torch.eye(60)[:26], torch.full((26,), -20.0))
-    monkeypatch.setattr(
-        eval_sae, "multi_probe", lambda f_TN, y_T, **_: (torch.eye(53)[:26], None)
-    )  # its own latent first
-    found = eval_sae.absorption(sae, x_TD[~test], letters[~test], x_TD[test], letters[test], probe)
+    # Each letter's own latent comes first.
+    monkeypatch.setattr(eval_sae, "multi_probe", lambda *data, **_: (torch.eye(53)[:26], None))
+    train, test = (nth_T < 450), (nth_T >= 450)
+    parts = (x_TD[train], letters_T[train], x_TD[test], letters_T[test])
+    W_CD = 20 * torch.eye(60)[:26]
+    assert eval_sae.recognised_words(*parts[2:], W_CD, torch.full((26,), -20.0)).all()
+    found = eval_sae.absorption(sae, *parts, *parts[2:], W_CD)
     share = 2 / 50 / 26 if absorbing else 0
     assert found["full"] == pytest.approx(share, abs=1e-6)
     assert found["absorption"] == pytest.approx(share, abs=1e-6)
+    # What counts is what the scored words are on their new prompts.
+    f_TN[test & (letters_T == 0)] = 0
+    f_TN[test & (letters_T == 0), 52] = 6
+    found = eval_sae.absorption(sae, *parts, (f_TN @ W_ND)[test], letters_T[test], W_CD)
+    assert found["full"] == pytest.approx(1 / 26, abs=1e-6)
 
 
-def test_absorption_refuses_a_model_that_cannot_spell():
-    x_TD, y_T = torch.randn(200, 6), torch.randint(26, (200,))
-    with pytest.raises(InputError, match="spells .* of 26 letters, 20 are needed"):
-        eval_sae.absorption(
-            SAE(6, 20, 4),
-            x_TD,
-            y_T,
-            x_TD,
-            y_T,
-            eval_sae.multi_probe(x_TD, y_T, batch=64, l2=0.0, epochs=2),
+def test_a_model_that_can_not_spell_is_refused():
+    x_TD = torch.randn(200, 6)
+    with pytest.raises(InputError, match="spells 0 of 26 letters, 20 are needed"):
+        eval_sae.recognised_words(
+            x_TD, torch.randint(26, (200,)), torch.zeros(26, 6), -torch.ones(26)
         )
 
 
-def test_competition_is_that_of_the_definitions():
+def test_multi_probe_encodes_batch_by_batch():
+    """On latents, it is what it is on latents that were computed before."""
     torch.manual_seed(0)
-    sae, x_TD, scale = SAE(8, 32, 4), torch.randn(256, 8), 3.0
-    sae.b_enc.data.normal_()
-    figures = eval_sae.competition(sae, x_TD, {"alpha": 0.1}, scale)
-    f_BN = sae.encode(x_TD).detach()
-    w_NN = coactivation_weights(f_BN).fill_diagonal_(0)
-    assert figures["w_mean"] == pytest.approx(w_NN[w_NN > 0].mean().item(), rel=1e-5)
-    assert figures["pairs_over_half"] == (w_NN.triu(1) > 0.5).sum().item()
-    assert figures["mean_max_w"] == pytest.approx(w_NN.amax(1)[f_BN.any(0)].mean().item(), rel=1e-5)
-    cosine_NN = F.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).abs().fill_diagonal_(0)
-    assert figures["mean_max_cos"] == pytest.approx(cosine_NN.amax(1).mean().item(), rel=1e-5)
-    error = (scale * (x_TD - sae(x_TD))).square().sum(1).mean()
-    omega = orthogonality(scale * f_BN)
-    assert figures["penalty_share"] == pytest.approx((0.1 * omega / error).item(), rel=1e-4)
+    sae = SAE(6, 20, 4)
+    x_TD = torch.randn(300, 6)
+    y_T = torch.randint(26, (300,))
+    sizes = []
+
+    def encode(x_BD):
+        sizes.append(len(x_BD))
+        return sae.encode(x_BD).detach()
+
+    own = eval_sae.multi_probe(x_TD, y_T, batch=100, l2=1e-6, l1=0.01, encode=encode)
+    before = eval_sae.multi_probe(sae.encode(x_TD).detach(), y_T, batch=100, l2=1e-6, l1=0.01)
+    assert torch.allclose(own[0], before[0], atol=1e-4)
+    assert max(sizes) == 100
 
 
-@pytest.mark.parametrize("options", [["--normalize"], []])
-def test_penalty_share_is_that_of_training(model, texts, tmp_path, options):
-    argv = flags(model, texts, tmp_path / "run", tokens=64 * 40, alpha_warmup=0) + options
-    assert sgo_sae.main(argv) == 0
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert (
-        evaluated(
-            [str(tmp_path / "run"), "--text", texts, "--metrics", "competition", "--contexts", "40"]
-        )
-        == 0
-    )
-    found = json.loads((tmp_path / "run" / "eval.json").read_text())["competition"]["penalty_share"]
-    assert found == pytest.approx(
-        last["penalty_share"], rel=0.6
-    )  # other batches; without the scale it was off by its square
+# ------------------------------------------------------------------- reading, and other people's
 
 
-def test_mean_latents_do_not_depend_on_batch_size_or_padding(model):
-    _, _full, tokenizer = model
-    lm, module = loaded(model, 1)
-    sae, texts = SAE(16, 64, 4), [TEXT[: 5 + 3 * i] for i in range(20)]
-    read = torch.inference_mode()(lambda ids_BL: sgo_sae.layer_output(lm, module, ids_BL))
-    one = eval_sae.mean_latents(read, tokenizer, [sae], texts, 12, "cpu")
+@pytest.fixture(scope="session")
+def reader(model):
+    return eval_sae.LanguageModel(model[0], 1, torch.device("cpu"), torch.float32)
+
+
+def test_the_whole_model_is_read_up_to_a_layer(model, reader):
+    ids_BL = torch.randint(3, len(model[2]), (3, 20))
+    with torch.inference_mode():
+        expected = model[1](ids_BL, output_hidden_states=True).hidden_states[2]
+    assert torch.equal(reader.read(ids_BL), expected)
+    assert reader.has_head and not reader.layer._forward_hooks
+
+
+def test_mean_latents_do_not_depend_on_batch_size_or_padding(reader):
+    sae = SAE(16, 64, 4)
+    texts = [TEXT[: 5 + 3 * i] for i in range(20)]
+    x_TD, f_TN = eval_sae.mean_latents(reader, [sae], texts, "texts", 12)
     for t in range(20):
-        alone = eval_sae.mean_latents(read, tokenizer, [sae], texts[t : t + 1], 12, "cpu")
-        assert torch.allclose(one[0][t], alone[0][0], atol=1e-4) and torch.allclose(
-            one[1][0][t], alone[1][0][0], atol=1e-3
-        )
-    ids = [tokenizer.bos_token_id] + tokenizer(texts[3])["input_ids"][:11]
-    alone = read(torch.tensor([ids]))[0, 1:]
-    assert torch.allclose(one[0][3], alone.mean(0), atol=1e-4)
+        x_1D, f_1N = eval_sae.mean_latents(reader, [sae], texts[t : t + 1], "text", 12)
+        assert torch.allclose(x_TD[t], x_1D[0], atol=1e-4)
+        assert torch.allclose(f_TN[t], f_1N[0], atol=1e-3)
+    ids = reader.bos + reader.tokenizer(texts[3]).input_ids[:11]
+    alone = reader.read(torch.tensor([ids]))[0, 1:]
+    assert torch.allclose(x_TD[3], alone.mean(0), atol=1e-4)
+
+
+def test_words_are_read_after_ten_examples(reader, monkeypatch):
+    """The prompts, as text: ten lines with the right letters, then the word, and other ones anew."""
+    rng = random.Random(0)
+    words = eval_sae.alphabetic_words(reader.tokenizer)
+    read = []
+    original = reader.batches
+    monkeypatch.setattr(reader, "batches", lambda p, desc: read.append(p) or original(p, desc))
+    both = [eval_sae.spelled_activations(reader, words[:9], words, rng, "") for _ in range(2)]
+    assert read[0] != read[1]
+    assert not torch.allclose(*both)
+    for prompt, (word, letter), x_D in zip(read[0], words, both[0]):
+        *lines, last = reader.tokenizer.decode(prompt[1:]).strip("\n").split("\n")
+        assert len(lines) == 10
+        for line in lines:
+            example, answer = line.split(" has the first letter:")
+            assert example.strip()[0].upper() == answer.strip()
+        assert last == reader.tokenizer.decode([word])
+        assert ord(last.strip()[0].upper()) - ord("A") == letter
+        assert prompt[-1] == word
+        assert torch.allclose(reader.read(torch.tensor([prompt]))[0, -1], x_D, atol=1e-4)
+
+
+def gemma_scope(folder, seed=0):
+    """Writes a params.npz of 32 latents of 16 dimensions; returns its weights."""
+    import numpy
+
+    torch.manual_seed(seed)
+    shapes = {"W_enc": (16, 32), "b_enc": (32,), "W_dec": (32, 16), "b_dec": (16,)}
+    arrays = {name: torch.randn(shape).numpy() for name, shape in shapes.items()}
+    arrays["threshold"] = torch.rand(32).numpy()
+    folder.mkdir(parents=True)
+    numpy.savez(folder / "params.npz", **arrays)
+    return {name: torch.from_numpy(a) for name, a in arrays.items()}
+
+
+def test_gemma_scope_file_is_read_and_its_decoder_norms_folded(tmp_path):
+    p = gemma_scope(tmp_path / "layer_3")
+    x_BD = torch.randn(50, 16)
+    sae = eval_sae.open_sae(tmp_path / "layer_3" / "params.npz", "cpu")
+    pre_BN = x_BD @ p["W_enc"] + p["b_enc"]
+    f_BN = pre_BN.relu() * (pre_BN > p["threshold"])
+    assert torch.allclose(sae.encode(x_BD), f_BN * p["W_dec"].norm(dim=1), atol=1e-3)
+    assert torch.allclose(sae(x_BD), f_BN @ p["W_dec"] + p["b_dec"], atol=1e-3)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(32))
+    assert sae.cfg.hook_name == "blocks.3.hook_resid_post"
+
+
+def test_topk_with_rescaled_latents_is_measured_as_it_selects(tmp_path):
+    """rescale_acts_by_decoder_norm: the k largest of pre-activations times the decoder's norms."""
+    sae, x_BD = random_sae("topk")
+    sae.W_dec.data *= 0.5 + torch.rand(32, 1)
+    sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"rescale_acts_by_decoder_norm": True}))
+    norm_N = sae.W_dec.norm(dim=1)
+    opened = eval_sae.open_sae(tmp_path, "cpu")
+    pre_BN = ((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc).relu() * norm_N
+    f_BN = torch.where(pre_BN >= pre_BN.sort(dim=1, descending=True).values[:, 3:4], pre_BN, 0)
+    assert torch.allclose(opened.encode(x_BD), f_BN, atol=1e-5)
+    assert torch.allclose(opened(x_BD), (f_BN / norm_N) @ sae.W_dec + sae.b_dec, atol=1e-4)
 
 
 @pytest.fixture(scope="session")
@@ -2504,134 +2733,69 @@ def run(model, texts, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def probe_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("probe") / "words.csv"
-    rows = [
-        f"{w} {i} {v},{w},{v}" for i in range(400) for w in ("fox", "dog") for v in ("warm", "lazy")
-    ]
-    path.write_text("text,label,attribute\n" + "\n".join(rows) + "\n")
-    return str(path)
+def copy_of(run, folder, **metadata):
+    """A folder with the autoencoder of a run, as another trainer would have written it."""
+    shutil.copytree(run / "s0", folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    for name in ("settings", "activation_scale", "dataset_path"):
+        config["metadata"].pop(name)
+    config["metadata"].update(metadata)
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
 
 
-def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, capsys):
-    argv = [str(run / "s0"), str(run / "s1"), "--text", texts, "--probe", probe_file, "--contexts", "40",
-            "--train", "200", "--test", "100", "--words", "200"]  # fmt: skip
-    assert evaluated(argv) == 0
-    first = capsys.readouterr().out
-    assert evaluated(argv) == 0
-    assert capsys.readouterr().out == first
-    rows = first.splitlines()
-    assert "2 seeds" in rows[0]
-    labels = (
-        "core: mse ↓",
-        "behaviour: ce score ↑",
-        "competition: mean max w ↓",
-        "probe: latents 1 ↑",
-        "scr: scr 2 ↑",
-    )
-    for label in labels:
-        assert any(row.startswith(f"| {label}") and "±" in row for row in rows), label
-    assert any(
-        "words, 100 are needed" in row or "absorption: not measured, the model spells" in row
-        for row in rows
-    )
-    content = json.loads((run / "s0" / "eval.json").read_text())
-    assert content["core"]["l0"] == pytest.approx(4, abs=0.2) and content["settings"]["k"] == 4
-    assert content["samples"]["tokens"] > 0 and content["torch"] == torch.__version__
-    capsys.readouterr()
-    assert evaluated([*argv[:4], "--metrics", "core", "--contexts", "100000"]) == 0
-    assert re.search(
-        r"text: .* has \d{2,3} contexts of 16 tokens, not 100000", capsys.readouterr().out
-    )  # once through
-
-
-def test_table_means_and_differences_are_over_seeds():
-    def result(alpha, seed, mse):
-        settings = {"alpha": alpha, "dict": 8, "seed": seed, "out": f"{alpha}{seed}"}
-        return {"settings": settings, "notes": [], "core": {"mse": mse}}
-
-    runs = [
-        result(0.0, 0, 1.0),
-        result(0.0, 1, 3.0),
-        result(0.1, 1, 9.0),
-        result(0.1, 0, 8.0),
-        result(0.2, 0, 2.5),
-    ]
-    header, _, row = eval_sae.table("abcde", runs).splitlines()[:3]
-    assert [cell.strip() for cell in header.split("|")[2:-1]] == [
-        "alpha 0.0, 2 seeds",
-        "alpha 0.1, 2 seeds",
-        "alpha 0.2",
-    ]
-    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "core: mse ↓",
-        "2.000 ± 1.414",
-        "8.500 ± 0.707",
-        "2.500",
-    ]
-    row = eval_sae.table("abcde", runs, paired=True).splitlines()[2]
-    # differences 7 and 6: mean 6.5, deviation 1/√2, half the interval 12.706 · 0.7071 / √2
-    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
-        "2.000 ± 1.414",
-        "+6.500 ± 6.353",
-        "+1.500",
-    ]
-    header, _, row = eval_sae.table(["a", "copies/a"], [runs[0], result(0.0, 0, 1.5)]).splitlines()
-    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in (header, row)] == [
-        ["a", "run copies/a"],
-        ["1.000", "1.500"],
-    ]
-
-
-def gemma_scope(folder, seed=0):
-    import numpy
-
-    torch.manual_seed(seed)
-    shapes = {
-        "W_enc": (16, 32),
-        "b_enc": (32,),
-        "W_dec": (32, 16),
-        "b_dec": (16,),
-        "threshold": (32,),
-    }
-    arrays = {name: torch.randn(shape).numpy() for name, shape in shapes.items()}
-    arrays["threshold"] = abs(arrays["threshold"])
-    folder.mkdir(parents=True)
-    numpy.savez(folder / "params.npz", **arrays)
-    return {name: torch.from_numpy(a) for name, a in arrays.items()}
-
-
-def test_gemma_scope_file_is_read_and_its_decoder_norms_folded(tmp_path):
-    p, x_BD = gemma_scope(tmp_path / "layer_3"), torch.randn(50, 16)
-    sae = eval_sae.open_sae(tmp_path / "layer_3" / "params.npz", "cpu")
-    pre_BN = x_BD @ p["W_enc"] + p["b_enc"]
-    f_BN = pre_BN.relu() * (pre_BN > p["threshold"])
-    assert torch.allclose(sae.encode(x_BD), f_BN * p["W_dec"].norm(dim=1), atol=1e-3)
-    assert torch.allclose(sae(x_BD), f_BN @ p["W_dec"] + p["b_dec"], atol=1e-3)
-    assert (
-        torch.allclose(sae.W_dec.norm(dim=1), torch.ones(32))
-        and sae.cfg.hook_name == "blocks.3.hook_resid_post"
-    )
-
-
-def test_two_gemma_scope_files_in_one_call(model, texts, tmp_path, capsys):
-    files = [str(tmp_path / "layer_1" / f"average_l0_{l0}" / "params.npz") for l0 in (4, 8)]
-    for seed, file in enumerate(files):
-        gemma_scope(Path(file).parent, seed)
-    argv = [*files, "--text", texts, "--metrics", "core", "--contexts", "5", "--model", model[0]]
-    assert evaluated(argv) == 0
-    header = capsys.readouterr().out.splitlines()[0]
-    assert "seeds" not in header and all(f"run {file}" in header for file in files)
+def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
+    model, run, texts, tmp_path, capsys
+):
+    """SAELens names the hook as Hugging Face's modules are called, and the model's context size."""
+    lens = copy_of(run, tmp_path / "lens", hook_name="model.layers.1", context_size=16)
+    gemma_scope(tmp_path / "layer_1" / "average_l0_4")
+    scope = tmp_path / "layer_1" / "average_l0_4" / "params.npz"
+    argv = [run / "s0", lens, scope, "--text", texts, "--metrics", "core", "--contexts", "9"]
+    assert evaluated([str(part) for part in argv]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == ["s0", "lens", "average_l0_4"]
+    mse = next(line for line in lines if "core: mse ↓" in line).split("|")
+    assert mse[2].strip() == mse[3].strip() != mse[4].strip()
+    for file in (run / "s0" / "eval.json", lens / "eval.json", scope.with_suffix(".eval.json")):
+        assert json.loads(file.read_text())["core"]["sample"]["contexts"] == 9
     gemma_scope(tmp_path / "layer_0")
-    assert evaluated([str(tmp_path / "layer_0" / "params.npz"), *argv]) == 2
-    assert "several models or layers need a call for each" in capsys.readouterr().err
+    other = str(tmp_path / "layer_0" / "params.npz")
+    assert evaluated([other, *(str(part) for part in argv)]) == 2
+    assert "give a call for each layer" in capsys.readouterr().err
+
+
+def evaluation_of(paths, *argv):
+    args = eval_sae.new_parser().parse_args([*map(str, paths), *argv])
+    subjects = [eval_sae.Subject(str(path), "cpu") for path in paths]
+    return eval_sae.Evaluation(args, subjects, torch.device("cpu"), torch.float32)
+
+
+def test_runs_of_several_texts_are_not_measured_on_that_of_the_first(run, tmp_path):
+    """They share the text of those that name one, of whose dataset the validation split is held out."""
+    one = copy_of(run, tmp_path / "one", context_size=32, dataset_path="some/data")
+    two = copy_of(run, tmp_path / "two", context_size=64, dataset_path="other/data")
+    none = copy_of(run, tmp_path / "none", context_size=None)
+    config = evaluation_of([one, none]).text_config()
+    assert (config.dataset, config.split, config.ctx) == ("some/data", "validation", 32)
+    with pytest.raises(InputError, match="'32', '64'.*give --ctx"):
+        evaluation_of([one, two]).text_config()
+    with pytest.raises(InputError, match="other/data.*some/data.*give --text"):
+        evaluation_of([one, two], "--ctx", "16").text_config()
+    config = evaluation_of([one, two], "--ctx", "16", "--text", "held.jsonl").text_config()
+    assert (config.dataset, config.split, config.ctx) == ("held.jsonl", "train", 16)
+    subject = eval_sae.Subject(str(run / "s0"), "cpu")
+    subject.text = ("some/data", "small", "body")
+    evaluation = evaluation_of([run / "s0"])
+    evaluation.subjects = [subject]
+    config = evaluation.text_config()
+    assert (config.subset, config.text_column, config.ctx) == ("small", "body", 16)
 
 
 @pytest.mark.parametrize("change, words", [
     ({"normalize_activations": "layer_norm"}, "normalize_activations"),
     ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "hook_mlp_out"),
-    ({"metadata": {}}, "names None as its hook: hook_resid_post is needed, or none and --layer"),
+    ({"metadata": {}}, "give --layer"),
 ])  # fmt: skip
 def test_autoencoders_that_would_be_measured_wrongly_are_refused(
     model, texts, tmp_path, capsys, change, words
@@ -2644,102 +2808,170 @@ def test_autoencoders_that_would_be_measured_wrongly_are_refused(
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_topk_with_rescaled_latents_is_measured_as_it_selects(tmp_path):
-    """SAELens's rescale_acts_by_decoder_norm: the k largest of the pre-activations times the decoder's norms."""
-    sae, x_BD = random_sae("topk")
-    sae.W_dec.data *= 0.5 + torch.rand(32, 1)
-    sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
-    config = json.loads((tmp_path / "cfg.json").read_text())
-    (tmp_path / "cfg.json").write_text(json.dumps(config | {"rescale_acts_by_decoder_norm": True}))
-    norm_N, opened = sae.W_dec.norm(dim=1), eval_sae.open_sae(tmp_path, "cpu")
-    pre_BN = ((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc).relu() * norm_N
-    f_BN = torch.where(pre_BN >= pre_BN.sort(dim=1, descending=True).values[:, 3:4], pre_BN, 0)
-    assert torch.allclose(opened.encode(x_BD), f_BN, atol=1e-5)
-    assert torch.allclose(opened(x_BD), (f_BN / norm_N) @ sae.W_dec + sae.b_dec, atol=1e-4)
+# ------------------------------------------------------------------------ table and command line
 
 
-def test_benchmark_tasks_are_random_balanced_and_long_enough(monkeypatch):
-    """The loader's calls, answered by rows made here, as the benchmark's datasets have them."""
-    import datasets
-
-    def answer(rows):
-        monkeypatch.setattr(
-            datasets,
-            "load_dataset",
-            lambda *a, **k: datasets.IterableDataset.from_generator(lambda: iter(rows)),
-        )
-
-    answer(
-        [
-            {"text": f"{i}", "category": 1 + i % 3, "rating": (1.0, 5.0)[i // 3 % 2]}
-            for i in range(6000)
-        ]
-    )
-    task = eval_sae.benchmark_task("reviews", eval_sae.AMAZON, (1, 2), 80, 60, seed=0)
-    for part, each in ((~task.test, 40), (task.test, 30)):
-        assert torch.bincount(2 * task.labels[part] + task.attribute[part]).tolist() == [each] * 4
-    numbers = [int(text) for text in task.texts]
-    assert max(numbers) > 3000  # not the first rows
-    assert [1 + n % 3 for n in numbers] == [(1, 2)[y] for y in task.labels]
-    assert [n // 3 % 2 for n in numbers] == task.attribute.tolist()
-    languages = ("C", "PHP")
-    answer(
-        [
-            {"code": f"{i:04}" + "x" * (526 + i % 10), "language": languages[i // 10 % 2]}
-            for i in range(800)
-        ]
-    )
-    task = eval_sae.benchmark_task("code", eval_sae.PROBING[5][1], languages, 40, 30, seed=0)
-    assert len(task.texts) == 140 and min(len(text) for text in task.texts) == 535 - 150
-    answer(
-        [
-            {"translation": {language: f"{language} {i}" for language in eval_sae.EUROPARL}}
-            for i in range(300)
-        ]
-    )
-    task = eval_sae.benchmark_task(*eval_sae.PROBING[7], 20, 20, seed=0)
-    assert len(task.texts) == 200 and not {t for t, u in zip(task.texts, task.test) if u} & {
-        t for t, u in zip(task.texts, task.test) if not u
-    }
-    assert all(
-        text.startswith(list(eval_sae.EUROPARL)[y]) for text, y in zip(task.texts, task.labels)
-    )
-    assert [int(t.split()[1]) for t, y in zip(task.texts, task.labels) if y == 0] != sorted(
-        range(40)
-    )
+@pytest.fixture(scope="session")
+def probe_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("probe") / "words.csv"
+    lines = ["text,label,attribute"]
+    for i in range(400):
+        for word in ("fox", "dog"):
+            lines += [f"{word} {i} {how},{word},{how}" for how in ("warm", "lazy")]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
 
 
-def test_a_run_is_evaluated_on_its_own_subset_and_column(run, monkeypatch):
-    """Of a dataset of the Hub, whose split `validation` is held out."""
-    sae = eval_sae.open_sae(run / "s0", "cpu")
-    sae.cfg.settings |= {"dataset": "some/data", "subset": "small", "text_column": "body"}
-    args = eval_sae.parse_args(["RUN"])
-    cfg = eval_sae.Evaluation(
-        args, sae.cfg.model_name, 1, [sae], torch.device("cpu"), torch.float32
-    ).cfg
-    assert (cfg.dataset, cfg.subset, cfg.text_column, cfg.split) == (
-        "some/data",
-        "small",
-        "body",
-        "validation",
+def small_evaluation(run, texts, probe_file):
+    return [str(run / "s0"), str(run / "s1"), "--text", texts, "--probe", probe_file, "--contexts",
+            "40", "--train", "200", "--test", "100", "--words", "200"]  # fmt: skip
+
+
+def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, capsys):
+    argv = small_evaluation(run, texts, probe_file)
+    assert evaluated(argv) == 0
+    first = capsys.readouterr().out
+    assert evaluated(argv) == 0
+    assert capsys.readouterr().out == first
+    lines = first.splitlines()
+    assert "2 seeds" in lines[0]
+    for label in (
+        "core: mse ↓",
+        "behaviour: ce score ↑",
+        "competition: mean max cos ↓",
+        "probe: latents 1 ↑",
+        "scr: scr 2 ↑",
+    ):
+        assert any(line.startswith(f"| {label}") and "|" in line for line in lines), label
+    assert any(line.startswith("absorption: not measured, ") for line in lines)
+    content = json.loads((run / "s0" / "eval.json").read_text())
+    assert content["core"]["figures"]["l0"] == pytest.approx(4, abs=0.2)
+    assert content["core"]["settings"]["contexts"] == 40
+    assert content["probe"]["sample"]["words"] == {"train": 400, "test": 200}
+    assert evaluated([*argv[:4], "--metrics", "core", "--contexts", "100000"]) == 0
+    assert re.search(r"the text has \d{2,3} contexts, not 100000", capsys.readouterr().out)
+
+
+def test_what_was_measured_stays_when_a_later_family_fails(
+    run, texts, probe_file, capsys, monkeypatch
+):
+    """And is not measured again with --resume, unless the settings are others."""
+    argv = small_evaluation(run, texts, probe_file)
+    (run / "s0" / "eval.json").unlink(missing_ok=True)
+
+    def full(*data):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_sae.Evaluation, "absorption", full)
+        assert evaluated(argv) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "out of memory, smaller --contexts, --train, --test and --words" in last
+    kept = json.loads((run / "s0" / "eval.json").read_text())
+    assert set(kept) == {"core", "behaviour", "competition", "probe", "scr"}
+    measured = []
+    original = eval_sae.reconstruction
+    monkeypatch.setattr(
+        eval_sae, "reconstruction", lambda *data: measured.append(1) or original(*data)
     )
+    assert evaluated([*argv, "--metrics", "core", "absorption", "--resume"]) == 0
+    assert measured == []
+    assert set(json.loads((run / "s0" / "eval.json").read_text())) == set(eval_sae.FAMILIES)
+    assert evaluated([*argv, "--metrics", "core", "--resume", "--seed", "1"]) == 0
+    assert len(measured) == 2
+
+
+class Measured:
+    """As much of a Subject as a table needs."""
+
+    def __init__(self, path, settings, seed, figures, family="core"):
+        self.path = path
+        self.settings = settings
+        self.seed = seed
+        self.results = {family: {"figures": figures, "notes": []}}
+
+
+def cells_of(subjects, families=("core",), **options):
+    eval_sae.name_subjects(subjects)
+    lines = eval_sae.table(subjects, families, **options).splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+
+
+def test_table_has_means_and_deviations_over_seeds():
+    values = {(0.0, 0): 1.0, (0.0, 1): 3.0, (0.1, 1): 9.0, (0.1, 0): 8.0, (0.2, 0): 2.5}
+    subjects = [
+        Measured(f"{alpha}{seed}", {"alpha": alpha, "dict": 8}, seed, {"mse": value})
+        for (alpha, seed), value in values.items()
+    ]
+    head, _, row = cells_of(subjects)
+    assert head == ["", "alpha 0.0, 2 seeds", "alpha 0.1, 2 seeds", "alpha 0.2"]
+    assert row == ["core: mse ↓", "2.0 ± 1.4", "8.50 ± 0.71", "2.500"]
+    again = [subjects[0], Measured("copies/a", subjects[0].settings, 0, {"mse": 1.5})]
+    head, _, row = cells_of(again)
+    assert (head[2], row[1:]) == ("copies/a", ["1.000", "1.500"])
+
+
+def paired_subjects():
+    """Three settings with three seeds, whose figures are setting + seed + a residual."""
+    generator = torch.Generator().manual_seed(0)
+    residual_33 = torch.randn(3, 3, generator=generator).double() / 100
+    subjects = []
+    values_33 = torch.zeros(3, 3).double()
+    for i, alpha in enumerate((20, 0, 2.5)):
+        for seed in range(3):
+            values_33[i, seed] = 0.3 * i + 5 * seed + residual_33[i, seed]
+            settings = {"arch": "topk", "alpha": alpha}
+            figures = {"mse": values_33[i, seed].item(), "ce_score": -values_33[i, seed].item()}
+            subjects.append(Measured(f"{alpha}{seed}", settings, seed, figures))
+    return subjects, values_33
+
+
+def test_intervals_pool_the_variance_over_the_settings():
+    """A two-way analysis by hand; the differences are marked where they are better or worse."""
+    subjects, values_33 = paired_subjects()
+    eval_sae.name_subjects(subjects)
+    baseline = eval_sae.baseline_of(subjects)
+    assert baseline == "alpha 0"  # the unpenalised topk, and not the first
+    head, _, mse, score = cells_of(subjects, baseline=baseline)
+    assert head == ["", "alpha 0, 3 seeds", "alpha 20, 3 seeds", "alpha 2.5, 3 seeds", "±"]
+    residual_33 = values_33 - values_33.mean(1, keepdim=True) - values_33.mean(0) + values_33.mean()
+    deviation = (residual_33.square().sum() / 4).sqrt().item()
+    half = 2.7764 * deviation * math.sqrt(2 / 3)  # Student's t with 4 degrees of freedom
+    assert float(mse[4]) == pytest.approx(half, rel=0.05)
+    means = values_33.mean(1)
+    assert float(mse[2].strip("*")) == pytest.approx((means[0] - means[1]).item(), abs=1e-3)
+    assert (mse[2][:2], mse[3][:2]) == ("**", "_+")  # a smaller error is better
+    assert (score[2][:1], score[3][:1]) == ("*", "_")  # of a smaller score only the sign counts
+
+
+@pytest.mark.parametrize("freedom, t", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (20, 2.0860)])
+def test_students_quantiles(freedom, t):
+    assert eval_sae.student_t(freedom) == pytest.approx(t, rel=1e-4)
+
+
+def test_what_the_user_names_first_is_compared_with(run):
+    subjects, _ = paired_subjects()
+    eval_sae.name_subjects(subjects)
+    assert eval_sae.baseline_of(subjects[:1]) == "alpha 20"
+    assert eval_sae.members(str(run)) == [str(run / "s0"), str(run / "s1")]
+    assert eval_sae.members(str(run / "s1")) == [str(run / "s1")]
 
 
 @pytest.mark.parametrize("argv, words", [
     (["/nowhere"], "No such file or directory"),
     (["RUN", "--metrics", "core", "beauty"], "invalid choice"),
-    (["RUN", "--text", "TEXTS", "--model", "/nowhere"], "/nowhere"),
-    (["RUN", "--text", "TEXTS", "--layer", "9"], "are 0 to 3"),
-    (["RUN"], "give --text"),
-    (["RUN", "--text", "TEXTS", "--probe", "TEXTS"], "lacks the column label; its columns are text"),
-    (["RUN", "--text", "TEXTS", "--probe", "FEW"], "20 are needed"),
-    (["NARROW", "--layer", "1", "--text", "TEXTS", "--model", "MODEL"], "is for 8 dimensions"),
-    (["RUN", "--contexts", "0"], "--contexts must be at least 1"),
+    (["RUN", "--metrics", "core", "--text", "TEXTS", "--model", "/nowhere"], "/nowhere"),
+    (["RUN", "--metrics", "core", "--text", "TEXTS", "--layer", "9"], "are 0 to 3"),
+    (["RUN", "--metrics", "core"], "give --text"),
+    (["RUN", "--probe", "TEXTS", "--metrics", "probe"], "the columns text and label, and has text"),
+    (["RUN", "--probe", "FEW", "--metrics", "probe"], "20 texts of each label are needed"),
+    (["NARROW", "--layer", "1", "--metrics", "core", "--text", "TEXTS", "--model", "MODEL"], "is for 8 dimensions"),
+    (["RUN", "--contexts", "0"], "invalid positive value: '0'"),
 ])  # fmt: skip
-def test_bad_evaluations_are_refused_in_one_line(model, run, texts, tmp_path, capsys, argv, words):
-    (tmp_path / "few.jsonl").write_text(
-        "".join(json.dumps({"text": f"{t}{i}", "label": t}) + "\n" for t in "ab" for i in range(4))
-    )
+def test_bad_evaluations_are_told_in_one_line(model, run, texts, tmp_path, capsys, argv, words):
+    """What a family lacks is a line under the table, since the other families can be measured."""
+    lines = [json.dumps({"text": f"{t}{i}", "label": t}) + "\n" for t in "ab" for i in range(4)]
+    (tmp_path / "few.jsonl").write_text("".join(lines))
     (tmp_path / "narrow").mkdir()
     sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(), tmp_path / "narrow")
     names = {
@@ -2749,84 +2981,55 @@ def test_bad_evaluations_are_refused_in_one_line(model, run, texts, tmp_path, ca
         "NARROW": tmp_path / "narrow",
         "MODEL": model[0],
     }
-    assert evaluated([str(names.get(a, a)) for a in argv]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert words in lines[-1] and lines[-1].startswith("eval_sae.py: error: "), lines
+    code = evaluated([str(names.get(a, a)) for a in argv])
+    printed = capsys.readouterr()
+    if code == 0:
+        assert any(words in line for line in printed.out.splitlines()), printed.out
+    else:
+        last = printed.err.splitlines()[-1]
+        assert words in last and last.startswith("eval_sae.py: error: "), last
 
 
-def test_library_tasks_keep_documents_apart_and_balance_classes(monkeypatch):
-    """Of texts made here: what each task holds, from which files."""
-    function = 'def f_{0}():\n    """Docstring {0} {1}"""\n    body = "{0} {1}"\n\n\n'
-    texts = [
-        (
-            f"{package}/{i}.py",
-            "".join(function.format(f"{package}{i}x{n}", "filling " * 20) for n in range(9)),
-        )
-        for package, files in (
-            ("big", 60),
-            ("middle", 30),
-            ("small", 16),
-            ("single.py", 20),
-            ("broken", 1),
-        )
-        for i in range(files)
-    ]
-    texts[-1] = ("broken/0.py", "def f(:" + texts[0][1])
-    monkeypatch.setattr(sgo_sae, "library_texts", lambda: iter(texts))
-    tasks, spurious = eval_sae.library_tasks(40, 20, seed=0)
-    assert [task.name for task in tasks] == ["docstring or body", "package of a body"]
-    assert [task.name for task in spurious] == ["big or middle"]
-    for task in tasks + spurious:
-        files = [
-            {re.search(r"([a-z.]+\d+)x", t)[1] for t, u in zip(task.texts, task.test) if u == held}
-            for held in (0, 1)
-        ]
-        assert not files[0] & files[1] and len(files[1]) > 5, task.name
-    assert {
-        t.startswith("Docstring") for t, y in zip(tasks[0].texts, tasks[0].labels) if y == 1
-    } == {True}
-    assert {
-        t.startswith("    body") for t, y in zip(tasks[0].texts, tasks[0].labels) if y == 0
-    } == {True}
-    for label, package in enumerate(("big", "middle", "small")):
-        assert all(
-            f'"{package}' in t for t, y in zip(tasks[1].texts, tasks[1].labels) if y == label
-        )
-    for task, each in ((tasks[0], [40, 20]), (tasks[1], [40, 20]), (spurious[0], [80, 40])):
-        counts = [torch.bincount(task.labels[part]).unique() for part in (~task.test, task.test)]
-        assert torch.cat(counts).tolist() == each
-    cells = spurious[0].labels * 2 + spurious[0].attribute
-    assert all(
-        torch.bincount(cells[part]).unique().numel() == 1
-        for part in (spurious[0].test, ~spurious[0].test)
-    )
+# ------------------------------------------------------------------------------------------- page
 
 
-def test_too_few_texts_of_a_class_are_noted():
-    rows = [(f"{c}{i}", c, None, i % 2 == 0) for c, n in (("a", 200), ("b", 60)) for i in range(n)]
-    task = eval_sae.make_task("letters", rows, 50, 20, seed=0)
-    assert task.note == "letters: b has 30 texts to train on, so each class has no more, not 50"
-    assert torch.bincount(task.labels[~task.test]).tolist() == [30, 30]
+def test_closest_pairs_are_those_of_the_definition():
+    f_TN = independent_latents(2000, 1100)  # more latents than a tile has
+    rate_N = f_TN.mean(0)
+    i, j, k = ((rate_N > 0.02) & (rate_N < 0.1)).nonzero()[:3, 0].tolist()
+    f_TN[:, j] = f_TN[:, i]
+    f_TN[:, k] = f_TN[:, i] * (torch.rand(2000) < 0.9)
+    sae = planted_sae(torch.eye(1100))
+    sae.encode = lambda x: x
+    shared_NN = eval_sae.shared_tokens(sae, f_TN)
+    assert torch.equal(shared_NN, f_TN.T @ f_TN)
+    pairs, histogram_20 = eval_sae.closest_pairs(shared_NN, 2000, 5)
+    assert pairs[0] == (i, j)
+    assert set(pairs[1:3]) == {(i, k), (j, k)}
+    assert len(pairs) == 5
+    compared = eval_sae.compared_latents(shared_NN, 2000)
+    n_compared = len(compared)
+    assert histogram_20.sum() < n_compared * (n_compared - 1) / 2
+    assert histogram_20[-3:].sum() == 3
 
 
-# -------------------------------------------------------------------------------------------------- page
-def test_closest_pairs_and_histogram_are_those_of_the_definition():
-    f_BN = torch.randn(40, 1030).sub(1).relu()  # more latents than a tile has
-    f_BN[:, :3] = torch.rand(40, 1)
-    pairs, histogram = eval_sae.closest_pairs(f_BN, 5)
-    active_BN = f_BN.double() > 0
-    both_NN = active_BN.double().T @ active_BN.double()
-    w_NN = both_NN / torch.minimum(active_BN.sum(0)[:, None], active_BN.sum(0)).clamp(min=1)
-    i, j = torch.triu_indices(1030, 1030, 1)
-    score = (w_NN * both_NN)[i, j].sort(descending=True).values
-    assert {tuple(pair) for pair in pairs[:3]} == {(0, 1), (0, 2), (1, 2)}
-    assert [(w_NN * both_NN)[p, q].item() for p, q in pairs] == pytest.approx(score[:5].tolist())
-    co_active = w_NN[i, j][w_NN[i, j] > 0].float()
-    assert torch.equal(histogram, torch.histc(co_active, 20, 0, 1)) and len(pairs) == 5
+class PlantedPage:
+    """An evaluation of six latents on 40 contexts of 8 tokens, whose token n is the text <n>."""
 
+    def __init__(self):
+        torch.manual_seed(0)
+        rate_N = torch.tensor([0.09, 0.09, 0.08, 0.08, 0.08, 0.0])
+        f_TLN = torch.rand(40, 32, 6) * (torch.rand(40, 32, 6) < rate_N)
+        f_TLN[..., 1] = torch.where(torch.rand(40, 32) < 0.8, f_TLN[..., 0] / 2, 0)
+        self.activations = f_TLN
+        kept_TL = torch.ones(40, 32, dtype=torch.bool)
+        kept_TL[:, 0] = False
+        self.contexts = (torch.arange(40 * 32).view(40, 32), kept_TL)
+        self.model = argparse.Namespace(has_head=True, tokenizer=self, lm=self)
+        self.head = torch.nn.Linear(6, 50, bias=False)
 
-class Words:
-    """A tokenizer whose token n is the text <n>, of HTML."""
+    def get_output_embeddings(self):
+        return self.head
 
     def decode(self, ids):
         return f"<{ids[0]}>"
@@ -2835,116 +3038,89 @@ class Words:
         return [self.decode(row) for row in rows]
 
 
-def planted_page():
-    """Six latents on 40 contexts of 8 tokens, BOS first; documents end every 20 tokens."""
-    torch.manual_seed(0)
-    f_TLN = torch.rand(40, 8, 6) * (
-        torch.rand(40, 8, 6) < torch.tensor([0.5, 0.3, 0.1, 0.1, 0.1, 0.0])
-    )
-    f_TLN[..., 1] = torch.where(torch.rand(40, 8) < 0.8, f_TLN[..., 0] / 2, 0)
-    keep_TL = torch.ones(40, 8, dtype=torch.bool)
-    keep_TL[:, 0] = False
-    ids_TL = torch.arange(320).view(40, 8)
+def test_page_shows_pairs_and_contexts_of_a_planted_dictionary():
+    evaluation = PlantedPage()
     sae = planted_sae(torch.linalg.qr(torch.randn(6, 6))[0])
     sae.encode = lambda x: x
-    e = argparse.Namespace(
-        x_TLD=f_TLN, keep_TL=keep_TL, ids_TL=ids_TL, document_TL=ids_TL // 20, dtype=torch.float32
-    )
-    e.tokenizer = Words()
-    return e, sae, f_TLN * keep_TL[..., None]
-
-
-def test_page_shows_pairs_and_contexts_of_a_planted_dictionary():
-    e, sae, f_TLN = planted_page()
-    head = torch.nn.Linear(6, 50, bias=False)
-    text, lines = eval_sae.portrait(e, sae, "planted", [3], head)
+    subject = argparse.Namespace(sae=sae, path="nowhere")
+    text, lines = eval_sae.portrait(evaluation, subject, "planted")
+    f_TLN = evaluation.activations * evaluation.contexts[1][..., None]
     active = f_TLN > 0
-    both, sizes = int((active[..., 0] & active[..., 1]).sum()), active.sum((0, 1)).tolist()
-    first = re.search(r"<h4>(.*?)</h4>(.*?)<h4>", text)
-    assert first[
-        1
-    ] == f"w {both / min(sizes[:2]):.2f}, both on {both} tokens, cosine of decoder rows " + (
-        f"{F.cosine_similarity(sae.W_dec[0], sae.W_dec[1], dim=0):.2f}"
+    both = int((active[..., 0] & active[..., 1]).sum())
+    sizes = active.sum((0, 1)).tolist()
+    n_tokens = 40 * 31
+    first = re.search(r"<h4>(.*?)</h4>(.*?)(<h4>|</details>)", text)
+    cosine = F.cosine_similarity(sae.W_dec[0], sae.W_dec[1], dim=0).item()
+    assert first[1] == (
+        f"w {both / min(sizes[:2]):.2f}, by chance {max(sizes[:2]) / n_tokens:.2f}, "
+        f"both on {both} tokens, cosine of decoder rows {cosine:.2f}"
     )
     for i, other, part in zip((0, 1), (1, 0), first[2].split("<div><small>")[1:]):
         assert part.startswith(f"latent {i}, on {sizes[i]} tokens")
         for word, sign in (("raises", 1), ("lowers", -1)):
-            best = (sign * (head.weight @ sae.W_dec[i])).argsort(descending=True)[:8].tolist()
-            shown = [
-                int(n)
-                for n in re.findall(
-                    r"&lt;(\d+)&gt;", re.search(f"<small>{word}(.*?)</small>", part)[1]
-                )
-            ]
-            assert shown == best
-        contexts, f_TL, documents = re.findall("<p>(.*?)(?=<p>|</div>)", part), f_TLN[..., i], []
+            effect_V = sign * (evaluation.head.weight @ sae.W_dec[i])
+            shown = re.search(f"<small>{word}(.*?)</small>", part)[1]
+            found = [int(n) for n in re.findall(r"&lt;(\d+)&gt;", shown)]
+            assert found == effect_V.argsort(descending=True)[:8].tolist()
+        contexts = re.findall("<p>(.*?)</p>", part)
+        peaks = f_TLN[..., i].amax(1).argsort(descending=True)[:3].tolist()
         assert len(contexts) == 3
-        for context in contexts:
-            tokens = re.findall(
-                r'(?:<i( class="both")? style="--a:(\d+)" title="[^"]*">)?&lt;(\d+)&gt;', context
-            )
-            for both_active, shade, n in tokens:
-                place = divmod(int(n), 8)
+        for context, t in zip(contexts, peaks):
+            token = r'(?:<i( class="both")? style="--a:(\d+)" title="[^"]*">)?&lt;(\d+)&gt;'
+            for both_active, shade, n in re.findall(token, context):
+                place = divmod(int(n), 32)
+                assert place[0] == t
                 assert bool(shade) == bool(active[place][i])
                 assert bool(both_active) == bool(active[place][i] and active[place][other])
-            peak = max((n for *_, n in tokens), key=lambda n: f_TL.flatten()[int(n)])
-            documents.append(int(peak) // 20)
-        assert len(set(documents)) == 3 and documents[0] == int(f_TL.argmax()) // 20
-    assert "latent 5, on 0 tokens" in text and text.count("latent 3, on") >= 1
-    density = [n for _, n in lines["density"][::2]]
-    assert (
-        density == torch.histc((active.sum((0, 1)) / e.keep_TL.sum()).log10(), 20, -5, 0).tolist()
-    )
-    assert (
-        sum(n for _, n in lines["cosine"][::2]) == 6
-        and lines["cosine"][0][0] == 0
-        and lines["cosine"][-1][0] == 1
-    )
+    assert max(y for _, y in lines["over"]) == pytest.approx(math.log10(2), abs=0.8)
+    assert lines["omega"] == []
 
 
 @pytest.mark.parametrize(
-    "lines", [[[(0, 1), (3.3, 170)]], [[(0.2, -5)], []], [[], []], [[(1, 16), (2, 16)]]]
+    "values, expected",
+    [
+        ([0, 0.93], [0, 0.5, 1]),
+        ([-5, 170], [-50, 0, 50, 100, 150, 200]),
+        ([0, 0.07, 0.061], [0, 0.02, 0.04, 0.06, 0.08]),
+        ([3, 7], [3, 4, 5, 6, 7]),
+    ],
 )
-def test_chart_shows_its_points_in_its_axes(lines):
-    svg = eval_sae.chart(lines, "What it shows.", "across", "up")
-    x, y, width, height = (float(v) for v in re.findall('viewBox="(.*?)"', svg)[1].split())
-    drawn = [
-        [tuple(map(float, p.split())) for p in d.split("L")]
-        for d in re.findall(r'class="s\d" d="M(.*?)"', svg)
-    ]
-    assert drawn == [[(a, -b) for a, b in line] for line in lines if line]
-    assert all(
-        x <= a <= x + width + 1e-9 and y - 1e-9 <= b <= y + height + 1e-9
-        for line in drawn
-        for a, b in line
-    )
-    assert "across" in svg and "up" in svg and "What it shows." in svg
+def test_ticks_are_round_and_enclose_the_values(values, expected):
+    assert eval_sae.ticks(values) == pytest.approx(expected)
+
+
+def test_chart_shows_its_points_inside_its_frame():
+    lines = [[(0, 0), (3.3, 0)], [], [(0, 1), (3.3, 170)]]
+    svg = eval_sae.chart(lines, "What it shows", "across", "up")
+    drawn = {}
+    for style, path in re.findall(r'class="s(\d)" d="M(.*?)"', svg):
+        drawn[int(style)] = [tuple(map(float, point.split())) for point in path.split("L")]
+    assert set(drawn) == {0, 2}  # the style is that of the place
+    (x0, y0), (x1, y1) = drawn[2]
+    assert 48 < x0 < x1 <= 352 and 22 <= y1 < y0
+    assert y0 < drawn[0][0][1] < 190  # a curve at 0 lies above the axis
+    for word in ("across", "up", "What it shows."):
+        assert word in svg
+    assert eval_sae.chart([[(1, 16), (2, 16)]], "Constant", "x", "y") == ""
+    assert eval_sae.chart([[], []], "Empty", "x", "y") == ""
 
 
 def test_page_is_one_file_in_which_text_is_text(model, tmp_path, capsys):
     """Documents with HTML and scripts; nothing is loaded from elsewhere."""
     attack = '</p></script><script>alert("x")</script><img src=x onerror=alert(1)> & <!--'
-    rows = [
-        json.dumps({"text": f"{attack} {TEXT[i * 40 : i * 40 + 300]} {attack}"}) + "\n"
-        for i in range(60)
-    ]
-    (tmp_path / "texts.jsonl").write_text("".join(rows))
-    (tmp_path / "<b>run").mkdir()
+    rows = [f"{attack} {TEXT[i * 40 : i * 40 + 300]} {attack}" for i in range(60)]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     out = tmp_path / "<b>run" / "<i>s0"
-    assert sgo_sae.main(flags(model, str(tmp_path / "texts.jsonl"), out)) == 0
-    argv = [
-        str(out),
-        "--text",
-        str(tmp_path / "texts.jsonl"),
-        "--metrics",
-        "core",
-        "--contexts",
-        "60",
-    ]
-    assert evaluated([*argv, "--html", str(tmp_path / "page.html"), "--latents", "3,63"]) == 0
-    page, printed = (tmp_path / "page.html").read_text(), capsys.readouterr().out
-    assert len(page) < 3e6
-    tags, attributes, words = set(), set(), []
+    out.parent.mkdir()
+    assert sgo_sae.main(flags(model, str(texts), out)) == 0
+    argv = [out, "--text", texts, "--metrics", "core", "--html", tmp_path / "page.html"]
+    assert evaluated([str(part) for part in argv]) == 0
+    page = (tmp_path / "page.html").read_text()
+    printed = capsys.readouterr().out
+    tags = set()
+    attributes = set()
+    words = []
 
     class Reader(html.parser.HTMLParser):
         def handle_starttag(self, tag, found):
@@ -2955,137 +3131,82 @@ def test_page_is_one_file_in_which_text_is_text(model, tmp_path, capsys):
             words.append(data)
 
     Reader().feed(page)
-    svg, text = (
-        {"svg", "path", "text", "figure", "figcaption"},
-        {"div", "p", "i", "small", "br", "h2", "h4", "pre"},
-    )
-    assert tags == {"html", "meta", "title", "style", "details", "summary"} | svg | text
+    svg = {"svg", "path", "text", "figure", "figcaption"}
+    text = {"div", "p", "i", "small", "br", "h2", "h4", "pre", "span"}
+    assert tags <= {"html", "meta", "title", "style", "details", "summary"} | svg | text
     assert not {name for name in attributes if name in ("src", "href") or name.startswith("on")}
-    assert (
-        not re.search(r"@import|url\(", page)
-        and "script" in "".join(words)
-        and "<i>s0" in "".join(words)
-    )
+    assert not re.search(r"@import|url\(", page)
+    assert "<i>s0" in "".join(words)
     assert all(row in html.unescape(page) for row in printed.splitlines() if row.startswith("|"))
-    assert "latent 63, on" in page and page.count("<figure>") == 8
-    for bad in ("64", "-1", "x"):
-        assert evaluated([*argv, "--latents", bad]) == 2
-        assert "--latents" in capsys.readouterr().err
+    assert len(page) < 3e6
 
 
-# ------------------------------------------------------------------------------ SAEBench's recorded outputs
+# ------------------------------------------------------------------- SAEBench's recorded outputs
 
 
 def planted_texts():
-    """Mean latents of 5 classes, told weakly by a few of 60 latents: training and test part, labels, of 300 and 100 each."""
-    generator, parts = torch.Generator().manual_seed(0), []
-    strength_5N = (
-        torch.randn(5, 60, generator=generator)
-        * (torch.rand(5, 60, generator=generator) < 0.15)
-        * 0.6
-    )
+    """Mean latents of 5 classes, told weakly by a few of 60 latents: 300 + 100 of each; labels."""
+    generator = torch.Generator().manual_seed(0)
+    strength_5N = torch.randn(5, 60, generator=generator)
+    strength_5N *= torch.rand(5, 60, generator=generator) < 0.15
+    strength_5N *= 0.6
+    latents = []
+    labels = []
     for count_each in (300, 100):
         labels_T = torch.arange(5 * count_each) % 5
-        f_TN = (torch.randn(len(labels_T), 60, generator=generator) + strength_5N[labels_T]).relu()
-        parts += [f_TN, labels_T]
-    return parts
+        noise_TN = torch.randn(len(labels_T), 60, generator=generator)
+        latents.append((noise_TN + strength_5N[labels_T]).relu())
+        labels.append(labels_T)
+    return torch.cat(latents), torch.cat(labels), 1500
 
 
 def planted_attributes_and_sae():
-    """Mean activations of texts with two attributes, a weak one and a strong one, and an autoencoder of 64 latents."""
+    """Mean activations of texts with a weak and a strong attribute, and an SAE of 64 latents."""
     generator = torch.Generator().manual_seed(0)
-    sae = SAE(24, 64, 6)
-    W_ND, direction_2D = (
-        torch.randn(64, 24, generator=generator),
-        torch.randn(2, 24, generator=generator),
-    )
-    W_ND[:8] = torch.cat([direction_2D, -direction_2D] * 2) + 0.5 * torch.randn(
-        8, 24, generator=generator
-    )
-    sae.W_dec.data = F.normalize(W_ND, dim=1)
-    sae.W_enc.data = sae.W_dec.data.T.clone()
+    W_ND = torch.randn(64, 24, generator=generator)
+    direction_2D = torch.randn(2, 24, generator=generator)
+    noise_8D = torch.randn(8, 24, generator=generator)
+    W_ND[:8] = torch.cat([direction_2D, -direction_2D] * 2) + 0.5 * noise_8D
+    sae = planted_sae(F.normalize(W_ND, dim=1), k=6)
     parts = []
     for count_each in (500, 250):
-        a_T, b_T = torch.arange(4 * count_each) % 2, torch.arange(4 * count_each) // 2 % 2
-        noise_TD = torch.randn(4 * count_each, 24, generator=generator)
-        x_TD = (
-            noise_TD
-            + 0.35 * (2 * a_T - 1)[:, None] * direction_2D[0]
-            + 0.9 * (2 * b_T - 1)[:, None] * direction_2D[1]
-        )
-        parts += [x_TD, a_T, b_T]
-    return sae, parts
+        a_T = torch.arange(4 * count_each) % 2
+        b_T = torch.arange(4 * count_each) // 2 % 2
+        x_TD = torch.randn(4 * count_each, 24, generator=generator)
+        x_TD = x_TD + 0.35 * (2 * a_T - 1)[:, None] * direction_2D[0]
+        parts.append((x_TD + 0.9 * (2 * b_T - 1)[:, None] * direction_2D[1], a_T, b_T))
+    return sae, *(torch.cat(both) for both in zip(*parts))
 
 
-def planted_words():
-    """Words with activations in which latents spell their first letter, some of them only for part of its words; the
-    letters; and the autoencoder."""
-    generator = torch.Generator().manual_seed(0)
-    sae = SAE(64, 160, 5)
-    sae.W_dec.data = F.normalize(torch.randn(160, 64, generator=generator), dim=1)
-    sae.W_enc.data = sae.W_dec.data.T.clone()
-    for absorber in range(52, 104):  # carries its letter beside what it is for
-        letter = (absorber - 52) % 26
-        sae.W_dec.data[absorber] = F.normalize(
-            sae.W_dec.data[absorber] + 0.8 * sae.W_dec.data[letter], dim=0
-        )
-    letters_T = torch.arange(5200) % 26
-    f_TN = torch.zeros(5200, 160)
-    absorbed_T = torch.rand(5200, generator=generator) < 0.25
-    rows = torch.arange(5200)
-    f_TN[rows, letters_T] = torch.where(absorbed_T, 0.0, 4 + torch.rand(5200, generator=generator))
-    f_TN[rows, torch.where(absorbed_T, 52 + letters_T, 104 + letters_T)] = 5.0
-    f_TN[rows, 130 + torch.randint(30, (5200,), generator=generator)] = 1 + torch.rand(
-        5200, generator=generator
-    )
-    return f_TN @ sae.W_dec.data + 0.05 * torch.randn(5200, 64, generator=generator), letters_T, sae
-
-
-# What sae-bench 0.6.0 gave on these inputs (torch 2.13.0, transformer-lens 3.9.0), each with its seeds 0, 1 and 2.
-SAEBENCH_PROBING = {1: 0.6637, 2: 0.7070, 5: 0.7730, 20: 0.8033, "all": 0.7780}
+# What sae-bench 0.6.0 gave on these inputs (torch 2.13.0, transformer-lens 3.9.0), each with its
+# seeds 0, 1 and 2.
+SAEBENCH_PROBING = {"1": 0.6637, "2": 0.7070, "5": 0.7730, "20": 0.8033, "all": 0.7780}
 SAEBENCH_SCR = {
-    2: (0.291, 0.317, 0.557),
-    5: (0.304, 0.270, 0.448),
-    10: (0.296, 0.270, 0.389),
-    20: (0.283, 0.261, 0.362),
+    "scr_2": (0.291, 0.317, 0.557),
+    "scr_5": (0.304, 0.270, 0.448),
+    "scr_10": (0.296, 0.270, 0.389),
+    "scr_20": (0.283, 0.261, 0.362),
 }
-SAEBENCH_ABSORPTION = (0.413, 0.458, 0.626)
 
 
 def test_probing_gives_saebenchs_figures():
-    found = [eval_sae.sparse_probing(*planted_texts(), seed) for seed in range(3)]
+    """Its figures are means of three seeds, and a seed scatters by 0.01 here and there."""
+    found = [eval_sae.sparse_probing(*planted_texts(), seed) for seed in range(10)]
     for k, expected in SAEBENCH_PROBING.items():
-        assert statistics.mean(f[k] for f in found) == pytest.approx(expected, abs=0.015), k
+        assert statistics.mean(f[k] for f in found) == pytest.approx(expected, abs=0.02), k
 
 
 def test_scr_gives_saebenchs_figures_within_the_scatter_of_its_seeds():
-    sae, (x_TD, a_T, b_T, x_UD, a_U, b_U) = planted_attributes_and_sae()
+    sae, x_TD, a_T, b_T = planted_attributes_and_sae()
     with torch.no_grad():
-        f_TN, f_UN, W_dec_ND = sae.encode(x_TD), sae.encode(x_UD), sae.W_dec.detach()
+        f_TN = sae.encode(x_TD)
     found = []
     for seed in range(3):
-        probes = eval_sae.scr_probes(x_TD, a_T, b_T, x_UD, a_U, b_U, seed)
-        found.append(
-            eval_sae.scr(
-                probes, f_TN, a_T, b_T, x_UD, f_UN, a_U, b_U, W_dec_ND, counts=tuple(SAEBENCH_SCR)
-            )
-        )
+        probes = eval_sae.scr_probes(x_TD, a_T, b_T, 2000, seed)
+        found.append(eval_sae.scr(*probes, x_TD, f_TN, [a_T, b_T], 2000, sae.W_dec))
     for n, theirs in SAEBENCH_SCR.items():
         ours = statistics.mean(f[n] for f in found)
         assert abs(ours - statistics.mean(theirs)) < max(theirs) - min(theirs), n
-
-
-@slow
-def test_absorption_gives_saebenchs_figure_within_the_scatter_of_its_seeds():
-    x_TD, y_T, sae = planted_words()
-    ours = []
-    for seed in range(2):
-        order = torch.randperm(5200, generator=torch.Generator().manual_seed(seed))
-        parts = (x_TD[order[:4160]], y_T[order[:4160]], x_TD[order[4160:]], y_T[order[4160:]])
-        probe = eval_sae.multi_probe(*parts[:2], batch=64, l2=1e-4, seed=seed)
-        ours.append(eval_sae.absorption(sae, *parts, probe, seed)["absorption"])
-    spread = max(SAEBENCH_ABSORPTION) - min(SAEBENCH_ABSORPTION)
-    assert abs(statistics.mean(ours) - statistics.mean(SAEBENCH_ABSORPTION)) < spread
 
 
 # ----------------------------------------------------------------------------------------- demo and files
