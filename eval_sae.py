@@ -283,7 +283,7 @@ def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, pat
     D = x_TD.shape[1]
     y_T = y_T.float()
     w_D = ((2 * torch.rand(D, generator=generator) - 1) / D**0.5).to(x_TD.device).requires_grad_()
-    b = torch.zeros((), device=x_TD.device, requires_grad=True)
+    b = torch.zeros((), device=x_TD.device).requires_grad_()
     adam = torch.optim.AdamW([w_D, b], lr=lr, fused=True)
     best_score = -1.0
     for epoch in range(epochs):
