@@ -912,14 +912,8 @@ class BenchmarkSAE(nn.Module):
         return super().__getattr__(name)
 
 
-FREE = (
-    "seed",
-    "out",
-    "log_every",
-    "save_every",
-    "resume",
-    "device",
-)  # settings that name no column
+# Settings of training that name no column of the table.
+FREE = ("seed", "out", "log_every", "save_every", "resume", "device")
 
 
 class Subject:
@@ -988,14 +982,13 @@ class Evaluation:
         self.device = device
         self.dtype = dtype
         self.demo = all(subject.training.get("demo") for subject in subjects)
-        named = agreed((subject.model for subject in subjects), "a call for each model")
+        models = (subject.model for subject in subjects)
+        named = args.model or agreed(models, "--model, or a call for each model")
         layer = agreed((subject.layer() for subject in subjects), "a call for each layer")
-        self.name = args.model or named or sgo_sae.Config.model
+        self.name = named or sgo_sae.Config.model
         self.layer = layer if args.layer is None else args.layer
         if self.layer is None:
             raise InputError("the runs do not name their layer: give --layer")
-        self.train = args.train or (500 if self.demo else 2000)
-        self.test = args.test or (200 if self.demo else 500)
         free = ("runs", "metrics", "resume", "paired", "html", "device")
         self.settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings.update(model=self.name, layer=self.layer, dtype=str(dtype))

@@ -2748,10 +2748,14 @@ def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
     model, run, texts, tmp_path, capsys
 ):
     """SAELens names the hook as Hugging Face's modules are called, and the model's context size."""
-    lens = copy_of(run, tmp_path / "lens", hook_name="model.layers.1", context_size=16)
+    changed = {"hook_name": "model.layers.1", "context_size": 16, "model_name": "a-small-model"}
+    lens = copy_of(run, tmp_path / "lens", **changed)
     gemma_scope(tmp_path / "layer_1" / "average_l0_4")
     scope = tmp_path / "layer_1" / "average_l0_4" / "params.npz"
     argv = [run / "s0", lens, scope, "--text", texts, "--metrics", "core", "--contexts", "9"]
+    assert evaluated([str(part) for part in argv]) == 2
+    assert "give --model, or a call for each model" in capsys.readouterr().err
+    argv += ["--model", model[0]]
     assert evaluated([str(part) for part in argv]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == ["s0", "lens", "average_l0_4"]
