@@ -244,6 +244,9 @@ class Probe(NamedTuple):
     w_D: torch.Tensor
     b: torch.Tensor
 
+    def is_positive(self, x_TD):
+        return x_TD.to(self.w_D.dtype) @ self.w_D + self.b > 0
+
 
 def logistic_regression(x_TS, y_T, weight_T=None):
     """L2-regularised logistic regression as scikit-learn defines it, with C = 1: a Probe.
@@ -306,8 +309,7 @@ def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, pat
 @torch.no_grad()
 def accuracy(x_TD, y_T, probe):
     """The share of texts whose label the probe tells."""
-    logit_T = x_TD.to(probe.w_D.dtype) @ probe.w_D + probe.b
-    return ((logit_T > 0) == y_T.bool()).float().mean().item()
+    return (probe.is_positive(x_TD) == y_T.bool()).float().mean().item()
 
 
 def class_and_others(labels_T, c, generator):
@@ -404,7 +406,7 @@ def scr(probes, biased, x_TD, f_TN, attributes, n_train, W_dec_ND):
     scores = {}
     for n in (2, 5, 10, 20, 50, 100, 500):
         top_S = order_N[:n]
-        ablated_UD = x_UD - f_TN[clean_U][:, top_S] @ W_dec_ND[top_S]
+        ablated_UD = x_UD - f_TN[clean_U[:, None], top_S] @ W_dec_ND[top_S]
         gain = accuracy(ablated_UD, y_U, biased) - before[wanted]
         scores[f"scr_{n}"] = gain / gap if gap >= 0.001 else 0.0
     return scores
@@ -416,7 +418,7 @@ def f1(predicted_T, true_T):
     return 2 * hits / max(1, predicted_T.sum().item() + true_T.sum().item())
 
 
-def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=None, seed=0):
+def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=lambda x_BD: x_BD, seed=0):
     """The weights (C, D) and biases (C,) of SAEBench's probe of all 26 letters at once.
 
     Positive words are weighted by their rarity. Where `encode` is given, the probe is on latents
@@ -425,7 +427,7 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=None, seed=0):
     """
     torch.manual_seed(seed)
     epochs = 50
-    width = x_TD.shape[1] if encode is None else encode(x_TD[:1]).shape[1]
+    width = encode(x_TD[:1]).shape[1]
     probe = nn.Linear(width, 26).to(x_TD.device)
     y_TC = F.one_hot(y_T, 26).float()
     rarity_C = (len(y_T) - y_TC.sum(0)) / y_TC.sum(0).clamp(min=1)
@@ -434,7 +436,7 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=None, seed=0):
     for _ in progress_bar(range(epochs), desc="letters", unit="epoch", leave=False):
         for rows in torch.randperm(len(x_TD)).to(x_TD.device).split(batch):
             with torch.no_grad():
-                f_BN = x_TD[rows] if encode is None else encode(x_TD[rows])
+                f_BN = encode(x_TD[rows])
             loss = F.binary_cross_entropy_with_logits(probe(f_BN), y_TC[rows], pos_weight=rarity_C)
             if l1:
                 loss = loss + l1 * probe.weight.abs().sum(1).mean()
@@ -452,7 +454,7 @@ def letter_split(f_TS, y_T, f_US, y_U, gain=0.03):
     best = 0.0
     for k in range(1, f_TS.shape[1] + 1):
         probe = logistic_regression(f_TS[:, :k], y_T, weight_T)
-        score = f1(f_US[:, :k].double() @ probe.w_D + probe.b > 0, y_U)
+        score = f1(probe.is_positive(f_US[:, :k]), y_U)
         if k > 1 and score - best <= gain:
             return k - 1
         best = score
@@ -497,9 +499,9 @@ def recognised_words(x_UD, y_U, W_CD, b_C):
 
 
 @torch.no_grad()
-def latents_of(sae, x_TD, columns_S, batch=4096):
-    """The chosen latents (T, S), encoded batch by batch."""
-    return torch.cat([sae.encode(x_BD)[:, columns_S] for x_BD in x_TD.split(batch)])
+def latents_of(sae, x_TD, chosen_CS, batch=4096):
+    """The latents that are chosen for each letter (T, C, S), encoded batch by batch."""
+    return torch.cat([sae.encode(x_BD)[:, chosen_CS] for x_BD in x_TD.split(batch)])
 
 
 def absorption(sae, x_TD, y_T, x_UD, y_U, x_VD, y_V, W_CD, seed=0):
@@ -513,8 +515,8 @@ def absorption(sae, x_TD, y_T, x_UD, y_U, x_VD, y_V, W_CD, seed=0):
         x_TD, y_T, batch=4096, l2=1e-6, l1=0.01, encode=sae.encode, seed=seed
     )
     candidates_CS = sparse_CN.topk(min(10, sparse_CN.shape[1]), dim=1).indices
-    f_TCS = latents_of(sae, x_TD, candidates_CS.flatten()).unflatten(1, candidates_CS.shape)
-    f_UCS = latents_of(sae, x_UD, candidates_CS.flatten()).unflatten(1, candidates_CS.shape)
+    f_TCS = latents_of(sae, x_TD, candidates_CS)
+    f_UCS = latents_of(sae, x_UD, candidates_CS)
     found = []
     for c in y_V.unique().tolist():
         n_split = letter_split(f_TCS[:, c], y_T == c, f_UCS[:, c], y_U == c)
@@ -932,7 +934,8 @@ class Subject:
         self.hook = cfg.get("hook_name")
         self.ctx = cfg.get("context_size")
         dataset = training.get("dataset", cfg.get("dataset_path"))
-        self.text = (dataset, training.get("subset"), training.get("text_column", "text"))
+        text = (dataset, training.get("subset"), training.get("text_column", "text"))
+        self.text = text if dataset else None
         local = Path(path)
         self.file = local / "eval.json" if local.is_dir() else local.with_suffix(".eval.json")
         self.results = {}
@@ -1037,13 +1040,10 @@ class Evaluation:
         if self.args.text or self.demo:
             config.dataset = self.args.text or f"{self.name}/heldout.jsonl"
             return config
-        texts = [subject.text if subject.text[0] else None for subject in self.subjects]
         config.split = "validation"
-        config.dataset, config.subset, config.text_column = agreed(texts, "--text") or (
-            sgo_sae.Config.dataset,
-            None,
-            "text",
-        )
+        text = agreed((subject.text for subject in self.subjects), "--text")
+        if text:
+            config.dataset, config.subset, config.text_column = text
         if Path(config.dataset).exists():
             raise InputError(f"give --text: no text of {config.dataset} is known to be held out")
         return config
@@ -1069,36 +1069,37 @@ class Evaluation:
         return torch.cat([self.model.read(ids_BL) for ids_BL in bar])
 
     def text(self):
-        """The contexts' ids (T, L) and kept tokens (T, L), and activations (T, D) of these."""
+        """The contexts' ids (T, L) and kept tokens (T, L); sets the sample."""
         ids_TL, kept_TL = self.contexts
-        x_TD = self.activations[kept_TL]
-        self.sample = {"contexts": len(ids_TL), "tokens": len(x_TD)}
+        self.sample = {"contexts": len(ids_TL), "tokens": kept_TL.sum().item()}
         if len(ids_TL) < self.args.contexts:
             self.notes.append(f"the text has {len(ids_TL)} contexts, not {self.args.contexts}")
-        return ids_TL, kept_TL, x_TD
+        return ids_TL, kept_TL
 
     def core(self, saes):
-        ids_TL, _, x_TD = self.text()
+        ids_TL, kept_TL = self.text()
+        x_TD = self.activations[kept_TL]
         return [{"text": reconstruction(sae, x_TD, ids_TL.shape[1])} for sae in each(saes, "core")]
 
     def behaviour(self, saes):
         model = self.model
         if not model.has_head:
             raise InputError("the model has no language-model head")
-        ids_TL, kept_TL, _ = self.text()
-        found = behaviour(model.lm, model.layer, saes, ids_TL, kept_TL)
+        found = behaviour(model.lm, model.layer, saes, *self.text())
         return [{"text": figures} for figures in found]
 
     def competition(self, saes):
-        x_TD = self.text()[2]
+        _, kept_TL = self.text()
+        x_TD = self.activations[kept_TL]
+        generator = torch.Generator().manual_seed(self.args.seed)
+        batch = torch.randperm(len(x_TD), generator=generator)[:2048].to(x_TD.device)
         found = []
-        for subject, sae in zip(self.measured, each(saes, "competition")):
-            figures = competition(sae, x_TD)
+        for subject in each(self.measured, "competition"):
+            figures = competition(subject.sae, x_TD)
             if "alpha" in subject.training:
-                generator = torch.Generator().manual_seed(self.args.seed)
-                batch = torch.randperm(len(x_TD), generator=generator)[:2048].to(x_TD.device)
                 alpha = subject.training["alpha"]
-                figures["penalty_share"] = penalty_share(sae, x_TD[batch], alpha, subject.scale)
+                share = penalty_share(subject.sae, x_TD[batch], alpha, subject.scale)
+                figures["penalty_share"] = share
             found.append({"text": figures})
         return found
 
@@ -1551,15 +1552,15 @@ def work(argv):
     """Measures what the command line asks for."""
     args = new_parser().parse_args(argv)
     device, dtype = sgo_sae.find_device(args.device, args.dtype)
-    paths = dict.fromkeys(itertools.chain(*map(members, args.runs)))
-    subjects = [Subject(path, device) for path in paths]
+    runs = [members(run) for run in args.runs]
+    subjects = [Subject(path, device) for path in dict.fromkeys(itertools.chain(*runs))]
     name_subjects(subjects)
     evaluation = Evaluation(args, subjects, device, dtype)
     families = [family for family in FAMILIES if family in args.metrics]
     for family in families:
         evaluation.measure(family)
-    of_first_run = subjects[: len(members(args.runs[0]))]
-    found = table(subjects, families, baseline_of(of_first_run) if args.paired else None)
+    baseline = baseline_of(subjects[: len(runs[0])]) if args.paired else None
+    found = table(subjects, families, baseline)
     print(found)
     if args.html:
         Path(args.html).write_text(page(evaluation, found), encoding="utf-8")

@@ -1459,7 +1459,7 @@ def test_training_and_evaluation_on_a_pretended_gpu(model, texts, tmp_path, caps
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = [tmp_path / "run", "--device", "cuda", "--text", texts, "--contexts", "8", "--probe", tmp_path / "probe.jsonl",
             "--train", "40", "--test", "20"]  # fmt: skip
-    assert evaluated([str(part) for part in argv]) == 0
+    assert evaluated(argv) == 0
     table = capsys.readouterr().out
     assert all(
         f"{family}: " in table for family in ("core", "behaviour", "competition", "probe", "scr")
@@ -1470,6 +1470,7 @@ def test_training_and_evaluation_on_a_pretended_gpu(model, texts, tmp_path, caps
 
 
 def evaluated(argv):
+    argv = [str(part) for part in argv]
     return sgo_sae.main(argv, eval_sae.work, "eval_sae.py", eval_sae.MEMORY_ADVICE)
 
 
@@ -2366,7 +2367,7 @@ def test_penalty_share_is_that_of_training(model, texts, tmp_path, options):
     assert sgo_sae.main(argv) == 0
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     argv = [tmp_path / "run", "--text", texts, "--metrics", "competition", "--contexts", "40"]
-    assert evaluated([str(part) for part in argv]) == 0
+    assert evaluated(argv) == 0
     found = json.loads((tmp_path / "run" / "eval.json").read_text())["competition"]["figures"]
     # The batches are others. Without the scale it would be off by its square.
     assert found["penalty_share"] == pytest.approx(last["penalty_share"], rel=0.6)
@@ -2456,10 +2457,10 @@ def test_scrs_probes_train_for_all_of_their_epochs(monkeypatch):
     assert len(scores) == 3 * 20
 
 
-def frame_of(cells, tests=(False, True)):
+def frame_of(cells):
     """A frame of numbered texts, a label and an attribute for each cell, and how many texts."""
     rows = []
-    for is_test in tests:
+    for is_test in (False, True):
         for (label, attribute), size in cells.items():
             for n in range(size):
                 rows.append((f"{label} {attribute} {is_test} {n}", label, attribute, is_test))
@@ -2753,10 +2754,10 @@ def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
     gemma_scope(tmp_path / "layer_1" / "average_l0_4")
     scope = tmp_path / "layer_1" / "average_l0_4" / "params.npz"
     argv = [run / "s0", lens, scope, "--text", texts, "--metrics", "core", "--contexts", "9"]
-    assert evaluated([str(part) for part in argv]) == 2
+    assert evaluated(argv) == 2
     assert "give --model, or a call for each model" in capsys.readouterr().err
     argv += ["--model", model[0]]
-    assert evaluated([str(part) for part in argv]) == 0
+    assert evaluated(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == ["s0", "lens", "average_l0_4"]
     mse = next(line for line in lines if "core: mse ↓" in line).split("|")
@@ -2764,8 +2765,8 @@ def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
     for file in (run / "s0" / "eval.json", lens / "eval.json", scope.with_suffix(".eval.json")):
         assert json.loads(file.read_text())["core"]["sample"]["contexts"] == 9
     gemma_scope(tmp_path / "layer_0")
-    other = str(tmp_path / "layer_0" / "params.npz")
-    assert evaluated([other, *(str(part) for part in argv)]) == 2
+    other = tmp_path / "layer_0" / "params.npz"
+    assert evaluated([other, *argv]) == 2
     assert "give a call for each layer" in capsys.readouterr().err
 
 
@@ -3119,7 +3120,7 @@ def test_page_is_one_file_in_which_text_is_text(model, tmp_path, capsys):
     out.parent.mkdir()
     assert sgo_sae.main(flags(model, str(texts), out)) == 0
     argv = [out, "--text", texts, "--metrics", "core", "--html", tmp_path / "page.html"]
-    assert evaluated([str(part) for part in argv]) == 0
+    assert evaluated(argv) == 0
     page = (tmp_path / "page.html").read_text()
     printed = capsys.readouterr().out
     tags = set()
