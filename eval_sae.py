@@ -630,7 +630,8 @@ def file_frames(path):
         frame = pandas.DataFrame(list(sgo_sae.open_dataset(sgo_sae.Config(dataset=path))))
     if not {"text", "label"} <= set(frame):
         raise InputError(f"{path} needs the columns text and label, and has {', '.join(frame)}")
-    frame = frame[frame["text"].astype(bool) & frame["label"].notna()]
+    has_text = frame["text"].map(lambda text: isinstance(text, str) and text.strip() != "")
+    frame = frame[has_text & frame["label"].notna()]
     frame = frame.assign(is_test=frame["text"].map(lambda text: zlib.crc32(text.encode()) % 5 == 0))
     name = Path(path).stem
     probing = {name: frame.assign(attribute=0)}
@@ -739,11 +740,23 @@ class LanguageModel:
             saved_as = AutoConfig.from_pretrained(name).architectures or []
             # Text that spells "<bos>" must not become that token.
             self.tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True)
-            self.lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval().to(device)
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True
+            )
+        self.lm = lm.eval().to(device)
         heads = re.compile("CausalLM|LMHead|ConditionalGeneration")
         self.has_head = bool(heads.search(" ".join(saved_as)))
-        self.width = self.lm.config.get_text_config().hidden_size
-        n_layers = self.lm.config.get_text_config().num_hidden_layers
+        # What a checkpoint without a head lacks outside the body is not used.
+        body = f"{lm.base_model_prefix}."
+        missing = [n for n in report["missing_keys"] if self.has_head or n.startswith(body)]
+        if missing:
+            raise InputError(
+                f"{name}: its files lack {len(missing)} tensors, {missing[0]} among them"
+            )
+        config = lm.config.get_text_config()
+        config.use_cache = False  # of keys and values, which nobody reads
+        self.width = config.hidden_size
+        n_layers = config.num_hidden_layers
         if layer >= n_layers:
             raise InputError(f"--layer {layer}: the layers of {name} are 0 to {n_layers - 1}")
         self.layer = sgo_sae.layers_of(self.lm.get_decoder(), n_layers)[layer]

@@ -2651,6 +2651,37 @@ def test_the_whole_model_is_read_up_to_a_layer(model, reader):
     assert reader.has_head and not reader.layer._forward_hooks
 
 
+def test_a_model_whose_files_lack_tensors_is_refused(model, run, tmp_path, texts, capsys):
+    """They would be drawn at random. A model that was saved without a head lacks nothing else."""
+    import transformers
+
+    short = tmp_path / "short"
+    make_model(short, layers=1)
+    (short / "config.json").write_text((Path(model[0]) / "config.json").read_text())
+    argv = [run / "s0", "--text", texts, "--contexts", "9", "--metrics", "core", "behaviour"]
+    assert evaluated([*argv, "--model", short]) == 0
+    assert "its files lack" in capsys.readouterr().out
+    headless = tmp_path / "headless"
+    transformers.AutoModel.from_pretrained(model[0]).save_pretrained(headless)
+    model[2].save_pretrained(headless)
+    assert evaluated([*argv, "--model", headless]) == 0
+    printed = capsys.readouterr().out
+    assert "core: mse" in printed
+    assert "behaviour: not measured, the model has no language-model head" in printed
+
+
+def test_texts_that_are_none_are_left_out(tmp_path):
+    rows = [{"text": text, "label": "a"} for text in ("one", "", "  ", None, "two")]
+    rows.append({"text": "three", "label": None})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    probing, spurious = eval_sae.file_frames(str(tmp_path / "rows.jsonl"))
+    assert probing["rows"]["text"].tolist() == ["one", "two"]
+    assert spurious == {}
+    (tmp_path / "numbers.csv").write_text("text,label\n1,2\n3,4\n")
+    probing, _ = eval_sae.file_frames(str(tmp_path / "numbers.csv"))
+    assert len(probing["numbers"]) == 0
+
+
 def test_mean_latents_do_not_depend_on_batch_size_or_padding(reader):
     sae = SAE(16, 64, 4)
     texts = [TEXT[: 5 + 3 * i] for i in range(20)]
