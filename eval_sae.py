@@ -23,7 +23,8 @@ The sections, in this order:
     main           from the command line to the table
 
 Shapes are named as in sgo_sae.py. Besides, T are texts, words or tokens, U those of a test part, V
-words on new prompts, E the tokens of a batch of texts, C letters and S chosen latents.
+words on new prompts, E the tokens of a batch of texts, C letters, S chosen latents and R what is
+put in place of an activation.
 """
 
 import argparse
@@ -37,11 +38,11 @@ import sys
 import zlib
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import pandas
 import torch
 import torch.nn.functional as F
@@ -62,28 +63,28 @@ def reconstruction(sae, x_TD, ctx=128):
     by the number of tokens in its evaluation batch, 16 contexts without their BOS.
     """
     x_TD = x_TD.float()
+    T, D = x_TD.shape
     xhat_TD = torch.empty_like(x_TD)
-    l0_T, l1_T = torch.empty(2, len(x_TD), device=x_TD.device)
     fired_N = torch.zeros(len(sae.b_enc), device=x_TD.device)
-    for rows in torch.arange(len(x_TD), device=x_TD.device).split(2048):
+    l1 = 0.0
+    for rows in torch.arange(T, device=x_TD.device).split(2048):
         f_BN = sae.encode(x_TD[rows])
         xhat_TD[rows] = sae.decode(f_BN)
         fired_N += (f_BN > 0).sum(0)
-        l0_T[rows] = (f_BN > 0).float().sum(1)
-        l1_T[rows] = f_BN.sum(1)
+        l1 += f_BN.sum().double() / T
     error_T = (x_TD - xhat_TD).square().sum(1).double()
     variance_T = (x_TD - x_TD.mean(0)).square().sum(1).double()
     figures = {
         "explained_variance": 1 - error_T.sum() / variance_T.sum(),
-        "mse": error_T.mean() / x_TD.shape[1],
+        "mse": error_T.mean() / D,
         "mse_benchmark": error_T.mean() / (16 * (ctx - 1)),
         "cosine": F.cosine_similarity(x_TD, xhat_TD, dim=1).mean(),
-        "l0": l0_T.mean(),
-        "l1": l1_T.mean(),
+        "l0": fired_N.double().sum() / T,
+        "l1": l1,
         "norm_ratio": (xhat_TD.norm(dim=1) / x_TD.norm(dim=1)).mean(),
         "bias": xhat_TD.square().sum() / (x_TD * xhat_TD).sum(),
         "never_fire": (fired_N == 0).float().mean(),
-        "dense": (fired_N > len(x_TD) / 10).float().mean(),
+        "dense": (fired_N > T / 10).float().mean(),
     }
     return {name: figure.item() for name, figure in figures.items()}
 
@@ -97,8 +98,8 @@ def behaviour(lm, layer, saes, ids_TL, kept_TL):
     """
     replacements = [lambda x, kept: x, lambda x, kept: torch.zeros_like(x)]
     replacements += [partial(reconstructed, sae) for sae in saes]
-    ce = [0.0] * len(replacements)
-    kl = [0.0] * len(replacements)
+    ce_R = torch.zeros(len(replacements), dtype=torch.double)
+    kl_R = torch.zeros_like(ce_R)
     # The logits of four contexts of Gemma-2 are 0.5 GB.
     rows = max(1, 2**27 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
     parts = list(zip(ids_TL.split(rows), kept_TL.split(rows)))
@@ -110,23 +111,15 @@ def behaviour(lm, layer, saes, ids_TL, kept_TL):
             if n == 0:
                 log_p_EV = log_q_EV
                 p_EV = log_p_EV.exp()
-            ce[n] -= log_q_EV.gather(1, next_E1)[has_next_E].double().sum().item()
-            kl[n] += torch.linalg.vecdot(p_EV, log_p_EV - log_q_EV).double().sum().item()
-    ce = [total / kept_TL[:, :-1].sum().item() for total in ce]
-    kl = [total / kept_TL.sum().item() for total in kl]
+            ce_R[n] -= log_q_EV.gather(1, next_E1)[has_next_E].double().sum().item()
+            kl_R[n] += torch.linalg.vecdot(p_EV, log_p_EV - log_q_EV).double().sum().item()
+    ce_clean, ce_zero, *ce_saes = (ce_R / kept_TL[:, :-1].sum().item()).tolist()
+    _, kl_zero, *kl_saes = (kl_R / kept_TL.sum().item()).tolist()
     figures = []
-    for n in range(2, len(replacements)):
-        figures.append(
-            {
-                "ce_score": (ce[1] - ce[n]) / (ce[1] - ce[0]),
-                "kl_score": (kl[1] - kl[n]) / kl[1],
-                "ce_clean": ce[0],
-                "ce_sae": ce[n],
-                "ce_zero": ce[1],
-                "kl_sae": kl[n],
-                "kl_zero": kl[1],
-            }
-        )
+    for ce, kl in zip(ce_saes, kl_saes):
+        scores = {"ce_score": (ce_zero - ce) / (ce_zero - ce_clean), "kl_score": 1 - kl / kl_zero}
+        nats = {"ce_clean": ce_clean, "ce_sae": ce, "ce_zero": ce_zero}
+        figures.append({**scores, **nats, "kl_sae": kl, "kl_zero": kl_zero})
     return figures
 
 
@@ -169,27 +162,23 @@ def shared_tokens(sae, x_TD, batch=2048):
     return shared_NN
 
 
-def compared_latents(shared_NN, n_tokens):
-    """The latents whose competition is measured: those that are neither rare nor dense.
+def over_chance(shared_NN, n_tokens):
+    """What w_ij of Eq. 3 is over chance, of each pair i < j of compared latents once.
 
-    One that fires once has w = 1 with all its neighbours, and one that fires on most tokens has a
-    large w with every other latent, by chance.
+    It goes by rows I of the matrix: (latents I, latents J, w over chance (I, J)). Compared are the
+    latents that are neither rare nor dense: one that fires once has w = 1 with all its neighbours,
+    and one that fires on most tokens has a large w with every other latent, by chance. Independent
+    latents share |M_i| |M_j| / T tokens on average, so that their w is max(|M_i|, |M_j|) / T, and
+    their w over chance is 0 on average.
     """
     fired_N = shared_NN.diagonal()
-    return ((fired_N >= RARE) & (fired_N <= DENSE * n_tokens)).nonzero()[:, 0]
-
-
-def over_chance(shared_NN, rows_I, columns_J, n_tokens):
-    """What w_ij of Eq. 3 is over chance (I, J), of each pair i < j once; the others are 0.
-
-    Independent latents share |M_i| |M_j| / T tokens on average, so that their w is
-    max(|M_i|, |M_j|) / T, and this is 0 on average.
-    """
-    fired_I1 = shared_NN.diagonal()[rows_I, None]
-    fired_J = shared_NN.diagonal()[columns_J]
-    w_IJ = shared_NN[rows_I][:, columns_J] / torch.minimum(fired_I1, fired_J)
-    over_IJ = w_IJ - torch.maximum(fired_I1, fired_J) / n_tokens
-    return over_IJ.masked_fill_(rows_I[:, None] >= columns_J, 0)
+    columns_J = ((fired_N >= RARE) & (fired_N <= DENSE * n_tokens)).nonzero()[:, 0]
+    fired_J = fired_N[columns_J]
+    for rows_I in columns_J.split(1024):
+        fired_I1 = fired_N[rows_I, None]
+        w_IJ = shared_NN[rows_I][:, columns_J] / torch.minimum(fired_I1, fired_J)
+        over_IJ = w_IJ - torch.maximum(fired_I1, fired_J) / n_tokens
+        yield rows_I, columns_J, over_IJ.masked_fill_(rows_I[:, None] >= columns_J, 0)
 
 
 def competition(sae, x_TD):
@@ -198,21 +187,20 @@ def competition(sae, x_TD):
     `pairs_over_chance` counts the pairs whose w is over chance by more than 0.5, and
     `w_over_chance` is the mean over all pairs. Rare and dense latents are counted apart.
     """
-    T = len(x_TD)
     shared_NN = shared_tokens(sae, x_TD)
+    n_over = 0
+    total = 0.0
+    n_pairs = 0
+    for rows_I, columns_J, over_IJ in over_chance(shared_NN, len(x_TD)):
+        n_over += (over_IJ > 0.5).sum().item()
+        total += over_IJ.sum(dtype=torch.double).item()
+        n_pairs += (rows_I[:, None] < columns_J).sum().item()
     fired_N = shared_NN.diagonal()
-    compared_J = compared_latents(shared_NN, T)
-    n_pairs = len(compared_J) * (len(compared_J) - 1) / 2
-    sums = Counter()
-    for rows_I in compared_J.split(1024):
-        over_IJ = over_chance(shared_NN, rows_I, compared_J, T)
-        sums["pairs"] += (over_IJ > 0.5).sum().item()
-        sums["over"] += over_IJ.sum(dtype=torch.double).item()
     return {
-        "pairs_over_chance": sums["pairs"],
-        "w_over_chance": sums["over"] / max(1, n_pairs),
+        "pairs_over_chance": n_over,
+        "w_over_chance": total / max(1, n_pairs),
         "rare": (fired_N < RARE).double().mean().item(),
-        "dense": (fired_N > DENSE * T).double().mean().item(),
+        "dense": (fired_N > DENSE * len(x_TD)).double().mean().item(),
         "mean_max_cos": nearest_cosine(sae.W_dec).mean().item(),
     }
 
@@ -251,31 +239,30 @@ class Probe(NamedTuple):
 def logistic_regression(x_TS, y_T, weight_T=None):
     """L2-regularised logistic regression as scikit-learn defines it, with C = 1: a Probe.
 
-    Its w (S,) and b minimise ½‖w‖² + Σ_t weight_t log(1 + exp(-±(w·x_t + b))), found by Newton's
-    method in float64.
+    Its w (S,) and b minimise ½‖w‖² + Σ_t weight_t log(1 + exp(-±(w·x_t + b))), in float64.
     """
-    x_TS = F.pad(x_TS.double(), (0, 1), value=1)  # the last column is the intercept's
+    x_TS = x_TS.double()
     y_T = y_T.double()
-    weight_T = torch.ones_like(y_T) if weight_T is None else weight_T.double()
-    w_S = torch.zeros_like(x_TS[0])
-    ridge_S = torch.ones_like(w_S)
-    ridge_S[-1] = 1e-12  # the intercept is not penalised; this keeps the system solvable
+    w_S = torch.zeros_like(x_TS[0]).requires_grad_()
+    b = torch.zeros_like(x_TS[0, 0]).requires_grad_()
+    lbfgs = torch.optim.LBFGS(
+        [w_S, b],
+        max_iter=1000,
+        tolerance_grad=1e-9,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
-    def objective(w_S):
-        loss = F.binary_cross_entropy_with_logits(x_TS @ w_S, y_T, weight=weight_T, reduction="sum")
-        return loss + (ridge_S * w_S.square()).sum() / 2
+    def objective():
+        lbfgs.zero_grad()
+        logits_T = x_TS @ w_S + b
+        loss = F.binary_cross_entropy_with_logits(logits_T, y_T, weight_T, reduction="sum")
+        loss = loss + w_S.square().sum() / 2
+        loss.backward()
+        return loss
 
-    for _ in range(100):
-        p_T = (x_TS @ w_S).sigmoid()
-        gradient_S = x_TS.T @ (weight_T * (p_T - y_T)) + ridge_S * w_S
-        hessian_SS = x_TS.T * (weight_T * p_T * (1 - p_T)) @ x_TS + ridge_S.diag()
-        step_S = torch.linalg.solve(hessian_SS, gradient_S)
-        while objective(w_S - step_S) > objective(w_S) * (1 + 1e-12):
-            step_S = step_S / 2
-        w_S = w_S - step_S
-        if gradient_S.abs().max() < 1e-9:
-            break
-    return Probe(w_S[:-1], w_S[-1])
+    lbfgs.step(objective)
+    return Probe(w_S.detach(), b.detach())
 
 
 def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, patience=10):
@@ -315,13 +302,11 @@ def accuracy(x_TD, y_T, probe):
 def class_and_others(labels_T, c, generator):
     """Rows of the texts of class c, and of as many random others, evenly from the other classes."""
     order_T = torch.randperm(len(labels_T), generator=generator).to(labels_T.device)
-    labels_T = labels_T[order_T]
-    nth_TC = F.one_hot(labels_T).cumsum(0)  # how many texts of its class came up to a text
-    nth_T = nth_TC.gather(1, labels_T[:, None])[:, 0]
-    mine = (labels_T == c).nonzero()[:, 0]
-    share = math.ceil(len(mine) / (nth_TC.shape[1] - 1))
-    others = ((labels_T != c) & (nth_T <= share)).nonzero()[: len(mine), 0]
-    return order_T[torch.cat([mine, others])]
+    rows_of = [order_T[labels_T[order_T] == label] for label in labels_T.unique()]
+    mine = rows_of.pop(c)
+    share = math.ceil(len(mine) / len(rows_of))
+    others = torch.cat([rows[:share] for rows in rows_of])
+    return torch.cat([mine, others[: len(mine)]])
 
 
 def sparse_probing(f_TN, labels_T, n_train, seed=0):
@@ -534,27 +519,6 @@ def absorption(sae, x_TD, y_T, x_UD, y_U, x_VD, y_V, W_CD, seed=0):
 # -------------------------------------------------------------------------------------------- tasks
 # The texts of a task are a pandas frame with the columns text, label, attribute (0 where there is
 # none) and is_test, in the order of their source.
-@dataclass
-class Task:
-    """Texts, the training texts first, with labels (T,), and for SCR attributes (T,), 0 or 1."""
-
-    name: str
-    texts: list
-    n_train: int
-    label_T: torch.Tensor
-    attribute_T: torch.Tensor
-    notes: list  # what there was too little of
-
-
-def task_of(name, chosen, notes):
-    """The Task of a frame of chosen texts; labels are numbered in sorted order."""
-    chosen = chosen.sort_values("is_test", kind="stable")
-    n_train = int((~chosen["is_test"]).sum())
-    label_T = torch.tensor(chosen["label"].rank(method="dense").to_numpy()).long() - 1
-    attribute_T = torch.tensor(chosen["attribute"].rank(method="dense").to_numpy()).long() - 1
-    return Task(name, chosen["text"].tolist(), n_train, label_T, attribute_T, notes)
-
-
 def cell_sizes(name, frame):
     """How many texts each is_test, label and attribute has; InputError where one has under 20."""
     sizes = frame.groupby(["is_test", "label", "attribute"]).size()
@@ -564,8 +528,16 @@ def cell_sizes(name, frame):
     return sizes
 
 
+def numbered(chosen):
+    """The chosen texts, those to train on first, labels and attributes numbered in sorted order."""
+    chosen = chosen.sort_values("is_test", kind="stable", ignore_index=True)
+    for column in ("label", "attribute"):
+        chosen[column] = pandas.factorize(chosen[column], sort=True)[0]
+    return chosen
+
+
 def probing_task(name, frame, train, test, seed):
-    """`train` and `test` random texts of each label, as many of each attribute.
+    """`train` and `test` random texts of each label, as many of each attribute; and notes.
 
     Where one label has fewer, each has as many as that.
     """
@@ -580,11 +552,11 @@ def probing_task(name, frame, train, test, seed):
         if count < wanted:
             part = "test" if is_test else "training"
             notes.append(f"{name}: {count} {part} texts of a label and attribute, not {wanted}")
-    return task_of(name, pandas.concat(chosen).sample(frac=1, random_state=seed), notes)
+    return numbered(pandas.concat(chosen).sample(frac=1, random_state=seed)), notes
 
 
 def scr_task(name, frame, train, test):
-    """The first texts of each combination of two labels and two attributes.
+    """The first texts of each combination of two labels and two attributes; and notes.
 
     `train` and `test` of them where both are the first or both the second, else half as many. So
     SAEBench takes them, whatever the seed.
@@ -596,7 +568,7 @@ def scr_task(name, frame, train, test):
     chosen = frame[nth < wanted]
     lacks = len(chosen) < 3 * (train + test)
     notes = [f"{name}: {len(chosen)} texts, not {3 * (train + test)}"] if lacks else []
-    return task_of(name, chosen, notes)
+    return numbered(chosen), notes
 
 
 def library_frames():
@@ -612,7 +584,9 @@ def library_frames():
             if len(paragraph) > 80:
                 rows.append((paragraph[:300], file.split("/")[0], '"""' in paragraph, is_test))
     frame = pandas.DataFrame(rows, columns=["text", "label", "attribute", "is_test"])
-    largest = frame[frame["is_test"]]["label"].value_counts().index[:5]
+    # A module of one file has texts in one of the parts alone.
+    sizes = frame.groupby(["label", "is_test"]).size().unstack(fill_value=0)
+    largest = sizes.min(axis=1).nlargest(5).index
     frame = frame[frame["label"].isin(largest)]
     probing = {
         "package": frame.assign(attribute=0),
@@ -681,14 +655,8 @@ def hub_frame(source, classes):
         if source == EUROPARL:  # it has no test split, and a configuration for each language
             for n, (language, subset) in enumerate(LANGUAGES.items()):
                 rows = datasets.load_dataset(name, subset, split="train[:4000]").to_pandas()
-                texts = rows[text].str.get(language)
-                columns = {
-                    "text": texts,
-                    "label": n,
-                    "attribute": 0,
-                    "is_test": rows.index % 5 == 0,
-                }
-                parts.append(pandas.DataFrame(columns))
+                frame = rows.assign(text=rows[text].str.get(language), label=n, attribute=0)
+                parts.append(frame.assign(is_test=frame.index % 5 == 0))
         else:
             for split in ("train", "test"):
                 rows = datasets.load_dataset(name, split=split).to_pandas()
@@ -700,12 +668,15 @@ def hub_frame(source, classes):
 
 
 def load_tasks(family, args, demo, notes):
-    """The tasks of probing or of SCR, one by one; one that can't be had is a line of notes."""
+    """The tasks of probing or of SCR: name and frame; one that can't be had is a line of notes."""
     train = args.train or (500 if demo else 2000)
     test = args.test or (200 if demo else 500)
     is_scr = family == "scr"
-    if args.probe or demo:
-        frames = (file_frames(args.probe) if args.probe else library_frames())[is_scr]
+    if args.probe:
+        pairs = [file_frames(path)[is_scr] for path in args.probe]
+        frames = dict(itertools.chain(*(pair.items() for pair in pairs)))
+    elif demo:
+        frames = library_frames()[is_scr]
     else:
         frames = SPURIOUS if is_scr else PROBING
         if not is_scr:
@@ -715,14 +686,14 @@ def load_tasks(family, args, demo, notes):
             if isinstance(frame, tuple):
                 frame = hub_frame(*frame)
             if is_scr:
-                task = scr_task(name, frame, train, test)
+                chosen, lacking = scr_task(name, frame, train, test)
             else:
-                task = probing_task(name, frame, train, test, args.seed)
+                chosen, lacking = probing_task(name, frame, train, test, args.seed)
         except InputError as error:
             notes.append(f"a task is left out, {error}")
         else:
-            notes += task.notes
-            yield task
+            notes += lacking
+            yield name, chosen
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -731,35 +702,18 @@ class LayerReached(Exception):
 
 
 class LanguageModel:
-    """A whole language model with its head, one of its layers, and its tokenizer."""
+    """A language model, whole if it has a head, one of its layers, and its tokenizer."""
 
     def __init__(self, name, layer, device, dtype):
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig
 
         with sgo_sae.loading(name):
             saved_as = AutoConfig.from_pretrained(name).architectures or []
-            # Text that spells "<bos>" must not become that token.
-            self.tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True)
-            lm, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, output_loading_info=True
-            )
-        self.lm = lm.eval().to(device)
-        heads = re.compile("CausalLM|LMHead|ConditionalGeneration")
-        self.has_head = bool(heads.search(" ".join(saved_as)))
-        # What a checkpoint without a head lacks outside the body is not used.
-        body = f"{lm.base_model_prefix}."
-        missing = [n for n in report["missing_keys"] if self.has_head or n.startswith(body)]
-        if missing:
-            raise InputError(
-                f"{name}: its files lack {len(missing)} tensors, {missing[0]} among them"
-            )
-        config = lm.config.get_text_config()
-        config.use_cache = False  # of keys and values, which nobody reads
-        self.width = config.hidden_size
-        n_layers = config.num_hidden_layers
-        if layer >= n_layers:
-            raise InputError(f"--layer {layer}: the layers of {name} are 0 to {n_layers - 1}")
-        self.layer = sgo_sae.layers_of(self.lm.get_decoder(), n_layers)[layer]
+        heads = "CausalLM|LMHead|ConditionalGeneration"
+        self.has_head = bool(re.search(heads, " ".join(saved_as)))
+        loaded = sgo_sae.load_lm(name, layer, device, dtype, whole=self.has_head)
+        self.lm, self.layer, self.tokenizer = loaded
+        self.width = self.lm.config.get_text_config().hidden_size
         self.bos = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
 
     def ids(self, lists):
@@ -890,8 +844,6 @@ def open_sae(path, device):
 
 def open_gemma_scope(file):
     """The autoencoder of a params.npz, and what its path says of it."""
-    import numpy
-
     with sgo_sae.loading(str(file)):
         arrays = numpy.load(file)
         weights = {name: torch.from_numpy(arrays[name]).float() for name in arrays}
@@ -1117,47 +1069,43 @@ class Evaluation:
         return found
 
     def tasks(self, family, saes):
-        """Task by task: the task, and the means over its texts of activations and of latents.
+        """Task by task: its name, its number of training texts, their labels and attributes (2, T),
+        and the means over its texts of activations and of each autoencoder's latents.
 
         Every text is read once, for all autoencoders.
         """
-        for task in load_tasks(family, self.args, self.demo, self.notes):
-            n_test = len(task.texts) - task.n_train
-            self.sample[task.name] = {"train": task.n_train, "test": n_test}
-            desc = f"{family}: {task.name}"
-            means = mean_latents(self.model, saes, task.texts, desc)
-            yield task, (mean_TN.to(self.device) for mean_TN in each(means, desc))
+        for name, chosen in load_tasks(family, self.args, self.demo, self.notes):
+            n_train = int((~chosen["is_test"]).sum())
+            self.sample[name] = {"train": n_train, "test": len(chosen) - n_train}
+            columns = torch.tensor(chosen[["label", "attribute"]].to_numpy(), device=self.device)
+            desc = f"{family}: {name}"
+            means = mean_latents(self.model, saes, chosen["text"].tolist(), desc)
+            yield name, n_train, columns.T, (f_TN.to(self.device) for f_TN in each(means, desc))
         if not self.sample:
             raise InputError("it has no task, or none whose texts can be had")
 
     def probe(self, saes):
         found = [{} for _ in saes]
-        for task, means in self.tasks("probe", saes):
-            label_T = task.label_T.to(self.device)
-            seed = self.args.seed
-            scores = [sparse_probing(f_TN, label_T, task.n_train, seed) for f_TN in means]
+        for name, n_train, (label_T, _), means in self.tasks("probe", saes):
+            scores = [sparse_probing(f_TN, label_T, n_train, self.args.seed) for f_TN in means]
             residual = {f"x_{k}": score for k, score in scores[0].items()}
             for parts, own in zip(found, scores[1:]):
                 latents = {f"latents_{k}": score for k, score in own.items()}
-                parts[task.name] = {**latents, **residual}
+                parts[name] = {**latents, **residual}
         return found
 
     def scr(self, saes):
         found = [{} for _ in saes]
-        for task, means in self.tasks("scr", saes):
-            n = task.n_train
-            attributes = [task.label_T.to(self.device), task.attribute_T.to(self.device)]
+        for name, n_train, attributes, means in self.tasks("scr", saes):
             x_TD = next(means)
-            probes = scr_probes(x_TD, *attributes, n, self.args.seed)
+            probes = scr_probes(x_TD, *attributes, n_train, self.args.seed)
             for parts, f_TN, sae in zip(found, means, saes):
-                parts[task.name] = scr(*probes, x_TD, f_TN, attributes, n, sae.W_dec)
+                parts[name] = scr(*probes, x_TD, f_TN, attributes, n_train, sae.W_dec)
         return found
 
     def absorption(self, saes):
         model = self.model
         seed = self.args.seed
-        if not model.has_head:
-            raise InputError("the model has no language-model head")
         rng = random.Random(seed)
         vocabulary = alphabetic_words(model.tokenizer)
         n_words = min(self.args.words or len(vocabulary), len(vocabulary))
@@ -1236,32 +1184,35 @@ def table(subjects, families, baseline=None):
             notes += [f"{family}: {note}" for note in record["notes"]]
             for key, value in record["figures"].items():
                 rows.append((f"{family}: {key}", subject.name, subject.seed, value))
-    frame = pandas.DataFrame(rows, columns=["figure", "setting", "seed", "value"])
     seeds = Counter(subject.name for subject in subjects)
     settings = sorted(seeds, key=lambda name: name != baseline)
-    lines = [
-        ["", *(f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings)]
-    ]
+    head = [f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings]
     if baseline:
-        lines[0].append("±")
+        head.append("±")
         notes.append(
             f"All but the first column are differences to {baseline}; ± is half their 95 % "
             "interval, from the variance of all settings. **Better** and _worse_ lie outside it."
         )
+    lines = [["", *head]]
+    frame = pandas.DataFrame(rows, columns=["figure", "setting", "seed", "value"])
     for figure, part in frame.groupby("figure", sort=False):
-        values = part.pivot(index="seed", columns="setting", values="value").reindex(
-            columns=settings
-        )
+        values = part.pivot(index="seed", columns="setting", values="value")
+        values = values.reindex(columns=settings)
         sign = int(bool(HIGHER.fullmatch(figure))) - int(bool(LOWER.fullmatch(figure)))
-        cells = paired_cells(values, sign) if baseline else [mean_cell(values[s]) for s in settings]
+        cells = paired_cells(values, sign) if baseline else map(mean_cell, values.T.to_numpy())
         lines.append([figure.replace("_", " ") + ("", " ↑", " ↓")[sign], *cells])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    for n, line in enumerate(lines):
-        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
-        cells[0] = line[0].ljust(widths[0])
-        lines[n] = f"| {' | '.join(cells)} |"
-    return "\n".join([*lines, *(f"\n{note}" for note in dict.fromkeys(notes))])
+    return "\n\n".join([markdown(lines), *dict.fromkeys(notes)])
+
+
+def markdown(lines):
+    """Lines of cells as a table in Markdown, of which the first line is the head."""
+    columns = []
+    for cells in zip(*lines):
+        width = max(map(len, cells))
+        align = str.rjust if columns else str.ljust
+        head, *others = [align(cell, width) for cell in cells]
+        columns.append([head, "-" * (width - 1) + ":", *others])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
 
 
 def decimals(number):
@@ -1269,14 +1220,15 @@ def decimals(number):
     return max(0, 1 - math.floor(math.log10(abs(number)))) if number else 0
 
 
-def mean_cell(values):
-    """The mean ± standard deviation of a series, or one value with four digits that count."""
-    mean = values.mean()
-    deviation = values.std()
-    if math.isnan(mean):
+def mean_cell(values_S):
+    """The mean ± standard deviation over seeds, or one value with four digits that count."""
+    values_S = values_S[~numpy.isnan(values_S)]
+    if len(values_S) == 0:
         return ""
-    if not deviation > 0:  # of one seed it is not a number
+    mean = values_S.mean()
+    if len(values_S) == 1 or not values_S.std():
         return f"{mean:,.{decimals(mean / 100)}f}"
+    deviation = values_S.std(ddof=1)
     digits = decimals(deviation)
     return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
 
@@ -1292,18 +1244,18 @@ def paired_cells(values, sign):
     baseline = values.columns[0]
     if S == 0 or baseline not in complete:
         return [""] * (len(values.columns) + 1)
-    difference = complete.sub(complete[baseline], axis=0).mean()
-    residual = complete.sub(complete.mean(axis=1), axis=0)
-    residual -= residual.mean()
-    freedom = (S - 1) * (R - 1)
     half = 0.0
+    freedom = (S - 1) * (R - 1)
     if freedom:
-        half = student_t(freedom) * math.sqrt(2 * residual.stack().var(ddof=0) * R / freedom)
+        residual = complete.sub(complete.mean(axis=1), axis=0)
+        residual -= residual.mean()
+        variance = residual.pow(2).sum(axis=None) / freedom
+        half = student_t(freedom) * math.sqrt(2 * variance / S)
     level = complete[baseline].mean()
     digits = decimals(half or level / 100)
     cells = [f"{level:,.{digits}f}"]
-    for setting in values.columns[1:]:
-        change = difference.get(setting, math.nan)
+    changes = complete.sub(complete[baseline], axis=0).mean().reindex(values.columns[1:])
+    for change in changes:
         text = "" if math.isnan(change) else f"{change:+,.{digits}f}"
         if half and sign and abs(change) > half:
             text = f"**{text}**" if change * sign > 0 else f"_{text}_"
@@ -1397,16 +1349,14 @@ def closest_pairs(shared_NN, n_tokens, count=20):
 
     Pairs are in the order of w over chance times the tokens that they share.
     """
-    compared_J = compared_latents(shared_NN, n_tokens)
     histogram_20 = torch.zeros(20)
     found = []
-    for rows_I in compared_J.split(1024):
-        over_IJ = over_chance(shared_NN, rows_I, compared_J, n_tokens)
+    for rows_I, columns_J, over_IJ in over_chance(shared_NN, n_tokens):
         histogram_20 += torch.histc(over_IJ[over_IJ > 0], 20, 0, 1).cpu()
-        score_IJ = over_IJ * shared_NN[rows_I][:, compared_J]
+        score_IJ = over_IJ * shared_NN[rows_I][:, columns_J]
         best = score_IJ.flatten().topk(min(count, score_IJ.numel()))
-        i = rows_I[best.indices // len(compared_J)]
-        j = compared_J[best.indices % len(compared_J)]
+        i = rows_I[best.indices // len(columns_J)]
+        j = columns_J[best.indices % len(columns_J)]
         found += zip(best.values.tolist(), i.tolist(), j.tolist())
     found.sort(reverse=True)
     return [(i, j) for score, i, j in found[:count] if score > 0], histogram_20
@@ -1455,14 +1405,13 @@ def portrait(evaluation, subject, name):
     x_TLD = evaluation.activations
     n_tokens = int(kept_TL.sum())
     shared_NN = shared_tokens(sae, x_TLD[kept_TL])
-    fired_N = shared_NN.diagonal()
     pairs, histogram_20 = closest_pairs(shared_NN, n_tokens)
-    latents = list(dict.fromkeys(itertools.chain(*pairs)))
+    latents = sorted(set(itertools.chain(*pairs)))
     f_TLS = torch.cat([sae.encode(x_BLD.float())[..., latents] for x_BLD in x_TLD.split(16)])
     f_of = dict(zip(latents, (f_TLS * kept_TL[..., None]).unbind(-1)))
     parts = [f"<details open><summary>{name}: the pairs that compete most</summary>"]
     for i, j in pairs:
-        rarer, oftener = sorted([int(fired_N[i]), int(fired_N[j])])
+        rarer, oftener = sorted([int(shared_NN[i, i]), int(shared_NN[j, j])])
         both = int(shared_NN[i, j])
         cosine = F.cosine_similarity(sae.W_dec[i], sae.W_dec[j], dim=0).item()
         parts.append(f"<h4>w {both / rarer:.2f}, by chance {oftener / n_tokens:.2f}, ")
@@ -1470,13 +1419,15 @@ def portrait(evaluation, subject, name):
         first = latent_html(evaluation, sae, i, f_of[i], f_of[j])
         second = latent_html(evaluation, sae, j, f_of[j], f_of[i])
         parts.append(f"<div class=row>{first}{second}</div>")
-    lines = {name: [] for name in CHARTS}
-    for n, count in enumerate(histogram_20.tolist()):
-        lines["over"] += [(n / 20, math.log10(1 + count)), ((n + 1) / 20, math.log10(1 + count))]
+    edges_40 = (torch.arange(40) + 1) // 2 / 20
+    pairs_40 = (1 + histogram_20).log10().repeat_interleave(2)
+    lines = {key: [] for key in CHARTS}
+    lines["over"] = list(zip(edges_40.tolist(), pairs_40.tolist()))
     file = Path(subject.path, "metrics.jsonl")
     for row in map(json.loads, file.open() if file.exists() else []):
-        for key in set(CHARTS) & set(row):
-            lines[key].append((row["tokens"] / 1e6, row[key]))
+        for key in CHARTS:
+            if key in row:
+                lines[key].append((row["tokens"] / 1e6, row[key]))
     return "".join([*parts, "</details>"]), lines
 
 
@@ -1530,7 +1481,7 @@ def new_parser():
     add("--text", help="held-out text, column `text` (default: the demo's, or split `validation`)")
     add("--contexts", type=positive, default=512, help="contexts of text")
     add("--ctx", type=positive, help="tokens in a context (default: as in training)")
-    add("--probe", help="file with the columns text, label and, for SCR, attribute")
+    add("--probe", nargs="+", help="files with the columns text, label and, for SCR, attribute")
     add("--train", type=positive, help="training texts of a class (default: 2000, of the demo 500)")
     add("--test", type=positive, help="test texts of a class (default: 500, of the demo 200)")
     add(

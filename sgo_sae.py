@@ -610,9 +610,9 @@ def loading(what):
         raise InputError(f"{what} can't be loaded{hint}: {str(error)[:400]}") from error
 
 
-def load_lm(name, layer, device, dtype):
-    """The language model up to a layer, that layer, and the tokenizer."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+def load_lm(name, layer, device, dtype, whole=False):
+    """The language model up to a layer, or whole and with its head; that layer; the tokenizer."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     with loading(name):
         config = AutoConfig.from_pretrained(name)
@@ -622,21 +622,23 @@ def load_lm(name, layer, device, dtype):
         if set(ids) <= {tokenizer.unk_token_id}:
             raise InputError(f"{name} has no tokenizer that can split text into tokens")
         text_config = config.get_text_config()
-        last = text_config.num_hidden_layers - 1
-        if layer > last:
-            raise InputError(f"--layer {layer}: the layers of {name} are 0 to {last}")
-        # Later layers are neither made nor loaded, and no cache of keys and values is kept.
-        text_config.num_hidden_layers = layer + 1
-        text_config.use_cache = False
-        lm, report = AutoModel.from_pretrained(
+        n_layers = text_config.num_hidden_layers
+        if layer >= n_layers:
+            raise InputError(f"--layer {layer}: the layers of {name} are 0 to {n_layers - 1}")
+        if not whole:  # later layers are neither made nor loaded
+            n_layers = text_config.num_hidden_layers = layer + 1
+        text_config.use_cache = False  # of keys and values, which nobody reads
+        auto = AutoModelForCausalLM if whole else AutoModel
+        lm, report = auto.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True
         )
     # A pooler comes after the last layer, and is often not saved.
     missing = [tensor for tensor in report["missing_keys"] if "pooler" not in tensor]
     if missing:
-        raise InputError(f"{name}: its files lack {len(missing)} tensors, {missing[0]} among them")
-    lm = lm.get_decoder()  # of a multimodal model, the part that reads text
-    return lm.eval().to(device), layers_of(lm, layer + 1)[layer], tokenizer
+        raise InputError(f"{name}: its files lack tensors, {missing[0]} among them")
+    body = lm.get_decoder()  # of a multimodal model, the part that reads text
+    lm = lm if whole else body
+    return lm.eval().to(device), layers_of(body, n_layers)[layer], tokenizer
 
 
 def layers_of(lm, n_layers):
@@ -649,8 +651,7 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".p
 
 def reader_of(file):
     """The reader for a local file, which may be compressed (.jsonl.gz), or None."""
-    known = [suffix for suffix in file.suffixes if suffix in READERS]
-    return READERS[known[0]] if known else None
+    return next((READERS[suffix] for suffix in file.suffixes if suffix in READERS), None)
 
 
 def open_dataset(cfg):
@@ -997,7 +998,7 @@ def end(runs, folder, scale):
     for run in runs:
         if not run.failure:
             save_sae(run.sae, run.cfg, run.cfg.out, scale)
-            print(f"{Path(run.cfg.out).name:<28}  {run.figures()}")
+            print(f"{Path(run.cfg.out).name:<26}  {run.figures()}")
     print(f"saved in {folder}")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     failures = [run.failure for run in runs if run.failure]
@@ -1207,7 +1208,6 @@ def train_demo_lm(texts, folder, steps=1000, batch=8, ctx=128):
         num_key_value_heads=2,
         head_dim=32,
         query_pre_attn_scalar=32,
-        max_position_embeddings=ctx,
         sliding_window=ctx,
     )
     lm = Gemma2ForCausalLM(config)
@@ -1322,7 +1322,7 @@ def find_device(name, dtype):
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {name}: {error}") from error
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device, getattr(torch, dtype)
