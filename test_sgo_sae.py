@@ -1460,15 +1460,26 @@ def gemma_bytes(layer=12, buffer=2048, ctx=128, batch=2048):
     return 2 * sum(p.numel() for p in lm.parameters()) + 2 * (buffer * (ctx - 1) + first) * 2304
 
 
+def config_of(arch, d_sae):
+    return sgo_sae.Config(arch=arch, d_sae=d_sae, alpha=0.075 if arch == "topk" else 0.0)
+
+
 @pytest.mark.parametrize(
-    "sizes, most",
-    [([18432], 6.5), ([32768], 8.0), ([18432, 18432, 32768, 32768], 11.9), ([2304] * 4, 5.2)],
+    "archs, sizes, most",
+    [
+        (["topk"], [18432], 6.5),
+        (["topk"], [32768], 8.0),
+        (["topk"] * 3, [18432] * 3, 8.6),
+        (["topk"] * 4, [2304] * 4, 5.2),
+        (["topk"] * 4, [18432, 18432, 32768, 32768], 11.9),
+        (["topk", "relu", "jumprelu"], [18432] * 3, 9.3),
+    ],
 )
-def test_memory_of_the_papers_runs_on_a_gpu(sizes, most, monkeypatch):
-    """By account, in GB: run 4, run 5, the README's grid of large ones, and the
-    paper's small runs."""
-    gb = (gemma_bytes() + held_bytes([sgo_sae.Config(d_sae=N) for N in sizes], monkeypatch)) / 1e9
-    print(f"N {sizes}: {gb:.2f} GB")
+def test_memory_of_the_papers_runs_on_a_gpu(archs, sizes, most, monkeypatch):
+    """By account, in GB, of run 5 and of the commands in the README's table."""
+    cfgs = [config_of(arch, d_sae) for arch, d_sae in zip(archs, sizes)]
+    gb = (gemma_bytes() + held_bytes(cfgs, monkeypatch)) / 1e9
+    print(f"{', '.join(archs)}, N {sizes}: {gb:.2f} GB")
     assert most - 0.6 < gb <= most
 
 
@@ -3532,14 +3543,33 @@ def in_our_format(folder, model, W_enc_DN, b_enc_N, W_dec_ND, b_dec_D):
     return sae
 
 
-def assert_evaluated_beside_ours(run, folder, texts, probe_file, capsys):
-    argv = [run / "s0", folder, "--metrics", "core", "competition", "probe", "--text", texts]
+def assert_evaluated_beside_ours(run, folder, texts, probe_file, capsys, *others):
+    """It stands in one table with an autoencoder that was trained here on the same text."""
+    argv = [
+        run / "s0",
+        folder,
+        *others,
+        "--text",
+        texts,
+        "--metrics",
+        "core",
+        "competition",
+        "probe",
+    ]
     argv += ["--probe", probe_file, "--contexts", "40", "--ctx", "16"]
     assert evaluated([*argv, "--train", "100", "--test", "50"]) == 0
     lines = capsys.readouterr().out.splitlines()
     variance = next(line for line in lines if "explained variance" in line).split("|")
     assert all(0.1 < float(cell) < 1 for cell in variance[2:4])
     assert not any("not measured" in line for line in lines)
+
+
+def test_the_readmes_definition_is_the_penalty(tmp_path):
+    code = "import torch\n\n" + readme_code("def orthogonality(f_BN)")
+    f_BN = torch.randn(200, 60, dtype=torch.float64).sub(1).relu().requires_grad_()
+    plain = run_of(code, tmp_path)["orthogonality"](f_BN)
+    assert_is_the_penalty(plain, 1.0, f_BN, f_BN)
+    assert_is_the_penalty(sgo_penalty_dense(f_BN), 1.0, f_BN, f_BN)
 
 
 def test_other_trainers_saelens(model, run, texts, probe_file, tmp_path, capsys):
@@ -3584,7 +3614,9 @@ def test_other_trainers_saelens(model, run, texts, probe_file, tmp_path, capsys)
     batch = argparse.Namespace(sae_in=x_BD, dead_neuron_mask=None, n_training_steps=500)
     losses = sae.calculate_aux_loss(batch, f_BN, pre_BN, sae.decode(f_BN))
     assert_is_the_penalty(losses["sgo"], sgo_sae.alpha_at(500, 0.7), f_BN, sae.W_enc)
-    assert_evaluated_beside_ours(run, tmp_path / "out", texts, probe_file, capsys)
+    gemma_scope(tmp_path / "layer_1" / "average_l0_4")
+    scope = tmp_path / "layer_1" / "average_l0_4" / "params.npz"
+    assert_evaluated_beside_ours(run, tmp_path / "out", texts, probe_file, capsys, scope)
 
 
 def test_other_trainers_dictionary_learning(model, run, texts, probe_file, tmp_path, capsys):
