@@ -613,7 +613,7 @@ def file_frames(path):
         return probing, {}
     pair = frame[frame["attribute"].notna()]
     for column in ("label", "attribute"):
-        pair = pair[pair[column].isin(sorted(pair[column].unique())[:2])]
+        pair = pair[pair[column].rank(method="dense") <= 2]
     return probing, {name: pair}
 
 
@@ -1434,11 +1434,10 @@ def portrait(evaluation, subject, name):
 def page(evaluation, found):
     """One HTML file: what is in the autoencoders, how they were trained, and the table `found`."""
     subjects = evaluation.subjects
-    names = [html.escape(subject.name) for subject in subjects]
-    if len(set(names)) < len(names):
-        names = [f"{name}, seed {s.seed}" for name, s in zip(names, subjects)]
-    pairs = progress_bar(list(zip(subjects, names)), desc="page", leave=False)
-    portraits = [portrait(evaluation, subject, name) for subject, name in pairs]
+    names = [html.escape(f"{subject.name}, seed {subject.seed}") for subject in subjects]
+    portraits = []
+    for subject, name in zip(each(subjects, "page"), names):
+        portraits.append(portrait(evaluation, subject, name))
     charts = [chart([lines[key] for _, lines in portraits], *CHARTS[key]) for key in CHARTS]
     keys = []
     for n, name in enumerate(names):
