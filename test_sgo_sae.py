@@ -1202,22 +1202,15 @@ def test_folders_whose_latents_would_be_others_are_refused(tmp_path, cfg):
         sgo_sae.load_sae(tmp_path)
 
 
-@pytest.mark.parametrize("arch", ["topk", "standard", "jumprelu", "batchtopk"])
-def test_autoencoders_that_saelens_trained_load(arch, model, texts, tmp_path):
-    """Trained by its own runner, where it is installed; it reads a local model by its hook on a
-    module.
+def train_by_saelens(sae_cfg, model, texts, folder, sae=None, **settings):
+    """SAELens's own runner trains its autoencoder, or `sae`, on a local model, whose layer it reads
+    by a hook on the module.
     """
-    sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
     import datasets
+    import sae_lens
 
-    kinds = {
-        "topk": sae_lens.TopKTrainingSAEConfig,
-        "standard": sae_lens.StandardTrainingSAEConfig,
-        "jumprelu": sae_lens.JumpReLUTrainingSAEConfig,
-        "batchtopk": sae_lens.BatchTopKTrainingSAEConfig,
-    }
     cfg = sae_lens.LanguageModelSAERunnerConfig(
-        sae=kinds[arch](d_in=16, d_sae=64, **({"k": 4} if "topk" in arch else {})),
+        sae=sae_cfg,
         model_name=model[0],
         model_class_name="AutoModelForCausalLM",
         hook_name="model.layers.1",
@@ -1225,19 +1218,32 @@ def test_autoencoders_that_saelens_trained_load(arch, model, texts, tmp_path):
         is_dataset_tokenized=False,
         streaming=False,
         context_size=16,
-        training_tokens=2000,
         train_batch_size_tokens=256,
         n_batches_in_buffer=32,
         store_batch_size_prompts=4,
         device="cpu",
-        output_path=str(tmp_path / "out"),
+        output_path=str(folder),
         checkpoint_path=None,
         logger=sae_lens.LoggingConfig(log_to_wandb=False),
+        **settings,
     )
     rows = [json.loads(line) for line in Path(texts).read_text().splitlines()]
-    sae_lens.LanguageModelSAETrainingRunner(
-        cfg, override_dataset=datasets.Dataset.from_list(rows)
-    ).run()
+    rows = datasets.Dataset.from_list(rows)
+    sae_lens.LanguageModelSAETrainingRunner(cfg, override_dataset=rows, override_sae=sae).run()
+
+
+@pytest.mark.parametrize("arch", ["topk", "standard", "jumprelu", "batchtopk"])
+def test_autoencoders_that_saelens_trained_load(arch, model, texts, tmp_path):
+    """Trained by its own runner, where it is installed."""
+    sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
+    kinds = {
+        "topk": sae_lens.TopKTrainingSAEConfig,
+        "standard": sae_lens.StandardTrainingSAEConfig,
+        "jumprelu": sae_lens.JumpReLUTrainingSAEConfig,
+        "batchtopk": sae_lens.BatchTopKTrainingSAEConfig,
+    }
+    sae_cfg = kinds[arch](d_in=16, d_sae=64, **({"k": 4} if "topk" in arch else {}))
+    train_by_saelens(sae_cfg, model, texts, tmp_path / "out", training_tokens=2000)
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "out")
     ours = sgo_sae.load_sae(tmp_path / "out")
     x_BD = torch.randn(200, 16)
@@ -3545,19 +3551,9 @@ def in_our_format(folder, model, W_enc_DN, b_enc_N, W_dec_ND, b_dec_D):
 
 def assert_evaluated_beside_ours(run, folder, texts, probe_file, capsys, *others):
     """It stands in one table with an autoencoder that was trained here on the same text."""
-    argv = [
-        run / "s0",
-        folder,
-        *others,
-        "--text",
-        texts,
-        "--metrics",
-        "core",
-        "competition",
-        "probe",
-    ]
-    argv += ["--probe", probe_file, "--contexts", "40", "--ctx", "16"]
-    assert evaluated([*argv, "--train", "100", "--test", "50"]) == 0
+    settings = "--metrics core competition probe --contexts 40 --ctx 16 --train 100 --test 50"
+    argv = [run / "s0", folder, *others, "--text", texts, "--probe", probe_file, *settings.split()]
+    assert evaluated(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     variance = next(line for line in lines if "explained variance" in line).split("|")
     assert all(0.1 < float(cell) < 1 for cell in variance[2:4])
@@ -3576,8 +3572,6 @@ def test_the_readmes_definition_is_the_penalty(tmp_path):
 def test_other_trainers_saelens(model, run, texts, probe_file, tmp_path, capsys):
     """The README's class, in SAELens's own runner."""
     sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
-    import datasets
-
     names = run_of(readme_code("TopKTrainingSAE"), tmp_path)
     sae_cfg = sae_lens.TopKTrainingSAEConfig(
         d_in=16,
@@ -3586,29 +3580,9 @@ def test_other_trainers_saelens(model, run, texts, probe_file, tmp_path, capsys)
         use_sparse_activations=False,
         normalize_activations="expected_average_only_in",
     )
-    cfg = sae_lens.LanguageModelSAERunnerConfig(
-        sae=sae_cfg,
-        model_name=model[0],
-        model_class_name="AutoModelForCausalLM",
-        hook_name="model.layers.1",
-        dataset_path="local",
-        is_dataset_tokenized=False,
-        streaming=False,
-        context_size=16,
-        training_tokens=256 * 60,
-        train_batch_size_tokens=256,
-        n_batches_in_buffer=32,
-        store_batch_size_prompts=4,
-        device="cpu",
-        lr=3e-3,
-        output_path=str(tmp_path / "out"),
-        checkpoint_path=None,
-        logger=sae_lens.LoggingConfig(log_to_wandb=False),
-    )
-    rows = datasets.Dataset.from_list(list(map(json.loads, Path(texts).read_text().splitlines())))
     sae = names["SGOTopK"](sae_cfg)
-    runner = sae_lens.LanguageModelSAETrainingRunner(cfg, override_dataset=rows, override_sae=sae)
-    runner.run()
+    settings = {"training_tokens": 256 * 60, "lr": 3e-3}
+    train_by_saelens(sae_cfg, model, texts, tmp_path / "out", sae, **settings)
     assert names["steps"] == list(range(60))
     x_BD = torch.randn(256, 16)
     f_BN, pre_BN = sae.encode_with_hidden_pre(x_BD)
