@@ -28,7 +28,6 @@ put in place of an activation.
 """
 
 import argparse
-import html
 import itertools
 import json
 import math
@@ -38,10 +37,12 @@ import sys
 import zlib
 from collections import Counter
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
+import mpmath
 import numpy
 import pandas
 import torch
@@ -49,9 +50,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import sgo_sae
-from sgo_sae import InputError, progress_bar
+from sgo_sae import InputError
 
 FAMILIES = ("core", "behaviour", "competition", "probe", "scr", "absorption")
+
+
+def each(work, desc):
+    """The parts of the work, one by one, beside a bar of the progress."""
+    return sgo_sae.progress_bar(work, desc=desc, leave=False)
 
 
 # --------------------------------------------------------------------------------------------- text
@@ -90,41 +96,40 @@ def reconstruction(sae, x_TD, ctx=128):
 
 
 @torch.inference_mode()
-def behaviour(lm, layer, saes, ids_TL, kept_TL):
-    """Cross-entropy and KL divergence with x̂ in place of x, in nats: a dict for each autoencoder.
+def behaviour(lm, layer, sae, ids_TL, kept_TL):
+    """Cross-entropy and KL divergence with x̂ in place of x, in nats: a dict of figures.
 
-    Beside them stand those of the clean model and of one whose x is zero. With an autoencoder, the
+    Beside them stand those of the clean model and of one whose x is zero. With the autoencoder, the
     tokens that are not kept have their own activations; zeroed are all. Means are over kept tokens.
     """
-    replacements = [lambda x, kept: x, lambda x, kept: torch.zeros_like(x)]
-    replacements += [partial(reconstructed, sae) for sae in saes]
-    ce_R = torch.zeros(len(replacements), dtype=torch.double)
-    kl_R = torch.zeros_like(ce_R)
+
+    def reconstructed(x_BLD, kept_BL):
+        return torch.where(kept_BL[..., None], sae(x_BLD.float()).to(x_BLD.dtype), x_BLD)
+
+    replacements = {
+        "clean": lambda x_BLD, kept_BL: x_BLD,
+        "sae": reconstructed,
+        "zero": lambda x_BLD, kept_BL: torch.zeros_like(x_BLD),
+    }
+    sums = Counter()
     # The logits of four contexts of Gemma-2 are 0.5 GB.
     rows = max(1, 2**27 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
     parts = list(zip(ids_TL.split(rows), kept_TL.split(rows)))
-    for ids_BL, kept_BL in progress_bar(parts, desc="behaviour", leave=False):
+    for ids_BL, kept_BL in each(parts, "behaviour"):
         next_E1 = ids_BL.roll(-1, 1)[kept_BL][:, None]
         has_next_E = kept_BL.nonzero()[:, 1] < ids_BL.shape[1] - 1
-        for n, replace in enumerate(replacements):
+        for name, replace in replacements.items():
             log_q_EV = log_probabilities(lm, layer, ids_BL, kept_BL, replace)
-            if n == 0:
+            sums[f"ce_{name}"] -= log_q_EV.gather(1, next_E1)[has_next_E].double().sum().item()
+            if name == "clean":
                 log_p_EV = log_q_EV
-                p_EV = log_p_EV.exp()
-            ce_R[n] -= log_q_EV.gather(1, next_E1)[has_next_E].double().sum().item()
-            kl_R[n] += torch.linalg.vecdot(p_EV, log_p_EV - log_q_EV).double().sum().item()
-    ce_clean, ce_zero, *ce_saes = (ce_R / kept_TL[:, :-1].sum().item()).tolist()
-    _, kl_zero, *kl_saes = (kl_R / kept_TL.sum().item()).tolist()
-    figures = []
-    for ce, kl in zip(ce_saes, kl_saes):
-        scores = {"ce_score": (ce_zero - ce) / (ce_zero - ce_clean), "kl_score": 1 - kl / kl_zero}
-        nats = {"ce_clean": ce_clean, "ce_sae": ce, "ce_zero": ce_zero}
-        figures.append({**scores, **nats, "kl_sae": kl, "kl_zero": kl_zero})
-    return figures
-
-
-def reconstructed(sae, x_BLD, kept_BL):
-    return torch.where(kept_BL[..., None], sae(x_BLD.float()).to(x_BLD.dtype), x_BLD)
+            else:
+                kl_EV = F.kl_div(log_q_EV, log_p_EV, reduction="none", log_target=True)
+                sums[f"kl_{name}"] += kl_EV.sum(1).double().sum().item()
+    counts = {"ce": kept_TL[:, :-1].sum().item(), "kl": kept_TL.sum().item()}
+    nats = {name: value / counts[name[:2]] for name, value in sums.items()}
+    ce_score = (nats["ce_zero"] - nats["ce_sae"]) / (nats["ce_zero"] - nats["ce_clean"])
+    return {"ce_score": ce_score, "kl_score": 1 - nats["kl_sae"] / nats["kl_zero"], **nats}
 
 
 def log_probabilities(lm, layer, ids_BL, kept_BL, replace):
@@ -184,23 +189,14 @@ def over_chance(shared_NN, n_tokens):
 def competition(sae, x_TD):
     """Competition of latents over the tokens: a dict of figures.
 
-    `pairs_over_chance` counts the pairs whose w is over chance by more than 0.5, and
-    `w_over_chance` is the mean over all pairs. Rare and dense latents are counted apart.
+    `pairs_over_chance` counts the pairs whose w is over chance by more than 0.5. Rare latents are
+    counted apart; dense ones are among the figures of reconstruction.
     """
     shared_NN = shared_tokens(sae, x_TD)
-    n_over = 0
-    total = 0.0
-    n_pairs = 0
-    for rows_I, columns_J, over_IJ in over_chance(shared_NN, len(x_TD)):
-        n_over += (over_IJ > 0.5).sum().item()
-        total += over_IJ.sum(dtype=torch.double).item()
-        n_pairs += (rows_I[:, None] < columns_J).sum().item()
-    fired_N = shared_NN.diagonal()
+    parts = over_chance(shared_NN, len(x_TD))
     return {
-        "pairs_over_chance": n_over,
-        "w_over_chance": total / max(1, n_pairs),
-        "rare": (fired_N < RARE).double().mean().item(),
-        "dense": (fired_N > DENSE * len(x_TD)).double().mean().item(),
+        "pairs_over_chance": sum((over_IJ > 0.5).sum().item() for _, _, over_IJ in parts),
+        "rare": (shared_NN.diagonal() < RARE).double().mean().item(),
         "mean_max_cos": nearest_cosine(sae.W_dec).mean().item(),
     }
 
@@ -218,10 +214,9 @@ def nearest_cosine(W_dec_ND):
     """The largest |cosine| of each decoder row with another (N,)."""
     W_ND = F.normalize(W_dec_ND, dim=1)
     nearest = []
-    for rows_I in torch.arange(len(W_ND), device=W_ND.device).split(1024):
-        cosine_IN = (W_ND[rows_I] @ W_ND.T).abs()
-        cosine_IN.scatter_(1, rows_I[:, None], 0)
-        nearest.append(cosine_IN.amax(1))
+    for W_ID in W_ND.split(1024):
+        own_and_nearest_I2 = (W_ID @ W_ND.T).abs().topk(2, dim=1).values
+        nearest.append(own_and_nearest_I2[:, 1])
     return torch.cat(nearest)
 
 
@@ -309,12 +304,12 @@ def class_and_others(labels_T, c, generator):
     return torch.cat([mine, others[: len(mine)]])
 
 
-def sparse_probing(f_TN, labels_T, n_train, seed=0):
+def sparse_probing(f_TN, labels_T, n_train, name, seed=0):
     """Test accuracy of probes that tell a class from as many other texts, meaned over the classes.
 
-    The first `n_train` texts are to train on. Keys: "1", "2", "5" and "20", logistic regressions
-    on as many latents, those whose means differ most between class and others; and "all", a linear
-    probe on all latents. Chance is half.
+    The first `n_train` texts are to train on. Keys: name_1, name_2, name_5 and name_20, logistic
+    regressions on as many latents, those whose means differ most between class and others; and
+    name_all, a linear probe on all latents. Chance is half.
     """
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -330,61 +325,60 @@ def sparse_probing(f_TN, labels_T, n_train, seed=0):
         for k in (1, 2, 5, 20):
             top_S = order_N[:k]
             probe = logistic_regression(x_TN[:, top_S], y_T)
-            scores[str(k)] = accuracy(x_UN[:, top_S], y_U, probe)
+            scores[f"{name}_{k}"] = accuracy(x_UN[:, top_S], y_U, probe)
         on_all = linear_probe(x_TN, y_T, x_UN, y_U, generator, epochs=100, batch=250, lr=1e-2)
-        scores["all"] = accuracy(x_UN, y_U, on_all)
+        scores[f"{name}_all"] = accuracy(x_UN, y_U, on_all)
         found.append(scores)
     return mean_of(found)
 
 
-def scr_rows(a_T, b_T):
-    """Rows of two sets of texts, given their attributes a and b, 0 or 1.
+def scr_sets(attributes, n_train):
+    """Rows of SCR's four sets of texts, by their attributes a and b, 0 or 1 (2, T).
 
-    In the clean set each combination of a and b is a quarter. In the biased set a = b. Each has as
-    many texts as its smallest combination allows.
+    In the clean sets, to train and to test on, each combination of a and b is a quarter. In the
+    biased ones a = b. Each has as many texts as its smallest combination allows.
     """
-    cells = [(2 * a_T + b_T == cell).nonzero()[:, 0] for cell in range(4)]
-    quarter = min(len(cell) for cell in cells)
-    half = min(len(cells[0]), len(cells[3]))
-    clean = torch.cat([cell[:quarter] for cell in cells])
-    return clean, torch.cat([cells[0][:half], cells[3][:half]])
+    cell_T = attributes[0] * 2 + attributes[1]
+    sets = []
+    for chosen in ((0, 1, 2, 3), (0, 3)):
+        for start, part_T in ((0, cell_T[:n_train]), (n_train, cell_T[n_train:])):
+            cells = [start + (part_T == cell).nonzero()[:, 0] for cell in chosen]
+            size = min(map(len, cells))
+            sets.append(torch.cat([cell[:size] for cell in cells]))
+    return sets
 
 
-def scr_probes(x_TD, a_T, b_T, n_train, seed=0):
+def scr_probes(x_TD, attributes, sets, seed=0):
     """SCR's probes on mean activations: of a and of b on the clean sets, and the biased one."""
     generator = torch.Generator().manual_seed(seed)
-    clean_T, biased_T = scr_rows(a_T[:n_train], b_T[:n_train])
-    clean_U, biased_U = scr_rows(a_T[n_train:], b_T[n_train:])
-    # SAEBench lets all of them train for all of their epochs.
-    options = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}
+    clean_T, clean_U, biased_T, biased_U = sets
 
     def probe(y_T, train, test):
-        test = test + n_train
+        # SAEBench lets all of them train for all of their epochs.
+        options = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}
         return linear_probe(x_TD[train], y_T[train], x_TD[test], y_T[test], generator, **options)
 
-    on_clean = [probe(y_T, clean_T, clean_U) for y_T in (a_T, b_T)]
-    return on_clean, probe(a_T, biased_T, biased_U)
+    on_clean = [probe(y_T, clean_T, clean_U) for y_T in attributes]
+    return on_clean, probe(attributes[0], biased_T, biased_U)
 
 
 @torch.no_grad()
-def scr(probes, biased, x_TD, f_TN, attributes, n_train, W_dec_ND):
+def scr(probes, biased, x_TD, f_TN, attributes, sets, W_dec_ND):
     """Spurious correlation removal: a dict of scores, 1 where ablation mends the biased probe.
 
-    x are mean activations and f mean latents of texts, the first `n_train` to train on. Of the two
-    directions, the scores are those of the one in which the biased probe is less accurate. To set
-    latents to 0 and add the reconstruction error back takes f_S W_dec_S from the activation of each
-    token, and so from the mean.
+    x are mean activations and f mean latents of texts. Of the two directions, the scores are those
+    of the one in which the biased probe is less accurate. To set latents to 0 and add the
+    reconstruction error back takes f_S W_dec_S from the activation of each token, and so from the
+    mean.
     """
-    clean_T, _ = scr_rows(*(y_T[:n_train] for y_T in attributes))
-    clean_U, _ = scr_rows(*(y_T[n_train:] for y_T in attributes))
-    clean_U += n_train
+    clean_T, clean_U, _, _ = sets
     x_UD = x_TD[clean_U]
-    before = [accuracy(x_UD, y_T[clean_U], biased) for y_T in attributes]
-    wanted = 0 if before[0] <= before[1] else 1
+    before = [accuracy(x_UD, y_U, biased) for y_U in attributes[:, clean_U]]
+    wanted = int(before[0] > before[1])
     unwanted = 1 - wanted
-    y_U = attributes[wanted][clean_U]
+    y_U = attributes[wanted, clean_U]
     gap = accuracy(x_UD, y_U, probes[wanted]) - before[wanted]
-    z_T = attributes[unwanted][clean_T].bool()
+    z_T = attributes[unwanted, clean_T].bool()
     difference_N = f_TN[clean_T[z_T]].mean(0) - f_TN[clean_T[~z_T]].mean(0)
     effect_N = (difference_N * (W_dec_ND @ probes[unwanted].w_D)).abs()
     order_N = effect_N.argsort(descending=True)[: int((effect_N > 0).sum())]
@@ -399,8 +393,8 @@ def scr(probes, biased, x_TD, f_TN, attributes, n_train, W_dec_ND):
 
 # --------------------------------------------------------------------------------------- absorption
 def f1(predicted_T, true_T):
-    hits = (predicted_T & true_T).sum().item()
-    return 2 * hits / max(1, predicted_T.sum().item() + true_T.sum().item())
+    hits = (predicted_T & true_T).sum()
+    return 2 * hits / (predicted_T.sum() + true_T.sum()).clamp(min=1)
 
 
 def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=lambda x_BD: x_BD, seed=0):
@@ -417,8 +411,8 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=lambda x_BD: x_BD, seed=0):
     y_TC = F.one_hot(y_T, 26).float()
     rarity_C = (len(y_T) - y_TC.sum(0)) / y_TC.sum(0).clamp(min=1)
     adam = torch.optim.Adam(probe.parameters(), lr=0.01, weight_decay=l2, fused=True)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, (1e-5 / 0.01) ** (1 / epochs))
-    for _ in progress_bar(range(epochs), desc="letters", unit="epoch", leave=False):
+    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, 0.001 ** (1 / epochs))
+    for _ in each(range(epochs), "letters"):
         for rows in torch.randperm(len(x_TD)).to(x_TD.device).split(batch):
             with torch.no_grad():
                 f_BN = encode(x_TD[rows])
@@ -432,14 +426,18 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=lambda x_BD: x_BD, seed=0):
     return probe.weight.detach(), probe.bias.detach()
 
 
-def letter_split(f_TS, y_T, f_US, y_U, gain=0.03):
-    """How many latents S, best first, share a letter: one more must lift F1 by over `gain`."""
-    n_positive = y_T.sum()
-    weight_T = len(y_T) / 2 / torch.where(y_T, n_positive, len(y_T) - n_positive)
+def letter_split(f_TS, y_T, n_train, gain=0.03):
+    """How many latents S, best first, share a letter: one more must lift F1 by over `gain`.
+
+    y are whether words have the letter; the first `n_train` are to train on, the others to test.
+    """
+    train_T = y_T[:n_train]
+    n_positive = train_T.sum()
+    weight_T = n_train / 2 / torch.where(train_T, n_positive, n_train - n_positive)
     best = 0.0
     for k in range(1, f_TS.shape[1] + 1):
-        probe = logistic_regression(f_TS[:, :k], y_T, weight_T)
-        score = f1(probe.is_positive(f_US[:, :k]), y_U)
+        probe = logistic_regression(f_TS[:n_train, :k], train_T, weight_T)
+        score = f1(probe.is_positive(f_TS[n_train:, :k]), y_T[n_train:])
         if k > 1 and score - best <= gain:
             return k - 1
         best = score
@@ -476,43 +474,40 @@ def recognised_words(x_UD, y_U, W_CD, b_C):
     InputError if these are under 20 letters, as in SAEBench.
     """
     positive_UC = x_UD @ W_CD.T + b_C > 0
-    spelled = [c for c in range(26) if f1(positive_UC[:, c], y_U == c) > 0.6]
-    if len(spelled) < 20:
-        raise InputError(f"the model spells {len(spelled)} of 26 letters, 20 are needed")
-    own_U = positive_UC.gather(1, y_U[:, None])[:, 0]
-    return own_U & torch.isin(y_U, torch.tensor(spelled, device=y_U.device))
+    scores = [f1(positive_UC[:, c], y_U == c) for c in range(26)]
+    spelled_C = torch.tensor(scores, device=y_U.device) > 0.6
+    if spelled_C.sum() < 20:
+        raise InputError(f"the model spells {spelled_C.sum()} of 26 letters, 20 are needed")
+    return positive_UC.gather(1, y_U[:, None])[:, 0] & spelled_C[y_U]
 
 
-@torch.no_grad()
-def latents_of(sae, x_TD, chosen_CS, batch=4096):
-    """The latents that are chosen for each letter (T, C, S), encoded batch by batch."""
-    return torch.cat([sae.encode(x_BD)[:, chosen_CS] for x_BD in x_TD.split(batch)])
-
-
-def absorption(sae, x_TD, y_T, x_UD, y_U, x_VD, y_V, W_CD, seed=0):
+def absorption(sae, x_TD, y_T, n_train, x_VD, y_V, W_CD, seed=0):
     """Absorption and full absorption, meaned over letters: a dict of figures.
 
-    x are activations at words and y their letters, 0 to 25: of T training words, U test words and
-    those V of the test words that the probe W recognises, these on new prompts. Letters that no
-    word in V has do not count.
+    x are activations at words and y their letters, 0 to 25: of T words, the first `n_train` to
+    train on, and of those V of the others that the probe W recognises, these on new prompts.
+    Letters that no word in V has do not count.
     """
     sparse_CN, _ = multi_probe(
-        x_TD, y_T, batch=4096, l2=1e-6, l1=0.01, encode=sae.encode, seed=seed
+        x_TD[:n_train], y_T[:n_train], 4096, l2=1e-6, l1=0.01, encode=sae.encode, seed=seed
     )
     candidates_CS = sparse_CN.topk(min(10, sparse_CN.shape[1]), dim=1).indices
-    f_TCS = latents_of(sae, x_TD, candidates_CS)
-    f_UCS = latents_of(sae, x_UD, candidates_CS)
+    with torch.no_grad():
+        f_TCS = torch.cat([sae.encode(x_BD)[:, candidates_CS] for x_BD in x_TD.split(4096)])
     found = []
     for c in y_V.unique().tolist():
-        n_split = letter_split(f_TCS[:, c], y_T == c, f_UCS[:, c], y_U == c)
+        n_split = letter_split(f_TCS[:, c], y_T == c, n_train)
+        split_S = candidates_CS[c, :n_split]
         x_of_c = x_VD[y_V == c]
         with torch.no_grad():
             f_of_c = sae.encode(x_of_c)
-        share_V, full_V = absorbed_share(
-            f_of_c, x_of_c, sae.W_dec.detach(), W_CD[c], candidates_CS[c, :n_split]
-        )
-        figures = {"absorption": share_V.mean().item(), "full": full_V.float().mean().item()}
-        found.append({**figures, "split_latents": n_split})
+            share_V, full_V = absorbed_share(f_of_c, x_of_c, sae.W_dec, W_CD[c], split_S)
+        figures = {
+            "absorption": share_V.mean().item(),
+            "full": full_V.float().mean().item(),
+            "split_latents": n_split,
+        }
+        found.append(figures)
     return {**mean_of(found), "letters": len(found)}
 
 
@@ -537,68 +532,56 @@ def numbered(chosen):
 
 
 def probing_task(name, frame, train, test, seed):
-    """`train` and `test` random texts of each label, as many of each attribute; and notes.
+    """`train` and `test` random texts of each label, as many of each attribute.
 
     Where one label has fewer, each has as many as that.
     """
     sizes = cell_sizes(name, frame)
+    n_attributes = frame["attribute"].nunique()
     chosen = []
-    notes = []
     for is_test, wanted in ((False, train), (True, test)):
-        wanted //= frame["attribute"].nunique()
-        count = min(wanted, sizes[is_test].min())
         groups = frame[frame["is_test"] == is_test].groupby(["label", "attribute"])
+        count = min(wanted // n_attributes, sizes[is_test].min())
         chosen.append(groups.sample(count, random_state=seed))
-        if count < wanted:
-            part = "test" if is_test else "training"
-            notes.append(f"{name}: {count} {part} texts of a label and attribute, not {wanted}")
-    return numbered(pandas.concat(chosen).sample(frac=1, random_state=seed)), notes
+    return numbered(pandas.concat(chosen).sample(frac=1, random_state=seed))
 
 
 def scr_task(name, frame, train, test):
-    """The first texts of each combination of two labels and two attributes; and notes.
+    """The first texts of each combination of the first two labels and attributes.
 
     `train` and `test` of them where both are the first or both the second, else half as many. So
     SAEBench takes them, whatever the seed.
     """
+    for column in ("label", "attribute"):
+        frame = frame[frame[column].rank(method="dense") <= 2]
     cell_sizes(name, frame)
     is_biased = frame["label"].rank(method="dense") == frame["attribute"].rank(method="dense")
     wanted = frame["is_test"].map({False: train, True: test}) // (2 - is_biased)
     nth = frame.groupby(["is_test", "label", "attribute"]).cumcount()
-    chosen = frame[nth < wanted]
-    lacks = len(chosen) < 3 * (train + test)
-    notes = [f"{name}: {len(chosen)} texts, not {3 * (train + test)}"] if lacks else []
-    return numbered(chosen), notes
+    return numbered(frame[nth < wanted])
 
 
-def library_frames():
-    """Frames of the demo's tasks, each by name, two of probing and one of SCR.
+def demo_frame():
+    """The demo's texts, paragraphs of the standard library.
 
-    The texts are paragraphs of the standard library: the label is the package, and the attribute
-    is whether it has a docstring.
+    The label is the package, one of the five with the most texts, and the attribute is whether it
+    has a docstring.
     """
-    rows = []
-    for file, text in sgo_sae.library_texts():
-        is_test = zlib.crc32(file.encode()) % 3 == 0  # no file is in both parts
-        for paragraph in text.split("\n\n"):
-            if len(paragraph) > 80:
-                rows.append((paragraph[:300], file.split("/")[0], '"""' in paragraph, is_test))
-    frame = pandas.DataFrame(rows, columns=["text", "label", "attribute", "is_test"])
-    # A module of one file has texts in one of the parts alone.
-    sizes = frame.groupby(["label", "is_test"]).size().unstack(fill_value=0)
-    largest = sizes.min(axis=1).nlargest(5).index
-    frame = frame[frame["label"].isin(largest)]
-    probing = {
-        "package": frame.assign(attribute=0),
-        "docstring or not": frame.assign(label=frame["attribute"], attribute=0),
-    }
-    return probing, {"docstrings of two packages": frame[frame["label"].isin(largest[:2])]}
+    frame = pandas.DataFrame(sgo_sae.library_texts(), columns=["file", "text"])
+    # No file is in both parts.
+    frame["is_test"] = frame["file"].map(lambda file: zlib.crc32(file.encode()) % 3 == 0)
+    frame["label"] = frame["file"].str.split("/").str[0]
+    frame = frame.assign(text=frame["text"].str.split("\n\n")).explode("text", ignore_index=True)
+    frame = frame[frame["text"].str.len() > 80]
+    frame = frame.assign(attribute=frame["text"].str.contains('"""'))
+    sizes = frame.groupby(["label", "attribute", "is_test"]).size().unstack([1, 2], fill_value=0)
+    return frame[frame["label"].isin(sizes.min(axis=1).nlargest(5).index)]
 
 
-def file_frames(path):
-    """Frames of a local file: of a probing task, and of SCR where it has a column `attribute`.
+def file_frame(path):
+    """The texts of a local file with the columns text, label and, for SCR, attribute.
 
-    A fifth of the texts are test texts. SCR takes the first two labels and attributes.
+    A fifth of them are test texts.
     """
     with sgo_sae.loading(path):
         frame = pandas.DataFrame(list(sgo_sae.open_dataset(sgo_sae.Config(dataset=path))))
@@ -606,15 +589,7 @@ def file_frames(path):
         raise InputError(f"{path} needs the columns text and label, and has {', '.join(frame)}")
     has_text = frame["text"].map(lambda text: isinstance(text, str) and text.strip() != "")
     frame = frame[has_text & frame["label"].notna()]
-    frame = frame.assign(is_test=frame["text"].map(lambda text: zlib.crc32(text.encode()) % 5 == 0))
-    name = Path(path).stem
-    probing = {name: frame.assign(attribute=0)}
-    if "attribute" not in frame:
-        return probing, {}
-    pair = frame[frame["attribute"].notna()]
-    for column in ("label", "attribute"):
-        pair = pair[pair[column].rank(method="dense") <= 2]
-    return probing, {name: pair}
+    return frame.assign(is_test=frame["text"].map(lambda text: zlib.crc32(text.encode()) % 5 == 0))
 
 
 # Of the datasets of SAEBench: the name on the Hub, and the columns of text, label and attribute.
@@ -655,45 +630,50 @@ def hub_frame(source, classes):
         if source == EUROPARL:  # it has no test split, and a configuration for each language
             for n, (language, subset) in enumerate(LANGUAGES.items()):
                 rows = datasets.load_dataset(name, subset, split="train[:4000]").to_pandas()
-                frame = rows.assign(text=rows[text].str.get(language), label=n, attribute=0)
-                parts.append(frame.assign(is_test=frame.index % 5 == 0))
+                rows = rows.assign(text=rows[text].str.get(language), label=n, attribute=0)
+                parts.append(rows.assign(is_test=rows.index % 5 == 0))
         else:
             for split in ("train", "test"):
                 rows = datasets.load_dataset(name, split=split).to_pandas()
                 rows = rows[rows[label].isin(classes)]
-                frame = rows.assign(text=rows[text], label=rows[label].map(classes.index))
-                frame["attribute"] = rows[attribute] if attribute else 0
-                parts.append(frame.assign(is_test=split == "test"))
+                rows = rows.assign(text=rows[text], label=rows[label].map(classes.index))
+                rows["attribute"] = rows[attribute] if attribute else 0
+                parts.append(rows.assign(is_test=split == "test"))
     return pandas.concat(parts)
 
 
 def load_tasks(family, args, demo, notes):
     """The tasks of probing or of SCR: name and frame; one that can't be had is a line of notes."""
-    train = args.train or (500 if demo else 2000)
-    test = args.test or (200 if demo else 500)
     is_scr = family == "scr"
     if args.probe:
-        pairs = [file_frames(path)[is_scr] for path in args.probe]
-        frames = dict(itertools.chain(*(pair.items() for pair in pairs)))
+        frames = {Path(path).stem: file_frame(path) for path in args.probe}
     elif demo:
-        frames = library_frames()[is_scr]
+        frames = {"packages": demo_frame()}
+    elif is_scr:
+        frames = SPURIOUS
     else:
-        frames = SPURIOUS if is_scr else PROBING
-        if not is_scr:
-            notes.append("github-code is left out, since `datasets` does not load it any more")
+        frames = PROBING
+        notes.append("github-code is left out, since `datasets` does not load it any more")
     for name, frame in frames.items():
         try:
             if isinstance(frame, tuple):
                 frame = hub_frame(*frame)
+            elif not is_scr:
+                frame = frame.assign(attribute=0)
+            elif "attribute" not in frame:
+                continue
             if is_scr:
-                chosen, lacking = scr_task(name, frame, train, test)
+                chosen = scr_task(name, frame, args.train, args.test)
+                wanted = 3 * (args.train + args.test)
             else:
-                chosen, lacking = probing_task(name, frame, train, test, args.seed)
+                chosen = probing_task(name, frame, args.train, args.test, args.seed)
+                wanted = chosen["label"].nunique() * (args.train + args.test)
         except InputError as error:
             notes.append(f"a task is left out, {error}")
-        else:
-            notes += lacking
-            yield name, chosen
+            continue
+        if len(chosen) < wanted:
+            notes.append(f"{name}: {len(chosen)} texts, not {wanted}")
+        yield name, chosen
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -708,9 +688,8 @@ class LanguageModel:
         from transformers import AutoConfig
 
         with sgo_sae.loading(name):
-            saved_as = AutoConfig.from_pretrained(name).architectures or []
-        heads = "CausalLM|LMHead|ConditionalGeneration"
-        self.has_head = bool(re.search(heads, " ".join(saved_as)))
+            saved_as = str(AutoConfig.from_pretrained(name).architectures)
+        self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
         loaded = sgo_sae.load_lm(name, layer, device, dtype, whole=self.has_head)
         self.lm, self.layer, self.tokenizer = loaded
         self.width = self.lm.config.get_text_config().hidden_size
@@ -750,7 +729,7 @@ class LanguageModel:
         """The rows and token ids (B, L) of batches of like length."""
         order = sorted(range(len(lists)), key=lambda t: len(lists[t]))
         starts = range(0, len(order), batch)
-        for start in progress_bar(starts, desc=desc, unit="batch", leave=False):
+        for start in each(starts, desc):
             rows = order[start : start + batch]
             yield rows, self.ids([lists[t] for t in rows])
 
@@ -763,18 +742,15 @@ def mean_latents(model, saes, texts, desc, length=128):
     """
     ids = model.tokenizer(texts, add_special_tokens=False).input_ids
     ids = [model.bos + i[: length - len(model.bos)] for i in ids]
-    encoders = [lambda x_ED: x_ED] + [sae.encode for sae in saes]
+    encoders = [nn.Identity()] + [sae.encode for sae in saes]
     widths = [model.width] + [len(sae.b_enc) for sae in saes]
     means = [torch.empty(len(texts), width) for width in widths]
     for rows, ids_BL in model.batches(ids, desc):
         kept_BL = model.kept(ids_BL)
-        x_ED = model.read(ids_BL)[kept_BL].float()
-        text_E = kept_BL.nonzero()[:, 0]
-        n_B1 = kept_BL.sum(1, keepdim=True).clamp(min=1)
+        share_BL = kept_BL / kept_BL.sum(1, keepdim=True).clamp(min=1)
+        x_BLD = model.read(ids_BL).float()
         for encode, mean_TN in zip(encoders, means):
-            f_EN = encode(x_ED)
-            sum_BN = f_EN.new_zeros(len(rows), f_EN.shape[1]).index_add_(0, text_E, f_EN)
-            mean_TN[rows] = (sum_BN / n_B1).cpu()
+            mean_TN[rows] = torch.einsum("bln,bl->bn", encode(x_BLD), share_BL).cpu()
     return means
 
 
@@ -783,7 +759,7 @@ def alphabetic_words(tokenizer):
     words = []
     for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
         if re.fullmatch(" ?[A-Za-z]+", text):
-            words.append((i, ord(text.strip().upper()[0]) - ord("A")))
+            words.append((i, ord(text.strip().upper()[0]) - 65))
     return words
 
 
@@ -820,13 +796,12 @@ def open_sae(path, device):
     a folder of SAELens's format or a params.npz of Gemma Scope, on disk or OWNER/NAME/PATH.
     """
     place = Path(path)
-    if not place.exists() and len(place.parts) > 2:
+    if not place.exists() and path.count("/") > 1:
         from huggingface_hub import snapshot_download
 
-        repository = "/".join(place.parts[:2])
-        inside = "/".join(place.parts[2:])
-        with sgo_sae.loading(repository):
-            folder = snapshot_download(repository, allow_patterns=[inside, f"{inside}/*"])
+        owner, name, inside = path.split("/", 2)
+        with sgo_sae.loading(path):
+            folder = snapshot_download(f"{owner}/{name}", allow_patterns=[inside, f"{inside}/*"])
         place = Path(folder, inside)
     if (place / "params.npz").exists():
         place = place / "params.npz"
@@ -889,35 +864,31 @@ class Subject:
     def __init__(self, path, device):
         self.path = path
         self.sae = open_sae(path, device)
-        cfg = vars(self.sae.cfg)
-        training = cfg.get("settings", {})
-        self.training = training
-        self.settings = {name: value for name, value in training.items() if name not in FREE}
-        self.seed = training.get("seed", 0)
-        self.scale = cfg.get("activation_scale", 1.0)
-        self.model = cfg.get("model_name")
-        self.hook = cfg.get("hook_name")
-        self.ctx = cfg.get("context_size")
-        dataset = training.get("dataset", cfg.get("dataset_path"))
-        text = (dataset, training.get("subset"), training.get("text_column", "text"))
-        self.text = text if dataset else None
+        self.cfg = vars(self.sae.cfg)
+        self.training = self.cfg.get("settings", {})
+        self.settings = {key: value for key, value in self.training.items() if key not in FREE}
+        self.seed = self.training.get("seed", 0)
         local = Path(path)
         self.file = local / "eval.json" if local.is_dir() else local.with_suffix(".eval.json")
         self.results = {}
         if self.file.exists():
             with sgo_sae.loading(str(self.file)):
-                known = json.loads(self.file.read_text()).items()
-                self.results = {name: record for name, record in known if "figures" in record}
+                self.results = json.loads(self.file.read_text())
+
+    def text(self):
+        """The dataset that it was trained on, its subset and its column, or None."""
+        dataset = self.training.get("dataset", self.cfg.get("dataset_path"))
+        column = self.training.get("text_column", "text")
+        return (dataset, self.training.get("subset"), column) if dataset else None
 
     def layer(self):
         """The number of the layer whose output it is for, or None where it does not say."""
         # The names of TransformerLens and of Hugging Face's modules.
         names = r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)*(?:layers|h)\.(\d+)"
-        known = re.fullmatch(names, self.hook or "")
-        if self.hook and not known:
-            raise InputError(
-                f"{self.path} is for {self.hook}, and only a layer's output is measured"
-            )
+        hook = self.cfg.get("hook_name")
+        known = re.fullmatch(names, hook or "")
+        if hook and not known:
+            raise InputError(f"{self.path} is for {hook}, and only a layer's output is measured")
         return int(known[1] or known[2]) if known else None
 
     def keep(self, family, record):
@@ -940,7 +911,7 @@ class Evaluation:
     """Autoencoders of one layer, what they are measured with, and a method for each family.
 
     A family's method returns for each autoencoder a dict of the parts that it was measured on
-    (a task, a partition of the words), each with a dict of figures. It sets `sample`, how much was
+    (a task), each with a dict of figures. It sets `sample`, how much was
     used, and adds to `notes` what lacked. It raises InputError where it can't be measured.
     """
 
@@ -950,7 +921,7 @@ class Evaluation:
         self.device = device
         self.dtype = dtype
         self.demo = all(subject.training.get("demo") for subject in subjects)
-        models = (subject.model for subject in subjects)
+        models = (subject.cfg.get("model_name") for subject in subjects)
         named = args.model or agreed(models, "--model, or a call for each model")
         layer = agreed((subject.layer() for subject in subjects), "a call for each layer")
         self.name = named or sgo_sae.Config.model
@@ -1000,13 +971,15 @@ class Evaluation:
 
     def text_config(self):
         """Where the text of core, behaviour and competition comes from: the same for all."""
-        ctx = self.args.ctx or agreed((subject.ctx for subject in self.subjects), "--ctx")
+        ctx = self.args.ctx or agreed(
+            (subject.cfg.get("context_size") for subject in self.subjects), "--ctx"
+        )
         config = sgo_sae.Config(ctx=ctx or 128, data_seed=self.args.seed)
         if self.args.text or self.demo:
             config.dataset = self.args.text or f"{self.name}/heldout.jsonl"
             return config
         config.split = "validation"
-        text = agreed((subject.text for subject in self.subjects), "--text")
+        text = agreed((subject.text() for subject in self.subjects), "--text")
         if text:
             config.dataset, config.subset, config.text_column = text
         if Path(config.dataset).exists():
@@ -1029,9 +1002,8 @@ class Evaluation:
     @cached_property
     def activations(self):
         """Activations (T, L, D) of the contexts, in the model's dtype."""
-        parts = self.contexts[0].split(32)
-        bar = progress_bar(parts, desc="activations", unit="batch", leave=False)
-        return torch.cat([self.model.read(ids_BL) for ids_BL in bar])
+        parts = each(self.contexts[0].split(32), "activations")
+        return torch.cat([self.model.read(ids_BL) for ids_BL in parts])
 
     def text(self):
         """The contexts' ids (T, L) and kept tokens (T, L); sets the sample."""
@@ -1050,21 +1022,21 @@ class Evaluation:
         model = self.model
         if not model.has_head:
             raise InputError("the model has no language-model head")
-        found = behaviour(model.lm, model.layer, saes, *self.text())
+        text = self.text()
+        found = [behaviour(model.lm, model.layer, sae, *text) for sae in each(saes, "behaviour")]
         return [{"text": figures} for figures in found]
 
     def competition(self, saes):
         _, kept_TL = self.text()
         x_TD = self.activations[kept_TL]
-        generator = torch.Generator().manual_seed(self.args.seed)
-        batch = torch.randperm(len(x_TD), generator=generator)[:2048].to(x_TD.device)
+        x_BD = x_TD[:: max(1, len(x_TD) // 2048)][:2048]
         found = []
         for subject in each(self.measured, "competition"):
             figures = competition(subject.sae, x_TD)
             if "alpha" in subject.training:
                 alpha = subject.training["alpha"]
-                share = penalty_share(subject.sae, x_TD[batch], alpha, subject.scale)
-                figures["penalty_share"] = share
+                scale = subject.cfg["activation_scale"]
+                figures["penalty_share"] = penalty_share(subject.sae, x_BD, alpha, scale)
             found.append({"text": figures})
         return found
 
@@ -1085,22 +1057,23 @@ class Evaluation:
             raise InputError("it has no task, or none whose texts can be had")
 
     def probe(self, saes):
+        seed = self.args.seed
         found = [{} for _ in saes]
         for name, n_train, (label_T, _), means in self.tasks("probe", saes):
-            scores = [sparse_probing(f_TN, label_T, n_train, self.args.seed) for f_TN in means]
-            residual = {f"x_{k}": score for k, score in scores[0].items()}
-            for parts, own in zip(found, scores[1:]):
-                latents = {f"latents_{k}": score for k, score in own.items()}
-                parts[name] = {**latents, **residual}
+            residual = sparse_probing(next(means), label_T, n_train, "x", seed)
+            for parts, f_TN in zip(found, means):
+                own = sparse_probing(f_TN, label_T, n_train, "latents", seed)
+                parts[name] = {**own, **residual}
         return found
 
     def scr(self, saes):
         found = [{} for _ in saes]
         for name, n_train, attributes, means in self.tasks("scr", saes):
             x_TD = next(means)
-            probes = scr_probes(x_TD, *attributes, n_train, self.args.seed)
+            sets = scr_sets(attributes, n_train)
+            probes = scr_probes(x_TD, attributes, sets, self.args.seed)
             for parts, f_TN, sae in zip(found, means, saes):
-                parts[name] = scr(*probes, x_TD, f_TN, attributes, n_train, sae.W_dec)
+                parts[name] = scr(*probes, x_TD, f_TN, attributes, sets, sae.W_dec)
         return found
 
     def absorption(self, saes):
@@ -1108,30 +1081,21 @@ class Evaluation:
         seed = self.args.seed
         rng = random.Random(seed)
         vocabulary = alphabetic_words(model.tokenizer)
-        n_words = min(self.args.words or len(vocabulary), len(vocabulary))
-        if n_words < 100:
-            raise InputError(f"there are {n_words} words, 100 are needed")
-        self.sample = {"words": n_words}
-        words = rng.sample(vocabulary, n_words)
+        rng.shuffle(vocabulary)
+        words = vocabulary[: self.args.words]
+        if len(words) < 100:
+            raise InputError(f"there are {len(words)} words, 100 are needed")
+        self.sample = {"words": len(words)}
+        n_train = len(words) * 4 // 5
         x_TD = spelled_activations(model, words, vocabulary, rng, "words")
         y_T = torch.tensor([letter for _, letter in words], device=x_TD.device)
-        found = [{} for _ in saes]
-        for split in range(seed, seed + self.args.splits):
-            order_T = torch.randperm(n_words, generator=torch.Generator().manual_seed(split))
-            train, test = order_T.to(x_TD.device).tensor_split([n_words * 4 // 5])
-            probe = multi_probe(x_TD[train], y_T[train], batch=64, l2=1e-4, seed=split)
-            scored = test[recognised_words(x_TD[test], y_T[test], *probe)]
-            # They are scored on new prompts, as in SAEBench.
-            again = [words[t] for t in scored.tolist()]
-            x_VD = spelled_activations(model, again, vocabulary, rng, "new prompts")
-            data = (x_TD[train], y_T[train], x_TD[test], y_T[test], x_VD, y_T[scored], probe[0])
-            for parts, sae in zip(found, each(saes, "absorption")):
-                parts[f"partition {split}"] = absorption(sae, *data, split)
-        return found
-
-
-def each(work, desc):
-    return progress_bar(work, desc=desc, unit="SAE", leave=False)
+        W_CD, b_C = multi_probe(x_TD[:n_train], y_T[:n_train], 64, l2=1e-4, seed=seed)
+        recognised_U = recognised_words(x_TD[n_train:], y_T[n_train:], W_CD, b_C)
+        # They are scored on new prompts, as in SAEBench.
+        again = list(itertools.compress(words[n_train:], recognised_U.tolist()))
+        x_VD = spelled_activations(model, again, vocabulary, rng, "new prompts")
+        data = (x_TD, y_T, n_train, x_VD, y_T[n_train:][recognised_U], W_CD, seed)
+        return [{"words": absorption(sae, *data)} for sae in each(saes, "absorption")]
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -1198,21 +1162,24 @@ def table(subjects, families, baseline=None):
     for figure, part in frame.groupby("figure", sort=False):
         values = part.pivot(index="seed", columns="setting", values="value")
         values = values.reindex(columns=settings)
-        sign = int(bool(HIGHER.fullmatch(figure))) - int(bool(LOWER.fullmatch(figure)))
-        cells = paired_cells(values, sign) if baseline else map(mean_cell, values.T.to_numpy())
+        sign = bool(HIGHER.fullmatch(figure)) - bool(LOWER.fullmatch(figure))
+        if baseline:
+            cells = paired_cells(values, sign)
+        else:
+            cells = map(mean_cell, values.mean(), values.std().fillna(0))
         lines.append([figure.replace("_", " ") + ("", " ↑", " ↓")[sign], *cells])
     return "\n\n".join([markdown(lines), *dict.fromkeys(notes)])
 
 
 def markdown(lines):
     """Lines of cells as a table in Markdown, of which the first line is the head."""
-    columns = []
-    for cells in zip(*lines):
-        width = max(map(len, cells))
-        align = str.rjust if columns else str.ljust
-        head, *others = [align(cell, width) for cell in cells]
-        columns.append([head, "-" * (width - 1) + ":", *others])
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [lines[0], ["-" * (width - 1) + ":" for width in widths], *lines[1:]]
+    text = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
 def decimals(number):
@@ -1220,43 +1187,38 @@ def decimals(number):
     return max(0, 1 - math.floor(math.log10(abs(number)))) if number else 0
 
 
-def mean_cell(values_S):
-    """The mean ± standard deviation over seeds, or one value with four digits that count."""
-    values_S = values_S[~numpy.isnan(values_S)]
-    if len(values_S) == 0:
+def mean_cell(mean, deviation):
+    """A mean ± its deviation over seeds; with none, the mean with four digits that count."""
+    if math.isnan(mean):
         return ""
-    mean = values_S.mean()
-    if len(values_S) == 1 or not values_S.std():
-        return f"{mean:,.{decimals(mean / 100)}f}"
-    deviation = values_S.std(ddof=1)
-    digits = decimals(deviation)
-    return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
+    digits = decimals(deviation or mean / 100)
+    text = f"{mean:,.{digits}f}"
+    return f"{text} ± {deviation:,.{digits}f}" if deviation else text
 
 
 def paired_cells(values, sign):
     """Cells for a frame of seeds by settings, whose first column is the baseline.
 
     The variance of a difference comes from what seed and setting together leave unexplained, over
-    all settings: with three seeds, that of one setting alone would be luck.
+    all settings: with three seeds, that of one setting alone would be luck. Seeds count that all
+    settings have.
     """
-    complete = values.dropna(axis=1, how="all").dropna()
-    S, R = complete.shape
-    baseline = values.columns[0]
-    if S == 0 or baseline not in complete:
-        return [""] * (len(values.columns) + 1)
+    x_SR = values.dropna().to_numpy()
+    S, R = x_SR.shape
+    if S == 0:
+        return [""] * (R + 1)
     half = 0.0
     freedom = (S - 1) * (R - 1)
     if freedom:
-        residual = complete.sub(complete.mean(axis=1), axis=0)
-        residual -= residual.mean()
-        variance = residual.pow(2).sum(axis=None) / freedom
+        residual_SR = x_SR - x_SR.mean(0) - x_SR.mean(1, keepdims=True) + x_SR.mean()
+        variance = (residual_SR**2).sum() / freedom
         half = student_t(freedom) * math.sqrt(2 * variance / S)
-    level = complete[baseline].mean()
+    level, *others = x_SR.mean(0)
     digits = decimals(half or level / 100)
     cells = [f"{level:,.{digits}f}"]
-    changes = complete.sub(complete[baseline], axis=0).mean().reindex(values.columns[1:])
-    for change in changes:
-        text = "" if math.isnan(change) else f"{change:+,.{digits}f}"
+    for other in others:
+        change = other - level
+        text = f"{change:+,.{digits}f}"
         if half and sign and abs(change) > half:
             text = f"**{text}**" if change * sign > 0 else f"_{text}_"
         cells.append(text)
@@ -1264,15 +1226,34 @@ def paired_cells(values, sign):
 
 
 def student_t(freedom):
-    """The 97.5 % quantile of Student's t; the density of atan(t / √freedom) is a power of cos."""
-    angle = torch.linspace(-math.pi / 2, math.pi / 2, 1_000_001, dtype=torch.double)
-    share = angle.cos().pow(freedom - 1).cumsum(0)
-    quantile = torch.searchsorted(share, 0.975 * share[-1])
-    return math.sqrt(freedom) * math.tan(angle[quantile])
+    """The 97.5 % quantile of Student's t."""
+
+    def excess(t):  # of P(|T| > t), a regularised incomplete beta function, over 5 %
+        x = freedom / (freedom + t**2)
+        return mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True) - 0.05
+
+    return float(mpmath.findroot(excess, (1, 20), solver="anderson"))
 
 
 # --------------------------------------------------------------------------------------------- page
-STYLE = """
+CURVES = {  # what a chart of the training shows, by its name in metrics.jsonl, and its y axis
+    "explained_variance": ("Explained variance in training", "share"),
+    "penalty_share": ("αΩ over the reconstruction term in training", "ratio"),
+    "omega": ("Ω in training, whatever its weight α", "Ω"),
+    "dead": ("Latents inactive for 200 steps, in training", "latents"),
+}
+PAGE = """
+{%- macro across(chart, x) -%}
+{{ "%.1f" % (56 + 288 * (x - chart.xs[0]) / (chart.xs[-1] - chart.xs[0])) }}
+{%- endmacro -%}
+{# A curve ends above the frame, so that one on the axis can be seen. #}
+{%- macro down(chart, y) -%}
+{{ "%.1f" % (184 - 150 * (y - chart.ys[0]) / (chart.ys[-1] - chart.ys[0])) }}
+{%- endmacro -%}
+<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}: which latents compete</title>
+<style>
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui; max-width: 1200px; margin: auto; padding: 1em }
 figure { margin: 0 }
@@ -1281,8 +1262,9 @@ small, figcaption, pre { font-size: 13px }
 .row { display: grid; gap: 12px 24px;
   grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)) }
 text { font: 11px system-ui; fill: currentColor }
-path { fill: none; stroke: #8884 }
-path[class] { stroke-width: 2 }
+path { stroke: #8884 }
+path, polyline { fill: none }
+polyline { stroke-width: 2 }
 .key { display: inline-block; margin-right: 1.5em }
 .s0 { stroke: #2f8fd0 }
 .s1 { stroke: #d55e00; stroke-dasharray: 6 }
@@ -1295,53 +1277,99 @@ i { font-style: normal;
   background: color-mix(in srgb, #e69f00 calc(var(--a) * 1%), transparent) }
 p { font: 13px/1.7 monospace; overflow-wrap: anywhere; margin: 2px 0 8px }
 .both { border-bottom: 3px solid #2f8fd0 }
+</style>
+<h2>{{ title }}: which latents compete</h2>
+<div>Latents compete where they are active on the same tokens. w is the share of the rarer latent's
+tokens on which the other one is active too; two latents that have nothing to do with each other
+share some by chance. In the texts below, tokens are shaded by a latent's activation, and underlined
+where the other latent of the pair is active too.</div>
+<div>
+{% for name in names %}
+<span class="key"><svg width="32" height="8"><polyline class="s{{ loop.index0 % 6 }}"
+points="0,4 32,4"/></svg> {{ name }}</span>
+{% endfor %}
+</div>
+<div class="row">
+{% for chart in charts if chart %}
+<figure><svg viewBox="0 0 360 230">
+<path d="M48 22V190H352"/>
+<text x="2" y="12">{{ chart.y_name }}</text>
+<text x="200" y="224" text-anchor="middle">{{ chart.x_name }}</text>
+{% for x in chart.xs %}
+<text x="{{ across(chart, x) }}" y="205" text-anchor="middle">{{ "%.4g" % x }}</text>
+{% endfor %}
+{% for y in chart.ys %}
+<path d="M48 {{ down(chart, y) }}h304"/>
+<text x="42" y="{{ down(chart, y) }}" dy="4" text-anchor="end">{{ "%.4g" % y }}</text>
+{% endfor %}
+{% for line in chart.lines %}
+<polyline class="s{{ loop.index0 % 6 }}" points="
+{%- for x, y in line %}{{ across(chart, x) }},{{ down(chart, y) }} {% endfor %}"/>
+{% endfor %}
+</svg><figcaption>{{ chart.caption }}.</figcaption></figure>
+{% endfor %}
+</div>
+{% for pairs in portraits %}
+<details open><summary>{{ names[loop.index0] }}: the pairs that compete most</summary>
+{% for pair in pairs %}
+<h4>w {{ "%.2f" % pair.w }}, by chance {{ "%.2f" % pair.chance }}, both on
+{{ "{:,}".format(pair.both) }} tokens, cosine of decoder rows {{ "%.2f" % pair.cosine }}</h4>
+<div class="row">
+{% for latent in pair.latents %}
+<div><small>latent {{ latent.number }}, on {{ "{:,}".format(latent.n_tokens) }} tokens</small>
+{% for word, tokens in latent.effects %}
+<br><small>{{ word }} {{ tokens | join("  ") }}</small>
+{% endfor %}
+{% for context in latent.contexts %}
+<p>
+{%- for token, a, other in context %}
+{%- set text = token.replace("\\n", "⏎") %}
+{%- if a > 0 %}<i{% if other > 0 %} class="both"{% endif %}
+ style="--a:{{ (15 + 75 * a / latent.peak) | round | int }}" title="{{ "%.3g" % a }}">
+{{- text }}</i>{% else %}{{ text }}{% endif %}
+{%- endfor %}
+</p>
+{% endfor %}
+</div>
+{% endfor %}
+</div>
+{% endfor %}
+</details>
+{% endfor %}
+<pre>{{ table }}</pre></html>
 """
-CHARTS = {  # what a chart shows, its x axis and its y axis
-    "over": ("Pairs by how much their w is over chance", "w over chance", "log₁₀(1 + pairs)"),
-    "explained_variance": ("Explained variance in training", "million tokens", "share"),
-    "penalty_share": ("αΩ over the reconstruction term in training", "million tokens", "ratio"),
-    "omega": ("Ω in training, whatever its weight α", "million tokens", "Ω"),
-    "dead": ("Latents inactive for 200 steps, in training", "million tokens", "latents"),
-}
 
 
 def ticks(values):
     """About five round numbers, 1, 2 or 5 times a power of ten apart, that enclose the values."""
-    raw = (max(values) - min(values)) / 4
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-    first = math.floor(min(values) / step)
-    return [step * n for n in range(first, math.ceil(max(values) / step) + 1)]
+    raw = numpy.ptp(values) / 4
+    steps = 10 ** numpy.floor(numpy.log10(raw)) * numpy.array([1, 2, 5, 10])
+    step = steps[steps >= raw][0]
+    first = numpy.floor(numpy.min(values) / step)
+    return step * numpy.arange(first, numpy.ceil(numpy.max(values) / step) + 1)
 
 
 def chart(lines, caption, x_name, y_name):
-    """An SVG of lines [(x, y), ...], or nothing where all of their values are the same."""
-    points = [point for line in lines for point in line]
-    if len({x for x, _ in points}) < 2 or len({y for _, y in points}) < 2:
-        return ""
-    xs = ticks([x for x, _ in points])
-    ys = ticks([y for _, y in points])
+    """What the page draws of lines (points, 2); nothing where all of their values are the same."""
+    points = numpy.concatenate(lines)
+    if len(points) == 0 or not numpy.ptp(points, axis=0).all():
+        return {}
+    return {
+        "lines": lines,
+        "caption": caption,
+        "x_name": x_name,
+        "y_name": y_name,
+        "xs": ticks(points[:, 0]),
+        "ys": ticks(points[:, 1]),
+    }
 
-    def across(x):
-        return 56 + 288 * (x - xs[0]) / (xs[-1] - xs[0])
 
-    def down(y):
-        # It ends above the frame, so that a line on the axis can be seen.
-        return 184 - 150 * (y - ys[0]) / (ys[-1] - ys[0])
-
-    parts = [f'<path d="M48 22V190H352"/><text x="2" y="12">{y_name}</text>']
-    parts.append(f'<text x="200" y="224" text-anchor="middle">{x_name}</text>')
-    for x in xs:
-        parts.append(f'<text x="{across(x):.1f}" y="205" text-anchor="middle">{x:.4g}</text>')
-    for y in ys:
-        parts.append(f'<path d="M48 {down(y):.1f}h304"/>')
-        parts.append(f'<text x="42" y="{down(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-    for n, line in enumerate(lines):
-        path = "L".join(f"{across(x):.1f} {down(y):.1f}" for x, y in line)
-        if path:
-            parts.append(f'<path class="s{n % 6}" d="M{path}"/>')
-    svg = f'<svg viewBox="0 0 360 230">{"".join(parts)}</svg>'
-    return f"<figure>{svg}<figcaption>{caption}.</figcaption></figure>"
+def training_curves(subject):
+    """The lines (points, 2) of the charts of training, by name; empty where nothing is known."""
+    file = Path(subject.path, "metrics.jsonl")
+    logged = pandas.read_json(file, lines=True) if file.exists() else pandas.DataFrame()
+    logged = logged.reindex(columns=["tokens", *CURVES])
+    return {key: logged[["tokens", key]].dropna().to_numpy() / (1e6, 1) for key in CURVES}
 
 
 def closest_pairs(shared_NN, n_tokens, count=20):
@@ -1355,107 +1383,94 @@ def closest_pairs(shared_NN, n_tokens, count=20):
         histogram_20 += torch.histc(over_IJ[over_IJ > 0], 20, 0, 1).cpu()
         score_IJ = over_IJ * shared_NN[rows_I][:, columns_J]
         best = score_IJ.flatten().topk(min(count, score_IJ.numel()))
-        i = rows_I[best.indices // len(columns_J)]
-        j = columns_J[best.indices % len(columns_J)]
-        found += zip(best.values.tolist(), i.tolist(), j.tolist())
+        i, j = torch.unravel_index(best.indices, score_IJ.shape)
+        found += zip(best.values.tolist(), rows_I[i].tolist(), columns_J[j].tolist())
     found.sort(reverse=True)
     return [(i, j) for score, i, j in found[:count] if score > 0], histogram_20
 
 
-def tokens_html(evaluation, f_TL, other_TL, t):
-    """The tokens around the peak of context t, shaded by activation."""
-    ids_TL, _ = evaluation.contexts
-    peak = int(f_TL[t].argmax())
-    parts = []
-    for n in range(max(0, peak - 16), min(f_TL.shape[1], peak + 9)):
-        text = html.escape(evaluation.model.tokenizer.decode([ids_TL[t, n].item()]))
-        text = text.replace("\n", "⏎")
-        a = f_TL[t, n].item()
-        if a > 0:
-            shade = 15 + 75 * a / f_TL.max().item()
-            both = ' class="both"' if other_TL[t, n] > 0 else ""
-            text = f'<i{both} style="--a:{shade:.0f}" title="{a:.3g}">{text}</i>'
-        parts.append(text)
-    return f"<p>{''.join(parts)}</p>"
+def latent_view(evaluation, sae, i, f_TL, other_TL):
+    """What the page says of a latent.
 
-
-def latent_html(evaluation, sae, i, f_TL, other_TL):
-    """A latent: the tokens that it raises and lowers, and the three contexts where it peaks."""
+    `effects` are the tokens that it raises and lowers, and `contexts` the tokens around its three
+    highest peaks, each with the activations of the latent and of the other one of its pair.
+    """
     model = evaluation.model
-    parts = [f"<div><small>latent {i}, on {int((f_TL > 0).sum()):,} tokens</small>"]
+    effects = []
     if model.has_head:
         head = model.lm.get_output_embeddings()
         effect_V = head(sae.W_dec[i].to(head.weight.dtype))
-        for word, largest in (("raises", True), ("lowers", False)):
-            top = effect_V.topk(8, largest=largest).indices[:, None]
-            words = "  ".join(map(repr, model.tokenizer.batch_decode(top)))
-            parts.append(f"<br><small>{word} {html.escape(words)}</small>")
-    peaks = f_TL.amax(1).topk(min(3, len(f_TL)))
-    for peak, t in zip(peaks.values.tolist(), peaks.indices.tolist()):
-        if peak > 0:
-            parts.append(tokens_html(evaluation, f_TL, other_TL, t))
-    return "".join([*parts, "</div>"])
+        for word, sign in (("raises", 1), ("lowers", -1)):
+            top = (sign * effect_V).topk(8).indices
+            tokens = model.tokenizer.batch_decode(top[:, None])
+            effects.append((word, map(repr, tokens)))
+    contexts = []
+    highest = f_TL.amax(1).topk(min(3, len(f_TL)))
+    for t in highest.indices[highest.values > 0].tolist():
+        peak = f_TL[t].argmax().item()
+        around = slice(max(0, peak - 16), peak + 9)
+        tokens = model.tokenizer.batch_decode(evaluation.contexts[0][t, around, None])
+        contexts.append(list(zip(tokens, f_TL[t, around].tolist(), other_TL[t, around].tolist())))
+    return {
+        "number": i,
+        "n_tokens": (f_TL > 0).sum().item(),
+        "peak": f_TL.max().item(),
+        "effects": effects,
+        "contexts": contexts,
+    }
 
 
 @torch.no_grad()
-def portrait(evaluation, subject, name):
-    """An autoencoder's closest pairs, as HTML, and the lines of its charts."""
-    sae = subject.sae
+def portrait(evaluation, sae):
+    """What the page shows of the closest pairs of latents, and the histogram of all pairs."""
     kept_TL = evaluation.contexts[1]
     x_TLD = evaluation.activations
-    n_tokens = int(kept_TL.sum())
+    n_tokens = kept_TL.sum().item()
     shared_NN = shared_tokens(sae, x_TLD[kept_TL])
     pairs, histogram_20 = closest_pairs(shared_NN, n_tokens)
     latents = sorted(set(itertools.chain(*pairs)))
     f_TLS = torch.cat([sae.encode(x_BLD.float())[..., latents] for x_BLD in x_TLD.split(16)])
     f_of = dict(zip(latents, (f_TLS * kept_TL[..., None]).unbind(-1)))
-    parts = [f"<details open><summary>{name}: the pairs that compete most</summary>"]
+    views = []
     for i, j in pairs:
-        rarer, oftener = sorted([int(shared_NN[i, i]), int(shared_NN[j, j])])
-        both = int(shared_NN[i, j])
-        cosine = F.cosine_similarity(sae.W_dec[i], sae.W_dec[j], dim=0).item()
-        parts.append(f"<h4>w {both / rarer:.2f}, by chance {oftener / n_tokens:.2f}, ")
-        parts.append(f"both on {both:,} tokens, cosine of decoder rows {cosine:.2f}</h4>")
-        first = latent_html(evaluation, sae, i, f_of[i], f_of[j])
-        second = latent_html(evaluation, sae, j, f_of[j], f_of[i])
-        parts.append(f"<div class=row>{first}{second}</div>")
-    edges_40 = (torch.arange(40) + 1) // 2 / 20
-    pairs_40 = (1 + histogram_20).log10().repeat_interleave(2)
-    lines = {key: [] for key in CHARTS}
-    lines["over"] = list(zip(edges_40.tolist(), pairs_40.tolist()))
-    file = Path(subject.path, "metrics.jsonl")
-    for row in map(json.loads, file.open() if file.exists() else []):
-        for key in CHARTS:
-            if key in row:
-                lines[key].append((row["tokens"] / 1e6, row[key]))
-    return "".join([*parts, "</details>"]), lines
+        rarer, oftener = sorted(shared_NN.diagonal()[[i, j]].tolist())
+        both = shared_NN[i, j].item()
+        first = latent_view(evaluation, sae, i, f_of[i], f_of[j])
+        second = latent_view(evaluation, sae, j, f_of[j], f_of[i])
+        view = {
+            "both": int(both),
+            "w": both / rarer,
+            "chance": oftener / n_tokens,
+            "cosine": F.cosine_similarity(sae.W_dec[i], sae.W_dec[j], dim=0).item(),
+            "latents": [first, second],
+        }
+        views.append(view)
+    return views, histogram_20
 
 
 def page(evaluation, found):
     """One HTML file: what is in the autoencoders, how they were trained, and the table `found`."""
     subjects = evaluation.subjects
-    names = [html.escape(f"{subject.name}, seed {subject.seed}") for subject in subjects]
     portraits = []
-    for subject, name in zip(each(subjects, "page"), names):
-        portraits.append(portrait(evaluation, subject, name))
-    charts = [chart([lines[key] for _, lines in portraits], *CHARTS[key]) for key in CHARTS]
-    keys = []
-    for n, name in enumerate(names):
-        line = f'<svg width="32" height="8"><path class="s{n % 6}" d="M0 4H32"/></svg>'
-        keys.append(f'<span class="key">{line} {name}</span>')
-    title = html.escape(f"{Path(evaluation.name).name}, layer {evaluation.layer}")
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}: which latents compete</title><style>{STYLE}</style>
-<h2>{title}: which latents compete</h2>
-<div>Latents compete where they are active on the same tokens. w is the share of the rarer latent's
-tokens on which the other one is active too; two latents that have nothing to do with each other
-share some by chance. In the texts below, tokens are shaded by a latent's activation, and underlined
-where the other latent of the pair is active too.</div>
-<div>{"".join(keys)}</div>
-<div class=row>{"".join(charts)}</div>
-{"".join(text for text, _ in portraits)}
-<pre>{html.escape(found)}</pre></html>"""
+    histograms = []
+    middle_20 = (numpy.arange(20) + 0.5) / 20
+    for subject in each(subjects, "page"):
+        views, histogram_20 = portrait(evaluation, subject.sae)
+        portraits.append(views)
+        log_20 = (1 + histogram_20).log10().numpy()
+        histograms.append(numpy.stack([middle_20, log_20], axis=1))
+    over_chance = ("Pairs by how much their w is over chance", "w over chance", "log₁₀(1 + pairs)")
+    charts = [chart(histograms, *over_chance)]
+    curves = [training_curves(subject) for subject in subjects]
+    for key, (caption, y_name) in CURVES.items():
+        charts.append(chart([own[key] for own in curves], caption, "million tokens", y_name))
+    return jinja2.Template(PAGE, autoescape=True, trim_blocks=True).render(
+        title=f"{Path(evaluation.name).name}, layer {evaluation.layer}",
+        names=[f"{subject.name}, seed {subject.seed}" for subject in subjects],
+        charts=charts,
+        portraits=portraits,
+        table=found,
+    )
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -1481,15 +1496,12 @@ def new_parser():
     add("--contexts", type=positive, default=512, help="contexts of text")
     add("--ctx", type=positive, help="tokens in a context (default: as in training)")
     add("--probe", nargs="+", help="files with the columns text, label and, for SCR, attribute")
-    add("--train", type=positive, help="training texts of a class (default: 2000, of the demo 500)")
-    add("--test", type=positive, help="test texts of a class (default: 500, of the demo 200)")
+    add("--train", type=positive, default=2000, help="training texts of a class")
+    add("--test", type=positive, default=500, help="test texts of a class")
     add(
         "--words",
         type=positive,
         help="words of the absorption task (default: all the tokenizer has)",
-    )
-    add(
-        "--splits", type=positive, default=1, help="partitions of the words, over which is averaged"
     )
     add("--seed", type=int, default=0, help="seed of samples and probes")
     add(
@@ -1499,16 +1511,18 @@ def new_parser():
     )
     add("--html", metavar="FILE", help="write a page with the pairs that compete most")
     add("--device", default="auto", help="cuda, cuda:1, cpu; auto is cuda where there is one")
-    dtypes = sgo_sae.CHOICES["dtype"]
-    add("--dtype", default="auto", choices=dtypes, help="the model's; auto is bfloat16 on cuda")
+    add(
+        "--dtype",
+        default="auto",
+        choices=sgo_sae.CHOICES["dtype"],
+        help="the model's; auto is bfloat16 on cuda",
+    )
     return parser
 
 
 def members(run):
-    """The paths of the autoencoders of a RUN: its own, or those of the folders in it."""
-    found = sorted(str(path.parent) for path in Path(run).glob("*/cfg.json"))
-    alone = not found or Path(run, "cfg.json").exists()
-    return [run] if alone else found
+    """The paths of the autoencoders of a RUN: those of the folders in it, or its own."""
+    return sorted(str(path.parent) for path in Path(run).glob("*/cfg.json")) or [run]
 
 
 def work(argv):
@@ -1519,7 +1533,7 @@ def work(argv):
     subjects = [Subject(path, device) for path in dict.fromkeys(itertools.chain(*runs))]
     name_subjects(subjects)
     evaluation = Evaluation(args, subjects, device, dtype)
-    families = [family for family in FAMILIES if family in args.metrics]
+    families = dict.fromkeys(args.metrics)
     for family in families:
         evaluation.measure(family)
     baseline = baseline_of(subjects[: len(runs[0])]) if args.paired else None
