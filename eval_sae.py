@@ -1174,11 +1174,11 @@ def table(subjects, families, baseline=None):
 def markdown(lines):
     """Lines of cells as a table in Markdown, of which the first line is the head."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = [lines[0], ["-" * (width - 1) + ":" for width in widths], *lines[1:]]
+    lines.insert(1, ["-" * width for width in widths])
     text = []
-    for line in lines:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
-        text.append(f"| {' | '.join(cells)} |")
+    for name, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        text.append(f"| {name.ljust(widths[0])} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 

@@ -4,7 +4,6 @@ runs them.
 
 import argparse
 import dataclasses
-import gzip
 import html
 import html.parser
 import http.server
@@ -15,11 +14,9 @@ import os
 import pickle
 import random
 import re
-import runpy
 import shutil
 import signal
 import statistics
-import string
 import subprocess
 import sys
 import threading
@@ -27,7 +24,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
-from itertools import combinations, count, islice
+from itertools import combinations, count, islice, product
 from pathlib import Path
 
 # As main() sets them, but earlier.
@@ -40,6 +37,7 @@ import pandas
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -61,6 +59,38 @@ from sgo_sae import (
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "sgo_sae.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def python(*argv, **environment):
+    """What a process of Python with these arguments came to."""
+    env = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=env | {"PYTHONPATH": str(HERE)} | environment,
+    )
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_line(capsys):
+    """The last line that was printed as an error."""
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def sparse_latents(B, N, K, seed=0, skew=2.0, dtype=torch.float64):
@@ -82,21 +112,17 @@ def dense(vals_BK, idx_BK, N):
 
 
 def definition(f_BN):
-    """Ω, w and ∂Ω/∂f pair by pair, from Eq. 2 and 3 with Python sets and floats."""
-    f = f_BN.tolist()
+    """Ω, w and ∂Ω/∂f from Eq. 2 and 3, w with Python sets."""
+    f_BN = f_BN.double()
     B, N = f_BN.shape
-    M = [{b for b in range(B) if f[b][i] > 0} for i in range(N)]
-    w = [
-        [len(M[i] & M[j]) / min(len(M[i]), len(M[j])) if M[i] and M[j] else 0.0 for j in range(N)]
-        for i in range(N)
-    ]
-    gram = [[sum(f[b][i] * f[b][j] for b in range(B)) / B for j in range(N)] for i in range(N)]
-    omega = sum(w[i][j] * gram[i][j] ** 2 for i in range(N) for j in range(N) if i != j)
-    grad = [
-        [4 / B * sum(f[b][j] * w[i][j] * gram[i][j] for j in range(N) if j != i) for i in range(N)]
-        for b in range(B)
-    ]
-    return omega, torch.tensor(w, dtype=torch.float64), torch.tensor(grad, dtype=torch.float64)
+    M = [set(f_BN[:, i].nonzero()[:, 0].tolist()) for i in range(N)]
+    w_NN = torch.zeros(N, N, dtype=torch.float64)
+    for i, j in product(range(N), repeat=2):
+        if M[i] and M[j]:
+            w_NN[i, j] = len(M[i] & M[j]) / min(len(M[i]), len(M[j]))
+    gram_NN = f_BN.T @ f_BN / B
+    off_NN = w_NN * gram_NN * (1 - torch.eye(N))
+    return (off_NN * gram_NN).sum().item(), w_NN, 4 / B * f_BN @ off_NN
 
 
 SHAPES = [(7, 5, 1), (16, 12, 12), (40, 30, 6), (1, 9, 3), (33, 64, 2), (64, 100, 8), (3, 200, 200)]
@@ -145,78 +171,20 @@ def take(way, monkeypatch, **sizes):
 def test_penalty_and_gradient_match_the_definition(B, N, K, way, rows, monkeypatch):
     take(way, monkeypatch, **({"cells": rows * (N + 1)} if way == "pairs" else {"tile": rows}))
     vals_BK, idx_BK = sparse_latents(B, N, K)
-    omega, w_NN, grad_BN = (
-        definition(dense(vals_BK, idx_BK, N))
-        if N <= 64
-        else reference_by_autograd(vals_BK, idx_BK, N)
-    )
+    f_BN = dense(vals_BK, idx_BK, N).requires_grad_()
+    omega, w_NN, grad_BN = definition(f_BN.detach())
+    grad_BN = grad_BN * (f_BN > 0)  # only active entries receive a gradient
     vals_BK.requires_grad_()
-    value = sgo_penalty(vals_BK, idx_BK, N)
-    (grad_BK,) = torch.autograd.grad(value, vals_BK)
-    assert math.isclose(value.item(), omega, rel_tol=1e-12, abs_tol=1e-15)
-    expected_BK = grad_BN.gather(1, idx_BK) * (
-        vals_BK > 0
-    )  # only active entries receive a gradient
-    assert torch.allclose(grad_BK, expected_BK, rtol=1e-10, atol=1e-14)
-    f_BN = dense(vals_BK.detach(), idx_BK, N).requires_grad_()
-    value = sgo_penalty_dense(f_BN)
-    (found_BN,) = torch.autograd.grad(value, f_BN)
-    assert math.isclose(value.item(), omega, rel_tol=1e-12, abs_tol=1e-15)
-    assert torch.allclose(found_BN, grad_BN * (f_BN > 0), rtol=1e-10, atol=1e-14)
+    sparse = sgo_penalty(vals_BK, idx_BK, N)
+    whole = sgo_penalty_dense(f_BN)
+    assert [sparse.item(), whole.item()] == pytest.approx([omega, omega], rel=1e-12, abs=1e-15)
+    (grad_BK,) = torch.autograd.grad(sparse, vals_BK)
+    (found_BN,) = torch.autograd.grad(whole, f_BN)
+    assert torch.allclose(grad_BK, grad_BN.gather(1, idx_BK), rtol=1e-10, atol=1e-14)
+    assert torch.allclose(found_BN, grad_BN, rtol=1e-10, atol=1e-14)
     half = N // 2
     w_IJ = sgo_sae.weights_between(f_BN[:, :half], f_BN[:, half:])
     assert torch.allclose(w_IJ, w_NN[:half, half:], atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "N, active, expected", [(151, 10, "pairs"), (149, 10, "tiles"), (100, 4, "pairs")]
-)
-def test_penalty_takes_the_cheaper_way(N, active, expected, monkeypatch):
-    """Of ten slots a token, `active` are filled."""
-    called = []
-    for way in ("pairs", "tiles"):
-        real = getattr(sgo_sae, f"gradient_by_{way}")
-        monkeypatch.setattr(
-            sgo_sae,
-            f"gradient_by_{way}",
-            lambda *a, way=way, real=real: called.append(way) or real(*a),
-        )
-    vals_BK = (torch.rand(20, 10) + 0.1) * (torch.arange(10) < active)
-    sgo_penalty(vals_BK, torch.rand(20, N).argsort(1)[:, :10], N)
-    assert called == [expected]
-
-
-def reference_by_autograd(vals_BK, idx_BK, N):
-    f_BN = dense(vals_BK, idx_BK, N).requires_grad_()
-    omega = orthogonality(f_BN)
-    return omega.item(), coactivation_weights(f_BN.detach()), torch.autograd.grad(omega, f_BN)[0]
-
-
-def test_penalty_passes_gradcheck():
-    vals_BK, idx_BK = sparse_latents(12, 10, 4)
-    vals_BK = torch.where(vals_BK > 0, vals_BK + 0.1, vals_BK)  # away from 0, where w jumps
-    active = vals_BK > 0
-    values_A = vals_BK[active].requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda v: sgo_penalty(torch.zeros_like(vals_BK).masked_scatter(active, v), idx_BK, 10),
-        values_A,
-    )
-
-
-def test_penalty_does_not_depend_on_the_order_of_tokens_or_slots():
-    vals_BK, idx_BK = sparse_latents(50, 40, 6)
-    rows = torch.randperm(50)
-    slots = torch.randperm(6)
-    same = sgo_penalty(vals_BK[rows][:, slots], idx_BK[rows][:, slots], 40)
-    assert torch.allclose(same, sgo_penalty(vals_BK, idx_BK, 40), rtol=1e-12)
-    f_BN = dense(vals_BK, idx_BK, 40)
-    assert torch.equal(coactivation_weights(f_BN), coactivation_weights(f_BN[rows]))
-
-
-def test_penalty_is_the_same_in_float32():
-    vals_BK, idx_BK = sparse_latents(512, 256, 16)
-    exact = sgo_penalty(vals_BK, idx_BK, 256)
-    assert torch.allclose(sgo_penalty(vals_BK.float(), idx_BK, 256).double(), exact, rtol=1e-5)
 
 
 def adam_of(sae, lr=1e-3):
@@ -233,34 +201,32 @@ def step_of(sae, adam, x_BD, alpha, lr, lam=0.04, penalty=sgo_penalty):
 @pytest.mark.parametrize("way", ["pairs", "tiles"])
 def test_thirty_updates_by_the_fast_way_are_those_by_the_plain_one(way, monkeypatch):
     take(way, monkeypatch)
-    torch.manual_seed(0)
     plain = SAE(16, 64, 8).double()
-    fast = SAE(16, 64, 8).double()
-    fast.load_state_dict(plain.state_dict())
-    dense = SAE(16, 64, 8).double()  # as on a GPU
-    dense.load_state_dict(plain.state_dict())
-    adams = [adam_of(sae) for sae in (plain, fast, dense)]
+    ways = {
+        loss_terms: plain,
+        partial(sparse_loss_terms, penalty=sgo_penalty): SAE(16, 64, 8).double(),
+        partial(loss_terms, penalty=sgo_penalty_dense): SAE(16, 64, 8).double(),  # as on a GPU
+    }
+    start = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    for sae in ways.values():
+        sae.load_state_dict(start)
+    adams = [adam_of(sae) for sae in ways.values()]
     for step in range(30):
         x_BD = torch.randn(256, 16, dtype=torch.float64) * 2
         alpha = sgo_sae.alpha_at(step, 0.5, warmup=10)
         lr = sgo_sae.lr_at(step, 30, 3e-3)
-        update(plain, adams[0], total_loss(loss_terms(plain, x_BD), 0.04, alpha), lr)
-        update(
-            fast, adams[1], total_loss(sparse_loss_terms(fast, x_BD, sgo_penalty), 0.04, alpha), lr
-        )
-        update(
-            dense, adams[2], total_loss(loss_terms(dense, x_BD, sgo_penalty_dense), 0.04, alpha), lr
-        )
-    for name, expected in plain.state_dict().items():
-        assert (fast.state_dict()[name] - expected).abs().max() < 1e-12
-        assert (dense.state_dict()[name] - expected).abs().max() < 1e-12
-    assert (plain.W_dec - SAE(16, 64, 8).W_dec).abs().max() > 0.1  # it did train
+        for (terms_of, sae), adam in zip(ways.items(), adams):
+            update(sae, adam, total_loss(terms_of(sae, x_BD), 0.04, alpha), lr)
+    for sae in ways.values():
+        for name, tensor in sae.state_dict().items():
+            assert (tensor - plain.state_dict()[name]).abs().max() < 1e-12
+    assert (plain.W_dec - start["W_dec"]).abs().max() > 0.1  # it did train
 
 
 def test_penalty_and_step_inside_a_callers_autocast():
     """Counts stay exact, gradients finite, the value that of float32."""
     vals_BK, idx_BK = sparse_latents(600, 40, 12, dtype=torch.float32)
-    exact = sgo_penalty(vals_BK, idx_BK, 40)
+    exact = sgo_penalty(vals_BK, idx_BK, 40).item()
     with torch.autocast("cpu", torch.bfloat16):
         for penalty in (
             lambda v: sgo_penalty(v, idx_BK, 40),
@@ -268,14 +234,12 @@ def test_penalty_and_step_inside_a_callers_autocast():
         ):
             leaf_BK = vals_BK.clone().requires_grad_()
             value = penalty(leaf_BK)
-            assert value.dtype == torch.float32 and value.item() == pytest.approx(
-                exact.item(), rel=1e-5
-            )
+            assert value.dtype == torch.float32
+            assert value.item() == pytest.approx(exact, rel=1e-5)
             value.backward()
-            assert leaf_BK.grad.isfinite().all() and leaf_BK.grad.abs().sum() > 0
-        assert sgo_penalty(vals_BK.bfloat16(), idx_BK, 40).item() == pytest.approx(
-            exact.item(), rel=1e-2
-        )
+            assert 0 < leaf_BK.grad.abs().sum() < math.inf
+        coarse = sgo_penalty(vals_BK.bfloat16(), idx_BK, 40)
+        assert coarse.item() == pytest.approx(exact, rel=1e-2)
 
 
 def test_penalty_of_no_active_latent_and_without_gradients():
@@ -286,15 +250,6 @@ def test_penalty_of_no_active_latent_and_without_gradients():
     with torch.inference_mode():
         assert sgo_penalty(vals_BK.clone(), idx_BK, 100) == expected
     assert torch.get_num_threads() > 0 and not torch.is_inference_mode_enabled()
-
-
-def test_dense_penalty_sees_every_active_latent():
-    """Up to 30 are active on a token: a K chosen too small would lose some of them
-    without a word."""
-    torch.manual_seed(0)
-    f_BN = torch.relu(torch.randn(64, 60, dtype=torch.float64))
-    assert (f_BN > 0).sum(1).max() > 30
-    assert sgo_penalty_dense(f_BN).item() == pytest.approx(orthogonality(f_BN).item(), rel=1e-12)
 
 
 def plain_topk(sae, x_BD):
@@ -308,7 +263,6 @@ def plain_topk(sae, x_BD):
 
 
 def test_sae_and_its_gradients_match_a_dense_one():
-    torch.manual_seed(0)
     sae = SAE(6, 20, 4).double()
     for p in sae.parameters():
         p.data += 0.1 * torch.randn_like(p)
@@ -334,7 +288,6 @@ def test_other_architectures_and_their_gradients_match_the_formulas(arch):
     """jumprelu's threshold by the formulas of Rajamanoharan et al. 2024: (θ/ε) and
     (1/ε) times a rectangle of width ε,
     which is θ here; the derivative in log θ is θ times that in θ."""
-    torch.manual_seed(0)
     sae = ARCHITECTURES[arch](6, 20, 4).double()
     x_BD = torch.randn(50, 6, dtype=torch.float64)
     sae.start(torch.randn(1000, 6, dtype=torch.float64), 0.04)
@@ -373,37 +326,7 @@ def test_other_architectures_and_their_gradients_match_the_formulas(arch):
         assert torch.allclose(ours[-1], expected_N, atol=1e-10)
 
 
-def test_learned_threshold_counts_as_a_step_in_l0():
-    """The pseudo-gradient of L0 is the slope of the true L0 over the rectangle's width, from θ/2 to
-    3θ/2.
-    """
-    torch.manual_seed(0)
-    sae = sgo_sae.JumpReLU(4, 6, 2).double()
-    x_BD = torch.randn(200_000, 4, dtype=torch.float64)
-    sae.start(x_BD, 0.04)
-    pre_BN = x_BD @ sae.W_enc + sae.b_enc
-    theta_N = sae.threshold()
-    (grad_N,) = torch.autograd.grad(sae.sparsity(pre_BN, None), sae.theta_raw)
-    slope_N = (
-        (pre_BN > 1.5 * theta_N).double().mean(0) - (pre_BN > theta_N / 2).double().mean(0)
-    ) / theta_N
-    assert torch.allclose(grad_N, 30 * theta_N * slope_N, rtol=1e-9)
-
-
-@pytest.mark.parametrize("k", [2, 30, 59])
-@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
-def test_steered_architectures_start_where_l0_is_k(arch, k):
-    """Up to k near N, where the largest pre-activations that must stay out are negative."""
-    torch.manual_seed(0)
-    sae = ARCHITECTURES[arch](16, 60, k)
-    x_BD = torch.randn(3000, 16)
-    sae.start(x_BD, 0.04)
-    assert (sae.encode(x_BD) > 0).sum(1).float().mean() == pytest.approx(k, rel=0.01)
-    assert (sae.threshold() >= 0).all() and (arch == "relu" or sae.threshold().min() > 0)
-
-
 def test_batchtopk_takes_exactly_k_a_token_where_many_tie():
-    torch.manual_seed(0)
     sae = sgo_sae.BatchTopK(8, 40, 5)
     pre_BN = (torch.randn(64, 40) * 2).round() / 2  # as coarse as bfloat16, and coarser
     f_BN = sae.activate(pre_BN)
@@ -419,125 +342,53 @@ def test_batchtopk_takes_exactly_k_a_token_where_many_tie():
     [(200, 0.04, 0.2), (200, 1.0, 0.2), (1500, 0.001, 0.05), (1500, 1.0, 0.05)],
 )
 @pytest.mark.parametrize("arch", ["relu", "jumprelu"])
-def test_sparsity_is_steered_to_k(tmp_path, arch, steps, sparsity, rel):
+def test_sparsity_is_steered_to_k(arch, steps, sparsity, rel):
     """From a λ that is far off, and in a run so short that L0 has not settled when λ first meets
     it.
     """
-    mix_DD = (
-        torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
-        * torch.linspace(2, 0.2, 32)[:, None]
-    )
-    cfg = sgo_sae.Config(
-        arch=arch, d_sae=96, k=5, lr=1e-3, alpha=0.0, out=str(tmp_path), lam=sparsity
-    )
+    mix_DD = torch.randn(32, 32) * torch.linspace(2, 0.2, 32)[:, None]
+    cfg = sgo_sae.Config(arch=arch, d_sae=96, k=5, lr=1e-3, alpha=0.0, lam=sparsity)
+    run = sgo_sae.Run(cfg, 32, CPU)
+    run.sae.start(torch.randn(512, 32) @ mix_DD, cfg.lam)
     l0 = []
     for step in range(steps):
         x_BD = torch.randn(512, 32) @ mix_DD
-        if step == 0:
-            run = sgo_sae.Run(cfg, 32, x_BD.device)
-            run.sae.start(x_BD, cfg.lam)
         run.step(x_BD, step, steps)
-        if step >= steps - 50:
-            l0.append((run.sae.encode(x_BD) > 0).sum(1).float().mean().item())
-    assert sum(l0) / 50 == pytest.approx(5, rel=rel)
+        l0.append((run.sae.encode(x_BD) > 0).sum(1).float().mean().item())
+    assert statistics.mean(l0[-50:]) == pytest.approx(5, rel=rel)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("plain", [True, False])
 def test_logged_figures_are_those_of_the_definitions(arch, plain, tmp_path):
-    torch.manual_seed(0)
     x_BD = torch.randn(128, 16)
-    cfg = sgo_sae.Config(
-        arch=arch, d_sae=64, k=4, alpha=0.5, alpha_warmup=0, plain=plain, out=str(tmp_path)
-    )
-    run = sgo_sae.Run(cfg, 16, x_BD.device)
+    settings = {"alpha": 0.5, "alpha_warmup": 0, "plain": plain, "out": str(tmp_path)}
+    run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=64, k=4, **settings), 16, CPU)
     if arch != "topk":
         run.sae.start(x_BD, 0.1)
     run.step(x_BD, 0, 10)
     run.log(x_BD, 1, 0.5)
-    m = json.loads((tmp_path / "metrics.jsonl").read_text())
+    (found,) = metrics_of(tmp_path)
     f_BN = run.sae.activate(run.sae.pre_activations(x_BD)).detach()
     error_BD = (x_BD - run.sae.decode(f_BN)).detach()
     omega = definition(f_BN)[0]
-    sparsity = ((f_BN > 0).float() if arch == "jumprelu" else f_BN).sum(1).mean().item()
+    l0 = (f_BN > 0).sum(1).float().mean().item()
+    sparsity = l0 if arch == "jumprelu" else f_BN.sum(1).mean().item()
     reconstruction = error_BD.square().sum(1).mean().item()
-    assert m["omega"] == pytest.approx(omega, rel=1e-4) and m["sparsity"] == pytest.approx(
-        sparsity, rel=1e-4
-    )
-    assert m["reconstruction"] == pytest.approx(reconstruction, rel=1e-4)
-    assert m["loss"] == pytest.approx(
-        reconstruction + m["lambda"] * sparsity + 0.5 * omega, rel=1e-4
-    )
-    assert m["penalty_share"] == pytest.approx(0.5 * omega / reconstruction, rel=1e-4)
-    assert m["mse"] == pytest.approx(
-        error_BD.square().mean().item() / 0.25, rel=1e-4
-    )  # in the model's units
-    assert m["explained_variance"] == pytest.approx(
-        1
-        - (error_BD.var(0, False) + error_BD.mean(0) ** 2).sum().item()
-        / x_BD.var(0, False).sum().item(),
-        rel=1e-4,
-    )
-    assert m["l0"] == pytest.approx((f_BN > 0).sum(1).float().mean().item()) and (
-        m["step"],
-        m["tokens"],
-    ) == (1, 2048)
-
-
-@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
-def test_lambda_is_steered_by_both_parts(arch):
-    sae = ARCHITECTURES[arch](6, 20, 4)
-    sae.start(torch.randn(1000, 6), 0.1)
-    assert sae.adjust(None, None, torch.tensor(5.0), 0.0).item() == pytest.approx(
-        0.1 * (5 / 4) ** 4
-    )
-    assert sae.adjust(None, None, torch.tensor(5.0), 0.01).item() == pytest.approx(
-        0.1 * (5 / 4) ** 5
-    )
-    assert sae.lam_integral.item() == pytest.approx(0.1 * 5 / 4)
-    assert sae.adjust(None, None, torch.tensor(400.0), 0.0).item() == pytest.approx(
-        0.1 * 5 / 4 * math.e**4
-    )
-
-
-def test_latents_that_are_not_active_do_not_count_as_fired():
-    """Also where their bias has a gradient or a slot of the top k holds them with 0."""
-    sae = SAE(4, 8, 3)
-    sae.b_enc.data[
-        5:
-    ] = -100  # three latents never fire, and there are tokens with fewer than 3 active
-    x_BD = torch.randn(500, 4)
-    f_BN = sae.encode(x_BD)
-    for terms in (loss_terms(sae, x_BD), sparse_loss_terms(sae, x_BD, sgo_penalty)):
-        assert torch.equal(terms["fired_N"], (f_BN > 0).any(0)) and not terms["fired_N"][5:].any()
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_encode_takes_any_leading_shape(arch):
-    sae = ARCHITECTURES[arch](6, 20, 4)
-    x = torch.randn(2, 3, 5, 6)
-    assert sae.encode(x).shape == (2, 3, 5, 20) and sae(x).shape == x.shape
-    assert torch.allclose(sae.encode(x)[1, 2, 4], sae.encode(x[1, 2, 4]), atol=1e-6)
-    assert torch.allclose(sae.decode(sae.encode(x)), sae(x), atol=1e-6)
-
-
-def test_decoder_constraint():
-    torch.manual_seed(0)
-    sae = SAE(16, 64, 4)
-    seen = []
-
-    class Recorder(torch.optim.SGD):  # what the optimiser is given
-        def step(self):
-            seen.append((sae.W_dec.grad * sae.W_dec).sum(1))
-            super().step()
-
-    optimiser = Recorder(sae.parameters(), lr=1.0)
-    for _ in range(5):
-        x_BD = torch.randn(128, 16)
-        (along_ND,) = torch.autograd.grad((sae(x_BD) ** 2).sum(), [sae.W_dec])
-        update(sae, optimiser, (sae(x_BD) ** 2).sum(), 1e-2)
-        assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-6)
-        assert seen[-1].abs().max() < 1e-6 and (along_ND * sae.W_dec).sum(1).abs().max() > 1
+    variance = (x_BD - x_BD.mean(0)).square().sum(1).mean().item()
+    expected = {
+        "omega": omega,
+        "sparsity": sparsity,
+        "reconstruction": reconstruction,
+        "loss": reconstruction + found["lambda"] * sparsity + 0.5 * omega,
+        "penalty_share": 0.5 * omega / reconstruction,
+        "mse": reconstruction / 16 / 0.25,  # in the model's units
+        "explained_variance": 1 - reconstruction / variance,
+        "l0": l0,
+        "step": 1,
+        "tokens": 2048,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_schedules_at_their_corners():
@@ -561,7 +412,6 @@ def test_defaults_are_the_papers_run_4():
 
 
 def test_geometric_median_meets_its_optimality_condition():
-    torch.manual_seed(0)
     x_BD = torch.randn(501, 8, dtype=torch.float64).exp()
     median_D = sgo_sae.geometric_median(x_BD, iterations=1000)
     assert (
@@ -573,7 +423,6 @@ def test_geometric_median_meets_its_optimality_condition():
 
 
 def test_alpha_zero_is_a_separate_plain_topk_step():
-    torch.manual_seed(0)
     x_BD = torch.randn(256, 16) * 3
     sae = SAE(16, 64, 4)
     plain = SAE(16, 64, 4)
@@ -598,7 +447,6 @@ def test_alpha_zero_is_a_separate_plain_topk_step():
 
 
 def test_planted_features_are_recovered():
-    torch.manual_seed(0)
     D = 32
     N = 48
     active = 3
@@ -627,57 +475,42 @@ def test_penalty_lowers_competition_in_training():
     assert shares[0.5] < 0.8 * shares[0.0]
 
 
-def test_method_needs_torch_alone(tmp_path):
-    program = (
-        "import sys\n"
-        "for name in ('transformers', 'datasets', 'numpy', 'tqdm', 'safetensors', 'tokenizers',\n"
-        "             'resource'):\n"
-        "    sys.modules[name] = None  # Windows has no resource\n"
-        "import torch, sgo_sae\n"
-        "sae = sgo_sae.SAE(8, 32, 4)\n"
-        "terms = sgo_sae.sparse_loss_terms(sae, torch.randn(64, 8), sgo_sae.sgo_penalty)\n"
-        "sgo_sae.total_loss(terms).backward()\n"
-        "assert sae.W_enc.grad.abs().sum() > 0\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        cwd=HERE,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-
-
 def test_method_section_stands_alone(tmp_path):
-    """The method, under the imports of torch and nothing else, trains; it names no process, file or
-    other architecture.
+    """The method, under the imports of torch and with no other package, trains; it names no
+    process, file or other architecture.
     """
-    source = SCRIPT.read_text()
-    section = re.search(r"# -+ method\n(.*?)# -+ fast\n", source, re.DOTALL).group(1)
+    section = re.search(r"# -+ method\n(.*?)# -+ fast\n", SCRIPT.read_text(), re.DOTALL).group(1)
     assert not re.search(r"\b(dist|rank|Path|Config|arch|device)\b", section)
-    imports = "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
-    (tmp_path / "lifted.py").write_text(imports + section)
-    names = runpy.run_path(tmp_path / "lifted.py")
-    sae = names["SAE"](8, 32, 4)
-    x_BD = torch.randn(64, 8)
-    sae.b_dec.data = names["geometric_median"](x_BD)
-    adam = torch.optim.Adam(sae.parameters())
-    losses = []
-    for step in range(50):
-        loss = names["total_loss"](names["loss_terms"](sae, x_BD), alpha=names["alpha_at"](step))
-        assert names["update"](sae, adam, loss, names["lr_at"](step, 50, 1e-2))
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    use = """
+import sys
+for name in ("transformers", "datasets", "numpy", "tqdm", "safetensors", "tokenizers", "resource"):
+    sys.modules[name] = None  # Windows has no resource
+import torch
+import torch.nn.functional as F
+from torch import nn
+METHOD
+torch.manual_seed(0)
+sae = SAE(8, 32, 4)
+x_BD = torch.randn(64, 8)
+sae.b_dec.data = geometric_median(x_BD)
+adam = torch.optim.Adam(sae.parameters())
+losses = []
+for step in range(50):
+    loss = total_loss(loss_terms(sae, x_BD), alpha=alpha_at(step))
+    assert update(sae, adam, loss, lr_at(step, 50, 1e-2))
+    losses.append(loss.item())
+assert losses[-1] < 0.7 * losses[0]
+import sgo_sae
+sgo_sae.total_loss(sgo_sae.sparse_loss_terms(sae, x_BD, sgo_sae.sgo_penalty)).backward()
+"""
+    result = python("-W", "ignore", "-c", use.replace("METHOD", section))
+    assert result.returncode == 0, result.stderr
 
 
 # -------------------------------------------------------------------------------------- activations
 
 
-TEXT = (
-    "the quick brown fox jumps over the lazy dog "
-    "and then it sleeps near a warm stone by the river . "
-)
+TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps near a stone by the river . "
 
 
 def make_model(folder, bos=True, layers=4, vocab=80):
@@ -720,16 +553,14 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": f"{i} {TEXT * (i % 3 + 1)}"}) + "\n" for i in range(60))
-    )
+    write_rows(path, [{"text": f"{i} {TEXT * (i % 3 + 1)}"} for i in range(60)])
     return str(path)
 
 
-def flags(language_model, texts, out, **other):
+def flags(model, dataset, folder, /, **other):
     settings = {
-        "model": language_model[0],
-        "dataset": texts,
+        "model": model,
+        "dataset": dataset,
         "layer": 1,
         "dict": 64,
         "k": 4,
@@ -739,19 +570,24 @@ def flags(language_model, texts, out, **other):
         "buffer": 16,
         "lm_batch": 4,
         "log_every": 5,
-        "out": out,
+        "out": folder,
         "device": "cpu",
     } | other
-    return [
-        part
-        for name, value in settings.items()
-        for part in ("--" + name.replace("_", "-"), str(value))
-    ]
+    argv = []
+    for name, value in settings.items():
+        argv += ["--" + name.replace("_", "-"), str(value)]
+    return argv
+
+
+@pytest.fixture
+def train_argv(model, texts, tmp_path):
+    """The command line of a small run, with settings of one's own."""
+    return partial(flags, model[0], texts, tmp_path / "run")
 
 
 def loaded(model, layer):
     """The language model up to a layer, and that layer."""
-    lm, module, _ = sgo_sae.load_lm(model[0], layer, torch.device("cpu"), torch.float32)
+    lm, module, _ = sgo_sae.load_lm(model[0], layer, CPU, torch.float32)
     return lm, module
 
 
@@ -774,31 +610,17 @@ def test_other_models_load(model, tmp_path, kind):
 
     model[2].save_pretrained(tmp_path)
     sizes = {"vocab_size": len(model[2]), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    gemma = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-    }
+    heads = {"intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     if kind == "gpt2":
         full = t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=3, n_head=2, **sizes))
     elif kind == "bert":
-        full = t.BertForMaskedLM(t.BertConfig(**gemma, **sizes))
+        full = t.BertForMaskedLM(t.BertConfig(hidden_size=16, **heads, **sizes))
     else:  # 3 layers in the vision tower too, and wider ones: the text model's are wanted
-        text = t.Gemma3TextConfig(
-            **gemma, num_key_value_heads=1, head_dim=8, sliding_window=8, **sizes
-        )
-        vision = t.SiglipVisionConfig(
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        )
-        full = t.Gemma3ForConditionalGeneration(
-            t.Gemma3Config(text_config=text, vision_config=vision)
-        )
+        attention = {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8}
+        text = t.Gemma3TextConfig(hidden_size=16, **attention, **heads, **sizes)
+        vision = t.SiglipVisionConfig(hidden_size=64, image_size=28, patch_size=14, **heads)
+        cfg = t.Gemma3Config(text_config=text, vision_config=vision)
+        full = t.Gemma3ForConditionalGeneration(cfg)
     full.eval().save_pretrained(tmp_path)
     lm, module = loaded((tmp_path,), 1)
     ids_BL = torch.randint(3, 40, (2, 9))
@@ -807,7 +629,7 @@ def test_other_models_load(model, tmp_path, kind):
         assert torch.equal(sgo_sae.layer_output(lm, module, ids_BL), expected)
 
 
-def test_a_tokenizer_may_know_more_than_the_model_reads(model, texts, tmp_path, capsys):
+def test_a_tokenizer_may_know_more_than_the_model_reads(train_argv, tmp_path, capsys):
     """As Gemma 3's, whose one entry more than the model has rows no text produces; an id that is
     produced is refused.
     """
@@ -821,29 +643,25 @@ def test_a_tokenizer_may_know_more_than_the_model_reads(model, texts, tmp_path, 
         len(tokenizer)
         == json.loads((tmp_path / "lm" / "config.json").read_text())["vocab_size"] + 1
     )
-    assert sgo_sae.main(flags((tmp_path / "lm",), texts, tmp_path / "run")) == 0
+    assert sgo_sae.main(train_argv(model=tmp_path / "lm")) == 0
     tokenizer.add_tokens(["fox"])
     tokenizer.save_pretrained(tmp_path / "lm")
     capsys.readouterr()
-    assert sgo_sae.main(flags((tmp_path / "lm",), texts, tmp_path / "other")) == 2
-    assert "the tokenizer gives the id" in capsys.readouterr().err.splitlines()[-1]
+    assert sgo_sae.main(train_argv(model=tmp_path / "lm", out=tmp_path / "other")) == 2
+    assert "the tokenizer gives the id" in last_line(capsys)
 
 
 def test_packing_loses_and_repeats_no_token(model):
     _, _, tokenizer = model
     documents = [f"{TEXT[: 7 * i]} {i}" for i in range(1, 30)]
-    contexts = list(sgo_sae.token_contexts(documents, tokenizer, 12))
-    assert all(
-        len(c) == 12 and c[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in c[1:]
-        for c in contexts
-    )
-    stream = [i for c in contexts for i in c[1:]]
-    whole = [
-        i
-        for d in documents
-        for i in tokenizer(d, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    ]
-    assert stream == whole[: len(stream)] and len(whole) - len(stream) < 11
+    ids_TL = torch.tensor(list(sgo_sae.token_contexts(documents, tokenizer, 12)))
+    assert (ids_TL[:, 0] == tokenizer.bos_token_id).all()
+    stream = ids_TL[:, 1:].flatten().tolist()
+    whole = []
+    for ids in tokenizer(documents, add_special_tokens=False).input_ids:
+        whole += [*ids, tokenizer.eos_token_id]
+    assert stream == whole[: len(stream)]
+    assert len(whole) - len(stream) < 11
 
 
 def test_packing_without_bos(tmp_path):
@@ -857,7 +675,7 @@ def test_packing_without_bos(tmp_path):
 
 def data_of(cfg, skip=0):
     """The batches of a configuration, without the autoencoders."""
-    lm, layer, tokenizer = sgo_sae.load_lm(cfg.model, cfg.layer, torch.device("cpu"), torch.float32)
+    lm, layer, tokenizer = sgo_sae.load_lm(cfg.model, cfg.layer, CPU, torch.float32)
     return sgo_sae.batches(cfg, sgo_sae.load_texts(cfg), lm, layer, tokenizer, skip)
 
 
@@ -867,47 +685,25 @@ def test_special_tokens_and_the_first_one_never_reach_the_autoencoder(tmp_path, 
     is no BOS.
     """
     make_model(tmp_path, bos=bos)
-    (tmp_path / "t.jsonl").write_text('{"text": "a <bos> b <eos><pad> c"}\n' * 20)
-    cfg = sgo_sae.Config(
-        model=str(tmp_path),
-        dataset=str(tmp_path / "t.jsonl"),
-        layer=1,
-        ctx=8,
-        batch=4,
-        buffer=10,
-        lm_batch=3,
-    )
-    lm, layer, tokenizer = sgo_sae.load_lm(cfg.model, 1, torch.device("cpu"), torch.float32)
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    contexts = list(
-        islice(sgo_sae.token_contexts(["a <bos> b <eos><pad> c"] * 20, tokenizer, 8), 10)
-    )
-    inner = [i for c in contexts for i in c[1:]]
-    assert not bos or (tokenizer.bos_token_id not in inner and tokenizer.pad_token_id not in inner)
+    text = "a <bos> b <eos><pad> c"
+    write_rows(tmp_path / "t.jsonl", [{"text": text}] * 20)
+    settings = {"model": str(tmp_path), "dataset": str(tmp_path / "t.jsonl"), "layer": 1}
+    cfg = sgo_sae.Config(**settings, ctx=8, batch=4, buffer=10, lm_batch=3)
+    lm, layer, tokenizer = sgo_sae.load_lm(cfg.model, 1, CPU, torch.float32)
+    contexts = list(islice(sgo_sae.token_contexts([text] * 20, tokenizer, 8), 10))
+    ids_TL = torch.tensor(contexts)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id] if bos else []
+    kept_TL = ~torch.isin(ids_TL, torch.tensor(special))
+    kept_TL[:, 0] = False
+    assert kept_TL.sum() < 70 if bos else kept_TL.sum() == 70
     with torch.inference_mode():
-        x_BLD = sgo_sae.layer_output(lm, layer, torch.tensor(contexts))
-    kept = [
-        x_BLD[i, j]
-        for i, c in enumerate(contexts)
-        for j, t in enumerate(c)
-        if j > 0 and t not in special
-    ]
-    kept = torch.stack(kept)
-    assert len(kept) < 70 if bos else len(kept) == 70
-    harvested = torch.cat(
-        list(islice(data_of(cfg), len(kept) // 4))
-    )  # the first round: 10 contexts
+        kept = sgo_sae.layer_output(lm, layer, ids_TL)[kept_TL]
+    # The first round has ten contexts.
+    harvested = torch.cat(list(islice(data_of(cfg), len(kept) // 4)))
     distance = (harvested[:, None] - kept).abs().amax(2)
-    assert (
-        distance.amin(1).max() < 1e-4
-    )  # each is one of them, and, less than a batch aside, each of them is there
+    # Each is one of them, and, less than a batch aside, each of them is there.
+    assert distance.amin(1).max() < 1e-4
     assert (distance.amin(0) < 1e-4).sum() > len(kept) - 4
-    reader = eval_sae.LanguageModel(str(tmp_path), 1, torch.device("cpu"), torch.float32)
-    means = eval_sae.mean_latents(reader, [SAE(16, 8, 2)], ["a b c"], "texts", 8)
-    ids = torch.tensor([sgo_sae.first_id(tokenizer.bos_token_id) + tokenizer("a b c").input_ids])
-    with torch.inference_mode():
-        expected = sgo_sae.layer_output(lm, layer, ids)[0, 1:].mean(0)
-    assert torch.allclose(means[0][0], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("lm_batch, batch", [(3, 8), (64, 16), (5, 31)])
@@ -920,119 +716,76 @@ def test_rounds_serve_each_activation_once_and_in_another_order(
     served = count()
 
     def numbered(lm, layer, ids_BL):
-        return torch.tensor(
-            [[[next(served)] * 16 for _ in row] for row in ids_BL.tolist()], dtype=torch.float32
-        )
+        numbers = torch.tensor([next(served) for _ in range(ids_BL.numel())]).float()
+        return numbers.view(*ids_BL.shape, 1).expand(-1, -1, 16)
 
     monkeypatch.setattr(sgo_sae, "layer_output", numbered)
-    cfg = sgo_sae.Config(
-        model=model[0],
-        dataset=texts,
-        layer=1,
-        ctx=16,
-        buffer=16,
-        batch=batch,
-        tokens=10**6,
-        lm_batch=lm_batch,
-    )
-    contexts = max(16, 2 * -(-batch // 15))
-    numbers = torch.cat(list(islice(data_of(cfg), 150)))
-    assert numbers.shape == (150 * batch, 16) and numbers.dtype == torch.float32
+    settings = {"model": model[0], "dataset": texts, "layer": 1, "ctx": 16, "buffer": 16}
+    cfg = sgo_sae.Config(**settings, batch=batch, lm_batch=lm_batch)
+    contexts = max(16, 2 * math.ceil(batch / 15))
     rounds = {}
-    for number in numbers[:, 0].tolist():
+    for number in torch.cat(list(islice(data_of(cfg), 150)))[:, 0].tolist():
         rounds.setdefault(number // (contexts * 16), []).append(number)
-    assert list(rounds) == sorted(rounds) and len(rounds) > 3  # one after another
+    assert list(rounds) == sorted(rounds)  # one after another
+    assert len(rounds) > 3
     for numbers in list(rounds.values())[:-1]:
-        assert len(set(numbers)) == len(numbers) and numbers != sorted(numbers)
-        assert (
-            contexts * 15 - len(numbers) < batch + contexts * 2
-        )  # BOS, EOS and less than a batch are left out
-
-
-def test_skipping_gives_the_same_batches_and_runs_the_model_on_no_round_that_is_over(
-    model, texts, monkeypatch
-):
-    cfg = sgo_sae.Config(
-        model=model[0], dataset=texts, layer=1, ctx=16, buffer=16, batch=16, lm_batch=16
-    )
-    seen = list(islice(data_of(cfg), 600))  # several times through the data
-    passes = []
-    real = sgo_sae.layer_output
-    monkeypatch.setattr(sgo_sae, "layer_output", lambda *args: passes.append(1) or real(*args))
-    for skip in (0, 1, 12, 13, 14, 111, 480, 581):
-        passes.clear()
-        again = data_of(cfg, skip)
-        assert torch.equal(next(again), seen[skip]) and len(passes) == 1
-        assert all(torch.equal(a, b) for a, b in zip(again, seen[skip + 1 : skip + 19]))
+        assert len(set(numbers)) == len(numbers)
+        assert numbers != sorted(numbers)
+        # BOS, EOS and less than a batch are left out.
+        assert contexts * 15 - len(numbers) < batch + contexts * 2
 
 
 def test_processes_take_turns_at_contexts(model, texts, monkeypatch):
     """Two processes read, between them, what one reads; each forward pass is of their own."""
-    read = {}
+    settings = {"model": model[0], "dataset": texts, "layer": 1, "ctx": 16, "buffer": 16}
+    cfg = sgo_sae.Config(**settings, batch=16)
     real = sgo_sae.layer_output
-    for world in (1, 2):
-        for rank in range(world):
-            monkeypatch.setattr(sgo_sae, "rank", lambda rank=rank: rank)
-            monkeypatch.setattr(sgo_sae, "n_processes", lambda world=world: world)
-            ids = read.setdefault((rank, world), [])
-            monkeypatch.setattr(
-                sgo_sae,
-                "layer_output",
-                lambda lm, layer, i, ids=ids: ids.extend(i.tolist()) or real(lm, layer, i),
-            )
-            cfg = sgo_sae.Config(
-                model=model[0], dataset=texts, layer=1, ctx=16, buffer=16, batch=16, tokens=10**6
-            )
-            next(data_of(cfg))
-    assert (
-        read[0, 2] == read[0, 1][::2] and read[1, 2] == read[0, 1][1::2] and len(read[0, 1]) == 16
-    )
+    read = {}
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        ids = read[rank, world] = []
+
+        def noted(lm, layer, ids_BL, ids=ids):
+            ids.extend(ids_BL.tolist())
+            return real(lm, layer, ids_BL)
+
+        monkeypatch.setattr(sgo_sae, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(sgo_sae, "n_processes", lambda world=world: world)
+        monkeypatch.setattr(sgo_sae, "layer_output", noted)
+        next(data_of(cfg))
+    assert len(read[0, 1]) == 16
+    assert read[0, 2] == read[0, 1][::2]
+    assert read[1, 2] == read[0, 1][1::2]
 
 
-FORMATS = {
-    "txt": lambda rows: "\n\n".join(rows),
-    "jsonl": lambda rows: "".join(json.dumps({"text": row, "n": 1}) + "\n" for row in rows),
-    "json": lambda rows: json.dumps([{"text": row, "n": 1} for row in rows]),
-    "csv": lambda rows: "text,n\n" + "".join(f'"{row}",1\n' for row in rows),
+WRITERS = {
+    "txt": lambda frame, path: path.write_text("\n\n".join(frame["text"])),
+    "jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "json": lambda frame, path: frame.to_json(path, orient="records"),
+    "csv": lambda frame, path: frame.to_csv(path),
+    "parquet": lambda frame, path: frame.to_parquet(path),
+    "jsonl.gz": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "jsonl.zst": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "csv.gz": lambda frame, path: frame.to_csv(path),
 }
 
 
-@pytest.mark.parametrize(
-    "form", ["txt", "jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "txt.gz", "folder"]
-)
-def test_local_texts_are_read(tmp_path, form):
-    rows = [f"document {i}: {TEXT}" for i in range(30)]
-    kind, _, packed = form.partition(".")
-    path = tmp_path / f"texts.{form}"
-    if form == "folder":
-        path = tmp_path / "texts"
-        path.mkdir()
-        (path / "a.jsonl").write_text(FORMATS["jsonl"](rows[:15]))
-        (path / "b.jsonl").write_text(FORMATS["jsonl"](rows[15:]))
-    elif form == "parquet":
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path)
-    else:
-        import zstandard
-
-        compress = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}[packed]
-        path.write_bytes(compress(FORMATS[kind](rows).encode()))
-    stream = sgo_sae.load_texts(sgo_sae.Config(dataset=str(path)))
-    read = list(islice(sgo_sae.read_texts(stream, sgo_sae.Config(dataset=str(path))), 60))
-    assert sorted(t.strip() for t in read[:30]) == sorted(t.strip() for t in rows)
-    assert (
-        sorted(read[30:60]) == sorted(read[:30]) and read[30:60] != read[:30]
-    )  # second pass: all again, reshuffled
+@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_local_texts_are_read(tmp_path, form, in_folder):
+    rows = [f"document {i}: {TEXT.strip()}" for i in range(30)]
+    frame = pandas.DataFrame({"text": rows, "n": 1})
+    WRITERS[form](frame[:15], tmp_path / f"a.{form}")
+    WRITERS[form](frame if not in_folder else frame[15:], tmp_path / f"b.{form}")
+    path = tmp_path if in_folder else tmp_path / f"b.{form}"
+    cfg = sgo_sae.Config(dataset=str(path))
+    read = list(islice(sgo_sae.read_texts(sgo_sae.load_texts(cfg), cfg), 60))
+    assert sorted(read[:30]) == sorted(read[30:]) == sorted(rows)
+    assert read[:30] != read[30:]  # the second pass is shuffled anew
 
 
 def test_odd_documents_are_passed_over(tmp_path):
     path = tmp_path / "odd.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"text": t}) + "\n" for t in ["", None, "  ", "good one", None, "another"]
-        )
-    )
+    write_rows(path, [{"text": t} for t in ["", None, "  ", "good one", None, "another"]])
     cfg = sgo_sae.Config(dataset=str(path))
     texts = sgo_sae.read_texts(sgo_sae.load_texts(cfg), cfg)
     assert sorted(islice(texts, 2)) == ["another", "good one"]
@@ -1041,60 +794,48 @@ def test_odd_documents_are_passed_over(tmp_path):
 # ----------------------------------------------------------------------------------------- training
 
 
-def test_run_is_complete_and_repeatable(model, texts, tmp_path, capsys):
-    weights = []
+def test_run_is_complete_and_repeatable(train_argv, tmp_path, capsys):
     for name in ("a", "b"):
-        assert sgo_sae.main(flags(model, texts, tmp_path / name)) == 0
-        weights.append((tmp_path / name / "sae_weights.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+        assert sgo_sae.main(train_argv(out=tmp_path / name)) == 0
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
     captured = capsys.readouterr()
     assert "steps 0 to 12" in captured.err
     for word in ("EV 0.", "MSE", "L0 4.0", "dead", "Ω ", "αΩ/rec", "saved in"):
         assert word in captured.out
-    lines = [
-        json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [line["step"] for line in lines] == [5, 10, 12]
-    keys = {
+    rows = metrics_of(tmp_path / "a")
+    assert [row["step"] for row in rows] == [5, 10, 12]
+    assert all(math.isfinite(value) for value in rows[0].values())
+    keys = [
         "loss",
-        "reconstruction",
         "sparsity",
         "omega",
-        "penalty_share",
         "explained_variance",
         "cosine",
         "l0",
         "dead",
         "lr",
-        "alpha",
         "lambda",
         "tokens",
-        "activation_scale",
         "mse",
-    }
-    assert keys <= set(lines[0]) and all(math.isfinite(v) for line in lines for v in line.values())
-    assert lines[-1]["alpha"] == pytest.approx(sgo_sae.alpha_at(11))
-    assert lines[0]["penalty_share"] == pytest.approx(
-        lines[0]["alpha"] * lines[0]["omega"] / lines[0]["reconstruction"]
-    )
+    ]
+    assert {*keys, "activation_scale"} <= set(rows[0])
+    assert rows[-1]["alpha"] == pytest.approx(sgo_sae.alpha_at(11))
+    weighed = rows[0]["alpha"] * rows[0]["omega"]
+    assert rows[0]["penalty_share"] == pytest.approx(weighed / rows[0]["reconstruction"])
     metadata = json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]
-    assert metadata["settings"]["k"] == 4 and metadata["torch_version"].startswith("2.13.0")
+    assert metadata["settings"]["k"] == 4
+    assert metadata["torch_version"].startswith("2.13.0")
 
 
 @pytest.mark.parametrize(
     "option", [["--plain"], ["--normalize"], ["--alpha", "0"], ["--dtype", "bfloat16"]]
 )
-def test_options_train(model, texts, tmp_path, option):
-    assert sgo_sae.main(flags(model, texts, tmp_path / "run") + option) == 0
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+def test_options_train(train_argv, tmp_path, option):
+    assert sgo_sae.main(train_argv() + option) == 0
+    last = metrics_of(tmp_path / "run")[-1]
     assert last["omega"] > 0 and (last["penalty_share"] == 0) == (
         option == ["--alpha", "0"]
     )  # what α 0 would weigh
-
-
-def test_starting_over_is_said_once(model, texts, tmp_path, capsys):
-    assert sgo_sae.main(flags(model, texts, tmp_path / "run", tokens=64 * 200)) == 0
-    assert capsys.readouterr().err.count("starting over") == 1
 
 
 def random_sae(arch):
@@ -1126,18 +867,16 @@ def test_saved_and_loaded_outputs_are_identical(tmp_path, arch, name):
     sae, x_BD = random_sae(arch)
     sgo_sae.save_sae(sae, sgo_sae.Config(k=4, arch=arch), tmp_path)
     again = sgo_sae.load_sae(tmp_path)
-    assert torch.equal(again(x_BD), sae(x_BD)) and torch.equal(again.encode(x_BD), sae.encode(x_BD))
+    assert torch.equal(again(x_BD), sae(x_BD))
+    assert torch.equal(again.encode(x_BD), sae.encode(x_BD))
     cfg = json.loads((tmp_path / "cfg.json").read_text())
-    assert (
-        cfg["architecture"] == name and cfg["metadata"]["hook_name"] == "blocks.12.hook_resid_post"
-    )
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "sae_weights.safetensors", "pt") as file:
-        names = file.keys()
-        shapes = {name: file.get_slice(name).get_shape() for name in names}
-    threshold = {"threshold": [32]} if name == "jumprelu" else {}
-    assert shapes == {"W_enc": [8, 32], "b_enc": [32], "W_dec": [32, 8], "b_dec": [8]} | threshold
+    assert cfg["architecture"] == name
+    assert cfg["metadata"]["hook_name"] == "blocks.12.hook_resid_post"
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    shapes = {"W_enc": (8, 32), "b_enc": (32,), "W_dec": (32, 8), "b_dec": (8,)}
+    if name == "jumprelu":
+        shapes["threshold"] = (32,)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -1152,8 +891,6 @@ def test_saelens_loads_the_folder(tmp_path, arch):
 
 def write_foreign(folder, weights, **cfg):
     """A folder of SAELens's format, with what its own trainer writes and we do not."""
-    from safetensors.torch import save_file
-
     metadata = {
         "model_name": "some/model",
         "hook_name": "blocks.3.hook_resid_post",
@@ -1257,32 +994,26 @@ def test_loaded_autoencoder_has_the_interface_of_saebench(tmp_path):
     """The attributes that SAEBench's evaluations and its custom SAEs' base class read."""
     sgo_sae.save_sae(random_sae("topk")[0], sgo_sae.Config(k=4, layer=5, ctx=64), tmp_path)
     sae = eval_sae.BenchmarkSAE(tmp_path).to(dtype=torch.bfloat16)
-    assert (sae.device, sae.dtype) == (torch.device("cpu"), torch.bfloat16)
-    assert (
-        sae.W_enc.shape == (8, 32)
-        and sae.W_dec.shape == (32, 8)
-        and sae.b_enc.shape == (32,)
-        and sae.b_dec.shape == (8,)
-    )
+    assert (sae.device, sae.dtype) == (CPU, torch.bfloat16)
+    shapes = [tuple(part.shape) for part in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+    assert shapes == [(8, 32), (32,), (32, 8), (8,)]
     cfg = sae.cfg
-    assert (cfg.model_name, cfg.hook_name, cfg.hook_layer) == (
-        "google/gemma-2-2b",
-        "blocks.5.hook_resid_post",
-        5,
-    )
-    assert (cfg.d_in, cfg.d_sae, cfg.dtype, cfg.context_size, cfg.prepend_bos) == (
-        8,
-        32,
-        "float32",
-        64,
-        True,
-    )
-    assert cfg.model_from_pretrained_kwargs == {}
+    expected = {
+        "model_name": "google/gemma-2-2b",
+        "hook_name": "blocks.5.hook_resid_post",
+        "hook_layer": 5,
+        "d_in": 8,
+        "d_sae": 32,
+        "dtype": "float32",
+        "context_size": 64,
+        "prepend_bos": True,
+        "model_from_pretrained_kwargs": {},
+    }
+    assert vars(cfg).items() >= expected.items()
     # SAEBench sets its own attributes on cfg and on cfg.metadata, which it makes where there is
     # none, and saves to_dict().
     assert not hasattr(cfg, "metadata")
-    cfg.metadata = argparse.Namespace()
-    cfg.metadata.hook_layer = cfg.hook_layer
+    cfg.metadata = argparse.Namespace(hook_layer=5)
     assert cfg.to_dict()["metadata"] == {"hook_layer": 5}
     assert json.loads(json.dumps(cfg.to_dict()))["architecture"] == "topk"
     x_BLD = torch.randn(2, 3, 8, dtype=torch.bfloat16)
@@ -1296,7 +1027,7 @@ def weights_of(folder):
     return (Path(folder) / "sae_weights.safetensors").read_bytes()
 
 
-def test_grid_trains_each_as_if_alone(model, texts, tmp_path, monkeypatch, capsys):
+def test_grid_trains_each_as_if_alone(train_argv, tmp_path, monkeypatch, capsys):
     passes = []
     real = sgo_sae.layer_output
     monkeypatch.setattr(sgo_sae, "layer_output", lambda *args: passes.append(1) or real(*args))
@@ -1317,26 +1048,22 @@ def test_grid_trains_each_as_if_alone(model, texts, tmp_path, monkeypatch, capsy
         "0",
         "1",
     ]
-    assert sgo_sae.main(flags(model, texts, tmp_path / "grid") + grid) == 0
+    assert sgo_sae.main(train_argv() + grid) == 0
     in_grid = len(passes)
-    folders = sorted(p.name for p in (tmp_path / "grid").iterdir() if p.is_dir())
-    assert len(folders) == 32 and "relu-n32-k6-a0.05-s1" in folders
     table = capsys.readouterr().out
+    folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert len(folders) == 32
     assert all(name in table for name in folders)
-    for arch, n, k, alpha, seed in (("topk", 64, 4, 0, 0), ("relu", 32, 6, 0.05, 1)):
+    for arch, n, k, alpha, seed in (("topk", 64, 4, "0", 0), ("relu", 32, 6, "0.05", 1)):
         passes.clear()
-        out = tmp_path / f"{arch}{n}"
-        assert (
-            sgo_sae.main(flags(model, texts, out, dict=n, k=k, arch=arch, alpha=alpha, seed=seed))
-            == 0
-        )
-        assert weights_of(out) == weights_of(
-            tmp_path / "grid" / f"{arch}-n{n}-k{k}-a{alpha:g}-s{seed}"
-        )
+        name = f"{arch}-n{n}-k{k}-a{alpha}-s{seed}"
+        one = {"arch": arch, "dict": n, "k": k, "alpha": alpha, "seed": seed}
+        assert sgo_sae.main(train_argv(out=tmp_path / name, **one)) == 0
+        assert weights_of(tmp_path / name) == weights_of(tmp_path / "run" / name)
         assert len(passes) == in_grid
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TWO_PROCESSES = """
 import math, os, sys, torch, sgo_sae
 import torch.distributed as dist
@@ -1388,36 +1115,12 @@ def test_two_processes_train_as_one_does_under_the_rule_of_nccl(tmp_path, way):
     does.
     """
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    result = subprocess.run(
-        [*TORCHRUN, tmp_path / "two.py", way, tmp_path],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(HERE)},
-        timeout=300,
-    )
+    result = python(*TORCHRUN, tmp_path / "two.py", way, tmp_path)
     assert result.returncode == 0, result.stderr
     differences = {line.split()[0]: float(line.split()[-1]) for line in result.stdout.splitlines()}
     assert len(result.stdout.splitlines()) == 8
     differences.pop("batchtopk")
     assert max(differences.values()) < 1e-5, result.stdout
-
-
-def test_torchrun_trains_and_the_first_process_alone_writes(model, texts, tmp_path):
-    result = subprocess.run(
-        [*TORCHRUN, SCRIPT, *flags(model, texts, tmp_path / "run")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("saved in") == 1 and result.stderr.count("steps 0 to 12") == 1
-    lines = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [line["step"] for line in lines] == [5, 10, 12]
-    assert torch.isfinite(sgo_sae.load_sae(tmp_path / "run").W_dec).all()
 
 
 # ------------------------------------------------------------------------- what stands in for a GPU
@@ -1566,14 +1269,6 @@ def pretended_gpu(monkeypatch):
         yield mode
 
 
-def test_the_pretended_gpu_refuses_two_devices_and_counts_syncs(pretended_gpu):
-    x = torch.zeros(3, device="cuda")
-    assert x.is_cuda and not x.is_cpu and x.device == CUDA and not x.to("cpu").is_cuda
-    with pytest.raises(RuntimeError, match="operands on cuda:0 and on the CPU"):
-        x + torch.zeros(3)
-    assert pretended_gpu.syncs == [] and bool(x.sum() == 0) and pretended_gpu.syncs == ["__bool__"]
-
-
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "relu"])
 def test_a_step_on_a_pretended_gpu_waits_for_it_once(arch, pretended_gpu):
     run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=64, k=4), 16, CUDA, mixed_precision=True)
@@ -1589,44 +1284,18 @@ def test_a_step_on_a_pretended_gpu_waits_for_it_once(arch, pretended_gpu):
         assert run.sae.W_dec.is_cuda and run.last_fired_N.is_cuda
 
 
-def test_training_and_evaluation_on_a_pretended_gpu(model, texts, tmp_path, capsys, pretended_gpu):
-    argv = flags(model, texts, tmp_path / "run", device="cuda", dtype="bfloat16") + [
-        "--arch",
-        "topk",
-        "relu",
-    ]
+def test_training_and_evaluation_on_a_pretended_gpu(
+    train_argv, texts, probe_file, tmp_path, capsys, pretended_gpu
+):
+    argv = train_argv(device="cuda", dtype="bfloat16") + ["--arch", "topk", "relu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         assert sgo_sae.main(argv) == 0
-    rows = [
-        {
-            "text": f"{TEXT[i % 50 :]} {i} " + ("stone " if i % 2 else "river ") * 5,
-            "label": i % 2,
-            "attribute": i % 3 == 0,
-        }
-        for i in range(900)
-    ]
-    (tmp_path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = [
-        tmp_path / "run",
-        "--device",
-        "cuda",
-        "--text",
-        texts,
-        "--contexts",
-        "8",
-        "--probe",
-        tmp_path / "probe.jsonl",
-        "--train",
-        "40",
-        "--test",
-        "20",
-    ]
-    assert evaluated(argv) == 0
+    settings = ["--device", "cuda", "--contexts", "8", "--train", "40", "--test", "20"]
+    assert evaluated([tmp_path / "run", *settings, "--text", texts, "--probe", probe_file]) == 0
     table = capsys.readouterr().out
-    assert all(
-        f"{family}: " in table for family in ("core", "behaviour", "competition", "probe", "scr")
-    )
+    for family in ("core", "behaviour", "competition", "probe", "scr"):
+        assert f"{family}: " in table
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -1676,10 +1345,10 @@ def refused(argv, capsys):
     ],
 )
 def test_bad_settings_are_refused_in_one_line(
-    model, texts, tmp_path, capsys, monkeypatch, bad, words
+    train_argv, tmp_path, capsys, monkeypatch, bad, words
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert words in refused(flags(model, texts, tmp_path / "run") + bad.split(), capsys)
+    assert words in refused(train_argv() + bad.split(), capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -1696,19 +1365,19 @@ def test_bad_settings_are_refused_in_one_line(
         ("picture.png", b"\x89PNG", "is needed"),
     ],
 )
-def test_bad_files_are_refused_in_one_line(model, tmp_path, capsys, name, content, words):
+def test_bad_files_are_refused_in_one_line(train_argv, tmp_path, capsys, name, content, words):
     (tmp_path / name).write_bytes(content)
-    line = refused(flags(model, str(tmp_path / name), tmp_path / "run"), capsys)
+    line = refused(train_argv(dataset=tmp_path / name), capsys)
     assert words in line and name in line
     assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
 
 
-def test_bad_models_are_refused_in_one_line(model, texts, tmp_path, capsys):
+def test_bad_models_are_refused_in_one_line(train_argv, model, tmp_path, capsys):
     def folder(name, *files):
         (tmp_path / name).mkdir()
         for file in files:
             (tmp_path / name / file).write_bytes((Path(model[0]) / file).read_bytes())
-        return refused(flags((tmp_path / name,), texts, tmp_path / "run"), capsys)
+        return refused(train_argv(model=tmp_path / name), capsys)
 
     assert "nothing" in folder("nothing")
     assert "no-tokenizer" in folder("no-tokenizer", "config.json", "model.safetensors")
@@ -1718,18 +1387,15 @@ def test_bad_models_are_refused_in_one_line(model, texts, tmp_path, capsys):
     other = tmp_path / "other"
     make_model(other, layers=1)
     (other / "config.json").write_text((Path(model[0]) / "config.json").read_text())
-    assert "lack" in refused(flags((other,), texts, tmp_path / "run"), capsys)
+    assert "lack" in refused(train_argv(model=other), capsys)
     assert not (tmp_path / "run").exists()
 
 
-def test_finished_run_is_not_overwritten(model, texts, tmp_path, capsys):
-    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 0
+def test_finished_run_is_not_overwritten(train_argv, tmp_path, capsys):
+    assert sgo_sae.main(train_argv()) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     capsys.readouterr()
-    for argv in (
-        flags(model, texts, tmp_path / "run"),
-        flags(model, texts, tmp_path / "run", lr=0.1) + ["--resume"],
-    ):
+    for argv in (train_argv(), train_argv(lr=0.1) + ["--resume"]):
         assert "holds a run: --resume continues one that was stopped" in refused(argv, capsys)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -1750,31 +1416,6 @@ def poisoned(monkeypatch, when):
     monkeypatch.setattr(sgo_sae.Run, "step", step)
 
 
-def test_gradient_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(
-    model, texts, tmp_path, capsys, monkeypatch
-):
-    poisoned(monkeypatch, lambda cfg, calls: calls == 4)
-    assert sgo_sae.main(flags(model, texts, tmp_path / "run", save_every=2)) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "gradient not finite at step 3" in message and str(tmp_path / "run") in message
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["done"] == 2
-    assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
-    monkeypatch.undo()
-    assert sgo_sae.main(flags(model, texts, tmp_path / "run", save_every=2) + ["--resume"]) == 0
-    assert sgo_sae.main(flags(model, texts, tmp_path / "whole")) == 0
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
-
-
-def test_a_step_whose_gradient_is_not_finite_leaves_the_weights():
-    sae = SAE(6, 20, 4)
-    x_BD = torch.randn(50, 6)
-    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    x_BD[3, 2] = float("inf")
-    for terms in (loss_terms(sae, x_BD), sparse_loss_terms(sae, x_BD, sgo_penalty)):
-        assert not update(sae, adam_of(sae), total_loss(terms), 0.1)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_run_of_any_architecture_ends_by_itself_where_activations_are_not_finite(arch):
     run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=20, k=4), 6, torch.device("cpu"))
@@ -1787,54 +1428,35 @@ def test_a_run_of_any_architecture_ends_by_itself_where_activations_are_not_fini
         )
 
 
-def test_activations_of_a_norm_that_overflows_end_with_advice(tmp_path):
-    run = sgo_sae.Run(sgo_sae.Config(d_sae=64, k=4, out="large"), 16, torch.device("cpu"))
-    run.step(torch.randn(64, 16) * 1e10, 0, 10)
-    assert (
-        "large: gradient not finite at step 0; use --normalize or a smaller --alpha" in run.failure
-    )
-
-
-def test_one_bad_member_ends_alone(model, texts, tmp_path, capsys, monkeypatch):
+def test_one_bad_member_ends_alone(train_argv, tmp_path, capsys, monkeypatch):
     """Also where the grid is stopped and resumed after that."""
     bad = "topk-n64-k4-a0.05-s0"
-    argv = [
-        flags(model, texts, tmp_path / name) + ["--alpha", "0", "0.05", "--seed", "0", "1"]
-        for name in "ab"
-    ]
-    assert sgo_sae.main(argv[0]) == 0
+    grid = ["--alpha", "0", "0.05", "--seed", "0", "1"]
+    assert sgo_sae.main(train_argv(out=tmp_path / "whole") + grid) == 0
     with monkeypatch.context() as patch:
         poisoned(patch, lambda cfg, calls: bad in cfg.out and calls == 3)
         stop_at(patch, 17)
-        assert sgo_sae.main(argv[1]) in (2, 143)
+        assert sgo_sae.main(train_argv() + grid) in (2, 143)
     capsys.readouterr()
-    assert sgo_sae.main([*argv[1], "--resume"]) == 2
+    assert sgo_sae.main([*train_argv(), *grid, "--resume"]) == 2
     printed = capsys.readouterr()
-    assert (
-        f"{bad}: gradient not finite at step 2" in printed.err.splitlines()[-1]
-        and bad not in printed.out.split("run  ")[-1]
-    )
-    names = sorted(p.parent.name for p in (tmp_path / "b").glob("*/cfg.json"))
-    assert len(names) == 3 and bad not in names
-    assert all(
-        weights_of(tmp_path / "a" / name) == weights_of(tmp_path / "b" / name) for name in names
-    )
+    assert f"{bad}: gradient not finite at step 2" in printed.err.splitlines()[-1]
+    assert bad not in printed.out.split("run  ")[-1]
+    names = [path.parent.name for path in (tmp_path / "run").glob("*/cfg.json")]
+    assert len(names) == 3
+    assert bad not in names
+    for name in names:
+        assert weights_of(tmp_path / "whole" / name) == weights_of(tmp_path / "run" / name)
 
 
-def test_a_penalty_that_outweighs_the_reconstruction_is_said_once(model, texts, tmp_path, capsys):
-    assert (
-        sgo_sae.main(flags(model, texts, tmp_path / "run", alpha=50, alpha_warmup=0, log_every=1))
-        == 0
-    )
+def test_a_penalty_that_outweighs_the_reconstruction_is_said_once(train_argv, tmp_path, capsys):
+    assert sgo_sae.main(train_argv(alpha=50, alpha_warmup=0, log_every=1)) == 0
     err = capsys.readouterr().err
     assert (
         err.count("use --normalize or a smaller --alpha") == 1
         and "the paper's strength is α " in err
     )
-    shares = [
-        json.loads(line)["penalty_share"]
-        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    shares = [row["penalty_share"] for row in metrics_of(tmp_path / "run")]
     assert (
         f"weighs {next(s for s in shares if s > 1):.3g} times" in err
         and sum(s > 1 for s in shares) > 1
@@ -1848,17 +1470,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         gated = "gated" in self.path
-        body = b'{"error": "no"}'
         self.send_response(403 if gated else 404)
         self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header(
-            "X-Error-Message",
-            "Access to this resource is restricted." if gated else "Repository not found",
-        )
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Error-Message", "Access is restricted" if gated else "Not found")
+        self.send_header("Content-Length", "0")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     do_GET = do_HEAD = do_POST = answer
 
@@ -1872,16 +1488,6 @@ def hub():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-def command(argv, **environment):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, argv)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | environment,
-    )
 
 
 @pytest.mark.parametrize(
@@ -1898,22 +1504,18 @@ def command(argv, **environment):
         ({"dataset": "some/missing-data"}, "doesn't exist on the Hub or cannot be accessed"),
     ],
 )
-def test_what_the_hub_refuses_is_explained(model, texts, tmp_path, hub, settings, words):
-    result = command(
-        flags(model, texts, tmp_path / "run", **settings), HF_ENDPOINT=hub, HF_HOME=str(tmp_path)
-    )
+def test_what_the_hub_refuses_is_explained(train_argv, tmp_path, hub, settings, words):
+    result = python(SCRIPT, *train_argv(**settings), HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
     assert (
         result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
     ), result.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_no_network_is_explained(model, texts, tmp_path):
+def test_no_network_is_explained(train_argv, tmp_path):
     def run(settings):  # the Hub's libraries try again for half a minute: both cases at once
-        return command(
-            flags(model, texts, tmp_path / "run", **settings),
-            HF_ENDPOINT="http://127.0.0.1:9",
-            HF_HOME=str(tmp_path),
+        return python(
+            SCRIPT, *train_argv(**settings), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)
         )
 
     with ThreadPoolExecutor() as pool:
@@ -1929,10 +1531,6 @@ def test_no_network_is_explained(model, texts, tmp_path):
 with warnings.catch_warnings():  # one file, so nowhere to register a mark
     warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
     slow = pytest.mark.slow
-
-
-def metrics_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
@@ -1955,95 +1553,49 @@ LONG = {"tokens": 64 * 400, "save_every": 7}  # the data is used more than twice
 @pytest.fixture(scope="module")
 def whole(model, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert sgo_sae.main(flags(model, texts, out, **LONG)) == 0
+    assert sgo_sae.main(flags(model[0], texts, out, **LONG)) == 0
     return out
 
 
 @pytest.mark.parametrize(
-    "steps, number",
-    [([1], signal.SIGTERM), ([113], signal.SIGINT), ([140, 7, 1, 200], signal.SIGTERM)],
+    "options, steps, number",
+    [
+        ([], [1], signal.SIGTERM),
+        ([], [113], signal.SIGINT),
+        ([], [140, 7, 1, 200], signal.SIGTERM),
+        (["--arch", *ARCHS, "--seed", "0", "1", "--tokens", "2560"], [64], signal.SIGTERM),
+        (["--normalize", "--plain", "--dtype", "bfloat16"], [9], signal.SIGTERM),
+    ],
 )
 def test_stopped_and_resumed_is_the_run_that_never_stopped(
-    model, texts, tmp_path, monkeypatch, capsys, whole, steps, number
+    train_argv, tmp_path, monkeypatch, capsys, options, steps, number
 ):
-    argv = flags(model, texts, tmp_path / "run", **LONG)
+    assert sgo_sae.main(train_argv(out=tmp_path / "whole", **LONG) + options) == 0
+    argv = train_argv(**LONG) + options
     for n, step in enumerate(steps):
         with monkeypatch.context() as patch:
             stop_at(patch, step, number)
             assert sgo_sae.main(argv + ["--resume"] * (n > 0)) == 128 + number
-        assert (
-            f"stopped after step {sum(steps[: n + 1])}; the same command with --resume goes on"
-            in capsys.readouterr().err
-        )
-        assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
+        assert "the same command with --resume goes on" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("sae_weights.safetensors"))
     assert "--resume continues one that was stopped" in refused(argv, capsys)
     assert sgo_sae.main([*argv, "--resume"]) == 0
-    assert weights_of(tmp_path / "run") == weights_of(whole) and metrics_of(
-        tmp_path / "run"
-    ) == metrics_of(whole)
-    assert not list((tmp_path / "run").glob("checkpoint*"))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [["--arch", *ARCHS, "--seed", "0", "1"], ["--normalize"], ["--plain"], ["--dtype", "bfloat16"]],
-)
-def test_grids_and_options_resume_exactly(model, texts, tmp_path, monkeypatch, options):
-    argv = [flags(model, texts, tmp_path / name, tokens=64 * 40) + options for name in "ab"]
-    assert sgo_sae.main(argv[0]) == 0
-    stop_at(monkeypatch, 8 * len(list((tmp_path / "a").glob("*/cfg.json"))) or 9)
-    assert sgo_sae.main(argv[1]) == 143
-    assert sgo_sae.main([*argv[1], "--resume"]) == 0
-    results = [
-        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("sae_weights.safetensors")
-    ]
-    assert results and all(
-        weights_of((tmp_path / "a" / p).parent) == weights_of((tmp_path / "b" / p).parent)
-        for p in results
-    )
-
-
-def test_sigterm_stops_a_process_that_resumes(model, texts, tmp_path, whole):
-    argv = flags(model, texts, tmp_path / "run", **LONG | {"tokens": 64 * 20_000})
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143
-    step = int(
-        re.search(r"stopped after step ([\d,]+); the same command with --resume", err)[1].replace(
-            ",", ""
-        )
-    )
-    again = subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, argv), "--resume"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert any(f"steps {step:,} to 20,000" in line for line in again.stderr)
-    again.kill()
-    again.communicate()
+    assert not list((tmp_path / "run").rglob("checkpoint*"))
+    files = [p for p in (tmp_path / "whole").rglob("*") if p.suffix in (".safetensors", ".jsonl")]
+    assert len(files) == (16 if "--arch" in options else 2)
+    for file in files:
+        same = tmp_path / "run" / file.relative_to(tmp_path / "whole")
+        assert same.read_bytes() == file.read_bytes()
 
 
 @slow
-def test_two_processes_are_stopped_and_resumed(model, texts, tmp_path):
-    argv = {
-        name: flags(model, texts, tmp_path / name, **LONG | {"tokens": 64 * 150}) for name in "ab"
-    }
-    result = subprocess.run(
-        [*TORCHRUN, SCRIPT, *argv["a"]], check=False, capture_output=True, text=True
-    )
+def test_two_processes_are_stopped_and_resumed(train_argv, tmp_path):
+    argv = {name: train_argv(out=tmp_path / name, **LONG | {"tokens": 64 * 150}) for name in "ab"}
+    result = python(*TORCHRUN, SCRIPT, *argv["a"])
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("saved in") == 1  # by the first process alone
     process = subprocess.Popen(
-        [*TORCHRUN, SCRIPT, *argv["b"]],
+        [sys.executable, *TORCHRUN, SCRIPT, *argv["b"]],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -2053,24 +1605,14 @@ def test_two_processes_are_stopped_and_resumed(model, texts, tmp_path):
         time.sleep(0.01)
     process.terminate()
     assert "stopped after step" in process.communicate(timeout=60)[1]
-    assert (
-        subprocess.run(
-            [*TORCHRUN, SCRIPT, *argv["b"], "--resume"], check=False, capture_output=True
-        ).returncode
-        == 0
-    )
+    assert python(*TORCHRUN, SCRIPT, *argv["b"], "--resume").returncode == 0
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") and metrics_of(
         tmp_path / "a"
     ) == metrics_of(tmp_path / "b")
 
 
-def test_resume_without_a_checkpoint_starts(model, texts, tmp_path, whole):
-    assert sgo_sae.main([*flags(model, texts, tmp_path / "run", **LONG), "--resume"]) == 0
-    assert weights_of(tmp_path / "run") == weights_of(whole)
-
-
-def test_resume_of_another_run_is_refused_by_name(model, texts, tmp_path, monkeypatch, capsys):
-    argv = flags(model, texts, tmp_path / "run")
+def test_resume_of_another_run_is_refused_by_name(train_argv, tmp_path, monkeypatch, capsys):
+    argv = train_argv()
     stop_at(monkeypatch, 3)
     assert sgo_sae.main(argv) == 143
     capsys.readouterr()
@@ -2117,22 +1659,11 @@ print(kills)
 
 
 @slow
-def test_killed_at_any_moment_resumes_to_the_same_weights(model, texts, tmp_path):
+def test_killed_at_any_moment_resumes_to_the_same_weights(train_argv, tmp_path):
     settings = {"tokens": 64 * 900, "save_every": 3}
-    assert sgo_sae.main(flags(model, texts, tmp_path / "whole", **settings)) == 0
-    argv = [
-        tmp_path / "run" / "checkpoint.pt",
-        *flags(model, texts, tmp_path / "run", **settings),
-        "--resume",
-    ]
-    result = subprocess.run(
-        [sys.executable, "-c", KILL, *map(str, argv)],
-        cwd=HERE,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    assert sgo_sae.main(train_argv(out=tmp_path / "whole", **settings)) == 0
+    argv = [tmp_path / "run" / "checkpoint.pt", *train_argv(**settings), "--resume"]
+    result = python("-c", KILL, *argv)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) >= 20
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
@@ -2141,58 +1672,38 @@ def test_killed_at_any_moment_resumes_to_the_same_weights(model, texts, tmp_path
 
 
 def test_a_read_that_fails_ends_the_run_at_once_and_keeps_its_checkpoint(
-    model, texts, tmp_path, monkeypatch, capsys, whole
+    train_argv, texts, tmp_path, monkeypatch, capsys, whole
 ):
     """The run that ends so is continued, when reading works again, to the same weights."""
     real = sgo_sae.load_texts
-    broken = [True]
     rows = []
 
     class Breaks:
-        def __init__(self, stream):
-            self.stream = stream
-
-        def set_epoch(self, epoch):
-            self.epoch = epoch
-            self.stream.set_epoch(epoch)
+        def __init__(self, cfg):
+            self.stream = real(cfg)
+            self.set_epoch = self.stream.set_epoch
 
         def __iter__(self):
             for row in self.stream:
-                rows.append(self.epoch)
-                if broken and len(rows) == 200:
+                rows.append(row)
+                if len(rows) == 200:
                     raise OSError("connection reset")
                 yield row
 
-    monkeypatch.setattr(sgo_sae, "load_texts", lambda cfg: Breaks(real(cfg)))
-    argv = flags(model, texts, tmp_path / "run", **LONG)
-    assert sgo_sae.main(argv) == 2
-    error = capsys.readouterr().err.splitlines()
-    assert error[-1] == f"sgo_sae.py: error: {texts} can't be loaded: connection reset"
-    assert (tmp_path / "run" / "checkpoint.pt").exists() and rows[-1] > 1
-    broken.clear()
+    argv = train_argv(**LONG)
+    with monkeypatch.context() as patch:
+        patch.setattr(sgo_sae, "load_texts", Breaks)
+        assert sgo_sae.main(argv) == 2
+    assert last_line(capsys) == f"sgo_sae.py: error: {texts} can't be loaded: connection reset"
     assert sgo_sae.main([*argv, "--resume"]) == 0
     assert weights_of(tmp_path / "run") == weights_of(whole)
 
 
-def test_a_truncated_file_is_an_error_at_once(model, tmp_path, capsys):
-    content = gzip.compress(
-        "".join(
-            json.dumps({"text": f"{random.random()} {TEXT}"}) + "\n" for _ in range(20_000)
-        ).encode()
-    )
-    path = tmp_path / "cut.jsonl.gz"
-    path.write_bytes(content[: len(content) * 9 // 10])
-    started = time.monotonic()
-    assert sgo_sae.main(flags(model, str(path), tmp_path / "run", tokens=64 * 10_000)) == 2
-    assert "cut.jsonl.gz can't be loaded" in capsys.readouterr().err.splitlines()[-1]
-    assert time.monotonic() - started < 60
-
-
-def test_full_disk_keeps_the_checkpoint_before(model, texts, tmp_path, whole):
+def test_full_disk_keeps_the_checkpoint_before(train_argv, tmp_path, whole):
     """A limit on the size of files stands for the full disk: writes end in the middle, with an
     OSError.
     """
-    argv = flags(model, texts, tmp_path / "run", **LONG)
+    argv = train_argv(**LONG)
     program = """
 import resource, sys, sgo_sae
 real, calls = sgo_sae.torch.save, []
@@ -2206,13 +1717,7 @@ def save(*args):
 sgo_sae.torch.save = save
 sys.exit(sgo_sae.main(sys.argv[1:]))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program, *map(str, argv)],
-        cwd=HERE,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    result = python("-c", program, *argv)
     assert (
         result.returncode == 0 and result.stderr.count("can't be written, the last one stays") == 2
     ), result.stderr
@@ -2221,25 +1726,32 @@ sys.exit(sgo_sae.main(sys.argv[1:]))
     assert weights_of(tmp_path / "run") == weights_of(whole)
 
 
-def test_result_that_cannot_be_written_leaves_the_checkpoint(
-    model, texts, tmp_path, monkeypatch, capsys, whole
-):
-    argv = flags(model, texts, tmp_path / "run", **LONG)
-    real = sgo_sae.save_sae
-    monkeypatch.setattr(
-        sgo_sae,
-        "save_sae",
-        lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")),
-    )
-    assert sgo_sae.main(argv) == 2
-    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setattr(sgo_sae, "save_sae", real)
-    assert sgo_sae.main([*argv, "--resume"]) == 0
-    assert weights_of(tmp_path / "run") == weights_of(whole)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cfg, weights: cfg.write_bytes(cfg.read_bytes()[:100]),
+        lambda cfg, weights: cfg.write_text("[]"),
+        lambda cfg, weights: cfg.write_text('{"architecture": "topkk"}'),
+        lambda cfg, weights: cfg.write_text(cfg.read_text().replace('"k": 4', '"k": 33')),
+        lambda cfg, weights: cfg.write_text(cfg.read_text().replace('"k": 4', '"k": "4"')),
+        lambda cfg, weights: weights.write_bytes(weights.read_bytes()[:300]),
+        lambda cfg, weights: weights.write_bytes(b"\xff" * 500),
+        lambda cfg, weights: save_file({"W_enc": torch.zeros(8, 32)}, weights),
+        lambda cfg, weights: save_file({**load_file(weights), "b_dec": torch.ones(3)}, weights),
+        lambda cfg, weights: save_file({**load_file(weights), "W_skip": torch.ones(3)}, weights),
+    ],
+)
+def test_damaged_autoencoders_are_refused_in_one_line(model, tmp_path, capsys, change):
+    sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(model=model[0], k=4), tmp_path)
+    change(tmp_path / "cfg.json", tmp_path / "sae_weights.safetensors")
+    assert evaluated([tmp_path]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eval_sae.py: error: ")
+    assert str(tmp_path) in line
 
 
-def test_out_of_memory_names_the_size_and_the_flags(model, texts, tmp_path, capsys):
-    line = refused(flags(model, texts, tmp_path / "run", batch=10**12, tokens=10**12), capsys)
+def test_out_of_memory_names_the_size_and_the_flags(train_argv, capsys):
+    line = refused(train_argv(batch=10**12, tokens=10**12), capsys)
     assert (
         "out of memory" in line
         and "--batch" in line
@@ -2248,7 +1760,7 @@ def test_out_of_memory_names_the_size_and_the_flags(model, texts, tmp_path, caps
     ), line
 
 
-def test_activations_that_are_not_finite_end_the_run(model, texts, tmp_path, monkeypatch, capsys):
+def test_activations_that_are_not_finite_end_the_run(train_argv, monkeypatch, capsys):
     real = sgo_sae.layer_output
     calls = []
 
@@ -2260,161 +1772,8 @@ def test_activations_that_are_not_finite_end_the_run(model, texts, tmp_path, mon
         return x_BLD
 
     monkeypatch.setattr(sgo_sae, "layer_output", infinite)
-    assert sgo_sae.main(flags(model, texts, tmp_path / "run")) == 2
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .endswith("activations are not finite; try --dtype float32")
-    )
-
-
-@slow
-@pytest.mark.parametrize(
-    "content",
-    [
-        json.dumps({"text": "word " * 2_000_000}).encode() + b"\n",
-        b'{"text": "\xff\xfe broken \xc3"}\n' * 400,
-        json.dumps({"text": "<bos><eos><pad> <bos>"}).encode()
-        + b"\n"
-        + b'{"text": null}\n{"text": ""}\n{"text": "x"}\n' * 50,
-        b"\xff\n\n" * 400,
-    ],
-)
-def test_odd_documents_train(model, tmp_path, content):
-    path = tmp_path / ("odd.jsonl" if content.startswith(b"{") else "odd.txt")
-    path.write_bytes(content)
-    assert sgo_sae.main(flags(model, str(path), tmp_path / "run")) == 0
-
-
-def bad_flag(rng):
-    """A flag with a value that can't be meant."""
-    numbers = [
-        f.name
-        for f in dataclasses.fields(sgo_sae.Config)
-        if isinstance(f.default, (int, float)) and f.default is not True and f.default is not False
-    ]
-    name = sgo_sae.flag_of(rng.choice(numbers))
-    junk = "".join(
-        rng.choice(string.ascii_letters + "äß€\U0001f600.,;:/") for _ in range(rng.randint(1, 12))
-    )
-    return rng.choice(
-        [
-            [
-                name,
-                rng.choice(
-                    [
-                        "nan",
-                        "-inf",
-                        "-1",
-                        "-7.5",
-                        "1e400x",
-                        "",
-                        " ",
-                        "0x10",
-                        "--",
-                        "1,5",
-                        "1_",
-                        "None",
-                    ]
-                )
-                or junk,
-            ],
-            [name, junk],
-            [name],
-            ["--" + junk, "1"],
-            [junk],
-            ["--" + rng.choice(["arch", "dtype"]), junk],
-            ["--device", junk],
-            ["--layer", str(rng.randint(4, 10**6))],
-            ["--k", str(rng.randint(65, 10**9))],
-            ["--alpha", "0.1", "0.1"],
-            ["--seed", "1", "1"],
-            ["--arch", "topk", junk],
-            ["--tokens", str(rng.randint(-100, 63))],
-        ]
-    )
-
-
-def test_300_bad_command_lines_are_refused_in_one_line(model, texts, tmp_path, capsys):
-    rng = random.Random(0)
-    for _ in range(300):
-        bad = bad_flag(rng)
-        assert sgo_sae.main(flags(model, texts, tmp_path / "run") + bad) == 2, bad
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("sgo_sae.py: error: "), (bad, lines)
-    assert not (tmp_path / "run").exists()
-
-
-def damaged(rng, folder):
-    """Damages the autoencoder in `folder` in a random way that no loader may let pass."""
-    from safetensors.torch import load_file, save_file
-
-    config = folder / "cfg.json"
-    weights = folder / "sae_weights.safetensors"
-    cfg = json.loads(config.read_text())
-    tensors = load_file(weights)
-    name = rng.choice(list(tensors))
-    kind = rng.randrange(8)
-    if kind == 0:
-        config.write_bytes(config.read_bytes()[: rng.randrange(config.stat().st_size - 2)])
-    elif kind == 1:
-        cfg[rng.choice(["architecture", "k"])] = rng.choice(
-            [None, "topkk", -1, 0, 33, 4.5, [4], {}, "4"]
-        )
-        config.write_text(json.dumps(cfg))
-    elif kind == 2:
-        config.write_text(
-            rng.choice(["[]", "null", "1", '"topk"', "{}", '{"architecture": "topk"', "\x00"])
-        )
-    elif kind == 3:
-        weights.write_bytes(weights.read_bytes()[: rng.randrange(weights.stat().st_size)])
-    elif kind == 4:
-        start = rng.randrange(8)
-        weights.write_bytes(
-            weights.read_bytes()[:start]
-            + rng.randbytes(8 - start)
-            + rng.randbytes(rng.randrange(2000))
-        )
-    elif kind == 5:
-        save_file({n: t for n, t in tensors.items() if n != name}, weights)
-    elif kind == 6:
-        save_file(tensors | {rng.choice(["W_skip", "extra", "threshold"]): torch.zeros(3)}, weights)
-    else:
-        shape = rng.choice([(3,), (0,), (8, 33), (2, 2, 2), ()])
-        save_file(tensors | {name: torch.zeros(shape)}, weights)
-    return kind
-
-
-def test_200_damaged_autoencoders_are_refused_in_one_line(model, tmp_path, capsys):
-    rng = random.Random(0)
-    for n in range(200):
-        folder = tmp_path / str(n)
-        folder.mkdir()
-        sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(model=model[0]), folder)
-        kind = damaged(rng, folder)
-        assert evaluated([str(folder)]) == 2, (n, kind)
-        lines = capsys.readouterr().err.splitlines()
-        assert (
-            len(lines) == 1
-            and lines[0].startswith("eval_sae.py: error: ")
-            and str(folder) in lines[0]
-        ), (
-            n,
-            kind,
-            lines,
-        )
-
-
-def test_50_damaged_data_files_are_refused_in_one_line(model, tmp_path, capsys):
-    rng = random.Random(0)
-    for n in range(50):
-        kind = rng.choice(["jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst", "csv.gz"])
-        path = tmp_path / f"{n}.{kind}"
-        path.write_bytes(
-            rng.choice([b"", b"{", b"PAR1", b"\x1f\x8b\x08", b"\n\n"])
-            + rng.randbytes(rng.randrange(300))
-        )
-        assert str(path) in refused(flags(model, str(path), tmp_path / "run"), capsys)
+    assert sgo_sae.main(train_argv()) == 2
+    assert last_line(capsys).endswith("activations are not finite; try --dtype float32")
 
 
 @slow
@@ -2426,24 +1785,11 @@ def test_memory_is_flat(tmp_path):
     """
     documents = [text for _, text in sgo_sae.library_texts()][:300]
     sgo_sae.train_demo_lm(documents, tmp_path / "lm", steps=1)
-    lines = [json.dumps({"text": text}) + "\n" for text in documents]
-    (tmp_path / "texts.jsonl").write_text("".join(lines))
-    settings = sgo_sae.DEMO | {
-        "d_sae": 256,
-        "k": 8,
-        "alpha": 0.075,
-        "model": tmp_path / "lm",
-        "dataset": tmp_path / "texts.jsonl",
-        "layer": 0,
-        "batch": 512,
-        "tokens": 512 * 1200,
-        "log_every": 200,
-        "save_every": 200,
-        "out": tmp_path / "run",
-    }
-    argv = [sys.executable, SCRIPT]
-    for name, value in settings.items():
-        argv += [sgo_sae.flag_of(name), str(value)]
+    write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in documents])
+    sizes = {"layer": 0, "dict": 256, "k": 8, "ctx": 128, "batch": 512, "tokens": 512 * 1200}
+    often = {"lm_batch": 32, "log_every": 200, "save_every": 200, "alpha": 0.075}
+    files = (tmp_path / "lm", tmp_path / "texts.jsonl", tmp_path / "run")
+    argv = [sys.executable, SCRIPT, *flags(*files, **sizes, **often)]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     metrics = tmp_path / "run" / "metrics.jsonl"
     resident = {}
@@ -2472,13 +1818,19 @@ def planted_sae(W_dec_ND, k=None):
 def test_reconstruction_of_constructed_cases():
     x_TD = torch.randn(5000, 8)
     perfect = planted_sae(torch.cat([torch.eye(8), -torch.eye(8)]))  # x = Σ relu(±x_i) ±e_i
-    figures = eval_sae.reconstruction(perfect, x_TD)
-    assert figures["explained_variance"] == pytest.approx(1, abs=1e-6)
-    assert figures["cosine"] == pytest.approx(1)
-    assert figures["l0"] == 8
-    assert figures["l1"] == pytest.approx(x_TD.abs().sum(1).mean().item(), rel=1e-5)
-    assert figures["norm_ratio"] == pytest.approx(1)
-    assert (figures["never_fire"], figures["dense"]) == (0, 1)
+    expected = {
+        "explained_variance": 1,
+        "mse": 0,
+        "mse_benchmark": 0,
+        "cosine": 1,
+        "l0": 8,
+        "l1": x_TD.abs().sum(1).mean().item(),
+        "norm_ratio": 1,
+        "bias": 1,
+        "never_fire": 0,
+        "dense": 1,
+    }
+    assert eval_sae.reconstruction(perfect, x_TD) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     half = planted_sae(torch.cat([torch.eye(8)[:4], -torch.eye(8)[:4]]))  # 4 of 8 dimensions
     figures = eval_sae.reconstruction(half, x_TD, ctx=65)
     error = x_TD[:, 4:].double().square().sum().item()
@@ -2486,7 +1838,6 @@ def test_reconstruction_of_constructed_cases():
     assert figures["explained_variance"] == pytest.approx(1 - error / variance, rel=1e-5)
     assert figures["mse"] == pytest.approx(error / (5000 * 8), rel=1e-5)
     assert figures["mse_benchmark"] == pytest.approx(error / 5000 / (16 * 64), rel=1e-5)
-    assert figures["bias"] == pytest.approx(1, rel=1e-5)
 
 
 def test_behaviour_of_the_exact_activation_and_of_zero(model):
@@ -2573,7 +1924,6 @@ def test_competition_is_that_of_its_definition():
 
 
 def test_penalty_share_and_nearest_cosine_are_those_of_the_definitions():
-    torch.manual_seed(0)
     sae = SAE(8, 32, 4)
     x_TD = torch.randn(256, 8)
     sae.b_enc.data.normal_()
@@ -2586,10 +1936,10 @@ def test_penalty_share_and_nearest_cosine_are_those_of_the_definitions():
 
 
 @pytest.mark.parametrize("options", [["--normalize"], []])
-def test_penalty_share_is_that_of_training(model, texts, tmp_path, options):
-    argv = flags(model, texts, tmp_path / "run", tokens=64 * 40, alpha_warmup=0) + options
+def test_penalty_share_is_that_of_training(train_argv, texts, tmp_path, options):
+    argv = train_argv(tokens=64 * 40, alpha_warmup=0) + options
     assert sgo_sae.main(argv) == 0
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = metrics_of(tmp_path / "run")[-1]
     argv = [tmp_path / "run", "--text", texts, "--metrics", "competition", "--contexts", "40"]
     assert evaluated(argv) == 0
     found = json.loads((tmp_path / "run" / "eval.json").read_text())["competition"]["figures"]
@@ -2599,9 +1949,9 @@ def test_penalty_share_is_that_of_training(model, texts, tmp_path, options):
 
 @pytest.mark.parametrize("separable", [True, False])
 def test_logistic_regression_meets_its_optimality_conditions(separable):
-    torch.manual_seed(0)
-    x_TS = torch.randn(200, 5, dtype=torch.float64) * torch.tensor([0.01, 1, 1, 30, 5]) + 3
-    y_T = x_TS[:, 1] + x_TS[:, 2] + (0 if separable else 2 * torch.randn(200)) > 6
+    x_TS = torch.randn(200, 5).double() * torch.tensor([0.01, 1, 1, 30, 5]) + 3
+    noise_T = 0 if separable else 2 * torch.randn(200)
+    y_T = x_TS[:, 1] + x_TS[:, 2] + noise_T > 6
     weight_T = (torch.rand(200) > 0.2).double()
     probe = eval_sae.logistic_regression(x_TS, y_T, weight_T)
     residual_T = weight_T * (torch.sigmoid(x_TS @ probe.w_D + probe.b) - y_T.double())
@@ -2620,7 +1970,6 @@ def test_a_probe_sees_as_many_of_its_class_as_of_the_others():
 
 def test_probing_finds_the_planted_latent():
     """And noise is told by chance, half, whatever the number of classes."""
-    torch.manual_seed(0)
     labels_T = torch.arange(1500) % 5
     f_TN = torch.rand(1500, 40)
     for c in range(5):
@@ -2716,7 +2065,7 @@ def test_scrs_texts_are_the_first_of_each_combination():
 
 
 def test_probings_texts_are_random_and_balanced():
-    cells = {(label, attribute): 400 for label in "xyz" for attribute in (0, 1)}
+    cells = dict.fromkeys(product("xyz", (0, 1)), 400)
     chosen = eval_sae.probing_task("three", frame_of(cells), 80, 60, seed=0)
     assert sizes_of(chosen, False) == [40] * 6
     assert sizes_of(chosen, True) == [30] * 6
@@ -2742,22 +2091,18 @@ def test_benchmark_frames_are_of_its_columns_and_classes(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", reviews)
     frame = eval_sae.hub_frame(eval_sae.AMAZON, [3, 1])
     assert frame["text"].astype(int).mod(4).map({3: 0, 1: 1}).tolist() == frame["label"].tolist()
-    assert frame["attribute"].tolist() == [5.0] * len(frame)
+    assert set(frame["attribute"]) == {5.0}
     assert frame["is_test"].tolist() == [False] * 40 + [True] * 20
 
     def sentences(name, subset, split):
-        languages = subset.split("-")
-        rows = [{"translation": {x: f"{x} {i}" for x in languages}} for i in range(300)]
+        rows = [{"translation": {x: f"{x} {i}" for x in subset.split("-")}} for i in range(300)]
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", sentences)
     frame = eval_sae.hub_frame(*eval_sae.PROBING["europarl"])
-    chosen = eval_sae.probing_task("europarl", frame, 100, 50, seed=0)
-    languages = list(eval_sae.LANGUAGES)
-    for text, label in zip(chosen["text"], chosen["label"]):
-        assert text.startswith(f"{languages[label]} ")
-    assert not set(chosen["text"][chosen["is_test"]]) & set(chosen["text"][~chosen["is_test"]])
-    assert len(chosen) == 5 * 150
+    languages = [list(eval_sae.LANGUAGES)[label] for label in frame["label"]]
+    assert frame["text"].str.split().str[0].tolist() == languages
+    assert frame["is_test"].mean() == 0.2
 
 
 def test_the_demos_texts_keep_documents_apart(monkeypatch):
@@ -2767,14 +2112,14 @@ def test_the_demos_texts_keep_documents_apart(monkeypatch):
         for i in range(size):
             code = f"{package}{i}x = 0  # " + "filling " * 12
             files.append((f"{package}/{i}.py", f'{code}\n\ndef f():\n    """{code}"""\n\nshort'))
-    alone = "\n\n".join(f"lonely{i}x = 0  # " + "filling " * 12 for i in range(200))
-    files.append(("lonely.py", alone))  # one file is in one part, so that it can't be a class
+    # One file is in one part, so that it can't be a class.
+    files.append(("lonely.py", files[0][1] * 200))
     monkeypatch.setattr(sgo_sae, "library_texts", lambda: iter(files))
     frame = eval_sae.demo_frame()
-    names = frame["text"].str.extract(r"(([a-z]+)\d+)x")
-    assert not set(names[0][frame["is_test"]]) & set(names[0][~frame["is_test"]])
+    parts = frame.groupby("file")["is_test"].nunique()
+    assert parts.max() == 1
     assert set(frame["label"]) == set(sizes) - {"left"}
-    assert (names[1] == frame["label"]).all()
+    assert (frame["text"].str.extract(r"([a-z]+)\d+x")[0] == frame["label"]).all()
     assert (frame["text"].str.contains('"""') == frame["attribute"]).all()
 
 
@@ -2801,19 +2146,15 @@ def test_absorption_of_planted_words():
 
 @pytest.mark.parametrize("absorbing", [False, True])
 def test_absorption_from_planted_letters_to_the_mean(absorbing, monkeypatch):
-    torch.manual_seed(0)
-    letters_T = torch.arange(26).repeat(600)
-    nth_T = torch.arange(15600) // 26
+    """Latent 52 takes over one A word in 25, too few for it to be in the letter's split."""
+    nth_T, letters_T = torch.cartesian_prod(torch.arange(600), torch.arange(26)).T
+    f_TN = 4.0 * F.one_hot(letters_T, 53) + 0.5 * F.one_hot(torch.randint(26, 52, (15600,)), 53)
     W_ND = torch.eye(60)[:53]
-    f_TN = torch.zeros(15600, 53)
-    f_TN[torch.arange(15600), letters_T] = 4 + torch.rand(15600)
-    f_TN[torch.arange(15600), 26 + torch.randint(26, (15600,))] = 0.5
     W_ND[52] = F.normalize(torch.eye(60)[0] + torch.eye(60)[58], dim=0)
-    # Latent 52 takes over one A word in 25, too few for it to be in the letter's split.
-    taken_T = (letters_T == 0) & (nth_T % 25 == 0)
+    absorber_N = 6.0 * F.one_hot(torch.tensor(52), 53)
+    is_A_T = letters_T == 0
     if absorbing:
-        f_TN[taken_T] = 0
-        f_TN[taken_T, 52] = 6
+        f_TN[is_A_T & (nth_T % 25 == 0)] = absorber_N
     x_TD = f_TN @ W_ND
     decode = torch.linalg.pinv(W_ND)
     sae = planted_sae(W_ND)
@@ -2822,17 +2163,15 @@ def test_absorption_from_planted_letters_to_the_mean(absorbing, monkeypatch):
     monkeypatch.setattr(eval_sae, "multi_probe", lambda *data, **_: (torch.eye(53)[:26], None))
     n_train = 450 * 26
     W_CD = 20 * torch.eye(60)[:26]
-    test = (x_TD[n_train:], letters_T[n_train:])
-    assert eval_sae.recognised_words(*test, W_CD, torch.full((26,), -20.0)).all()
-    found = eval_sae.absorption(sae, x_TD, letters_T, n_train, *test, W_CD)
+    y_U = letters_T[n_train:]
+    assert eval_sae.recognised_words(x_TD[n_train:], y_U, W_CD, torch.full((26,), -20.0)).all()
+    found = eval_sae.absorption(sae, x_TD, letters_T, n_train, x_TD[n_train:], y_U, W_CD)
     share = 2 / 50 / 26 if absorbing else 0
-    assert found["full"] == pytest.approx(share, abs=1e-6)
-    assert found["absorption"] == pytest.approx(share, abs=1e-6)
+    assert (found["full"], found["absorption"]) == pytest.approx((share, share), abs=1e-6)
     # What counts is what the scored words are on their new prompts.
-    f_TN[letters_T == 0] = 0
-    f_TN[letters_T == 0, 52] = 6
-    new_VD = (f_TN @ W_ND)[n_train:]
-    found = eval_sae.absorption(sae, x_TD, letters_T, n_train, new_VD, test[1], W_CD)
+    f_TN[is_A_T] = absorber_N
+    new_UD = (f_TN @ W_ND)[n_train:]
+    found = eval_sae.absorption(sae, x_TD, letters_T, n_train, new_UD, y_U, W_CD)
     assert found["full"] == pytest.approx(1 / 26, abs=1e-6)
 
 
@@ -2846,7 +2185,6 @@ def test_a_model_that_can_not_spell_is_refused():
 
 def test_multi_probe_encodes_batch_by_batch():
     """On latents, it is what it is on latents that were computed before."""
-    torch.manual_seed(0)
     sae = SAE(6, 20, 4)
     x_TD = torch.randn(300, 6)
     y_T = torch.randint(26, (300,))
@@ -2867,7 +2205,7 @@ def test_multi_probe_encodes_batch_by_batch():
 
 @pytest.fixture(scope="session")
 def reader(model):
-    return eval_sae.LanguageModel(model[0], 1, torch.device("cpu"), torch.float32)
+    return eval_sae.LanguageModel(model[0], 1, CPU, torch.float32)
 
 
 def test_the_whole_model_is_read_up_to_a_layer(model, reader):
@@ -2900,7 +2238,7 @@ def test_a_model_whose_files_lack_tensors_is_refused(model, run, tmp_path, texts
 def test_texts_that_are_none_are_left_out(tmp_path):
     rows = [{"text": text, "label": "a"} for text in ("one", "", "  ", None, "two")]
     rows.append({"text": "three", "label": None})
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", rows)
     assert eval_sae.file_frame(str(tmp_path / "rows.jsonl"))["text"].tolist() == ["one", "two"]
     (tmp_path / "numbers.csv").write_text("text,label\n1,2\n3,4\n")
     assert len(eval_sae.file_frame(str(tmp_path / "numbers.csv"))) == 0
@@ -2936,9 +2274,9 @@ def test_words_are_read_after_ten_examples(reader, monkeypatch):
         for line in lines:
             example, answer = line.split(" has the first letter:")
             assert example.strip()[0].upper() == answer.strip()
-        assert last == reader.tokenizer.decode([word])
-        assert ord(last.strip()[0].upper()) - ord("A") == letter
         assert prompt[-1] == word
+        assert last == reader.tokenizer.decode([word])
+        assert "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[letter] == last.strip()[0].upper()
         assert torch.allclose(reader.read(torch.tensor([prompt]))[0, -1], x_D, atol=1e-4)
 
 
@@ -2967,26 +2305,11 @@ def test_gemma_scope_file_is_read_and_its_decoder_norms_folded(tmp_path):
     assert sae.cfg.hook_name == "blocks.3.hook_resid_post"
 
 
-def test_topk_with_rescaled_latents_is_measured_as_it_selects(tmp_path):
-    """rescale_acts_by_decoder_norm: the k largest of pre-activations times the decoder's norms."""
-    sae, x_BD = random_sae("topk")
-    sae.W_dec.data *= 0.5 + torch.rand(32, 1)
-    sgo_sae.save_sae(sae, sgo_sae.Config(k=4), tmp_path)
-    config = json.loads((tmp_path / "cfg.json").read_text())
-    (tmp_path / "cfg.json").write_text(json.dumps(config | {"rescale_acts_by_decoder_norm": True}))
-    norm_N = sae.W_dec.norm(dim=1)
-    opened = eval_sae.open_sae(tmp_path, "cpu")
-    pre_BN = ((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc).relu() * norm_N
-    f_BN = torch.where(pre_BN >= pre_BN.sort(dim=1, descending=True).values[:, 3:4], pre_BN, 0)
-    assert torch.allclose(opened.encode(x_BD), f_BN, atol=1e-5)
-    assert torch.allclose(opened(x_BD), (f_BN / norm_N) @ sae.W_dec + sae.b_dec, atol=1e-4)
-
-
 @pytest.fixture(scope="session")
 def run(model, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
-        assert sgo_sae.main(flags(model, texts, folder / f"s{seed}", seed=seed)) == 0
+        assert sgo_sae.main(flags(model[0], texts, folder / f"s{seed}", seed=seed)) == 0
     return folder
 
 
@@ -3020,16 +2343,12 @@ def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
     assert mse[2].strip() == mse[3].strip() != mse[4].strip()
     for file in (run / "s0" / "eval.json", lens / "eval.json", scope.with_suffix(".eval.json")):
         assert json.loads(file.read_text())["core"]["sample"]["contexts"] == 9
-    gemma_scope(tmp_path / "layer_0")
-    other = tmp_path / "layer_0" / "params.npz"
-    assert evaluated([other, *argv]) == 2
-    assert "give a call for each layer" in capsys.readouterr().err
 
 
 def evaluation_of(paths, *argv):
     args = eval_sae.new_parser().parse_args([*map(str, paths), *argv])
     subjects = [eval_sae.Subject(str(path), "cpu") for path in paths]
-    return eval_sae.Evaluation(args, subjects, torch.device("cpu"), torch.float32)
+    return eval_sae.Evaluation(args, subjects, CPU, torch.float32)
 
 
 def test_runs_of_several_texts_are_not_measured_on_that_of_the_first(run, tmp_path):
@@ -3047,10 +2366,9 @@ def test_runs_of_several_texts_are_not_measured_on_that_of_the_first(run, tmp_pa
         evaluation_of([one, two], "--ctx", "16").text_config()
     config = evaluation_of([one, two], "--ctx", "16", "--text", "held.jsonl").text_config()
     assert (config.dataset, config.split, config.ctx) == ("held.jsonl", "train", 16)
-    subject = eval_sae.Subject(str(run / "s0"), "cpu")
-    subject.training.update(dataset="some/data", subset="small", text_column="body")
     evaluation = evaluation_of([run / "s0"])
-    evaluation.subjects = [subject]
+    other = {"dataset": "some/data", "subset": "small", "text_column": "body"}
+    evaluation.subjects[0].training.update(other)
     config = evaluation.text_config()
     assert (config.subset, config.text_column, config.ctx) == ("small", "body", 16)
 
@@ -3071,7 +2389,7 @@ def test_autoencoders_that_would_be_measured_wrongly_are_refused(
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config | change))
     assert evaluated([str(tmp_path / "sae"), "--text", texts]) == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert words in last_line(capsys)
 
 
 # ------------------------------------------------------------------------ table and command line
@@ -3104,22 +2422,8 @@ def test_probing_takes_several_files(run, probe_file, tmp_path, capsys):
 
 
 def small_evaluation(run, texts, probe_file):
-    return [
-        str(run / "s0"),
-        str(run / "s1"),
-        "--text",
-        texts,
-        "--probe",
-        probe_file,
-        "--contexts",
-        "40",
-        "--train",
-        "200",
-        "--test",
-        "100",
-        "--words",
-        "200",
-    ]
+    sizes = ["--contexts", "40", "--train", "200", "--test", "100", "--words", "200"]
+    return [run / "s0", run / "s1", "--text", texts, "--probe", probe_file, *sizes]
 
 
 def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, capsys):
@@ -3137,7 +2441,7 @@ def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, cap
         "probe: latents 1 ↑",
         "scr: scr 2 ↑",
     ):
-        assert any(f" {label} |" in line for line in lines), label
+        assert any(line.startswith(f"| {label} ") for line in lines), label
     assert any(line.startswith("absorption: not measured, ") for line in lines)
     content = json.loads((run / "s0" / "eval.json").read_text())
     assert content["core"]["figures"]["l0"] == pytest.approx(4, abs=0.2)
@@ -3160,7 +2464,7 @@ def test_what_was_measured_stays_when_a_later_family_fails(
     with monkeypatch.context() as patch:
         patch.setattr(eval_sae.Evaluation, "absorption", full)
         assert evaluated(argv) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    last = last_line(capsys)
     assert "out of memory, smaller --contexts, --train, --test and --words" in last
     kept = json.loads((run / "s0" / "eval.json").read_text())
     assert set(kept) == {"core", "behaviour", "competition", "probe", "scr"}
@@ -3274,8 +2578,8 @@ def test_what_the_user_names_first_is_compared_with(run):
 )
 def test_bad_evaluations_are_told_in_one_line(model, run, texts, tmp_path, capsys, argv, words):
     """What a family lacks is a line under the table, since the other families can be measured."""
-    lines = [json.dumps({"text": f"{t}{i}", "label": t}) + "\n" for t in "ab" for i in range(4)]
-    (tmp_path / "few.jsonl").write_text("".join(lines))
+    rows = [{"text": f"{label}{i}", "label": label} for label, i in product("ab", range(4))]
+    write_rows(tmp_path / "few.jsonl", rows)
     (tmp_path / "narrow").mkdir()
     sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(), tmp_path / "narrow")
     names = {
@@ -3303,72 +2607,60 @@ def test_closest_pairs_are_those_of_the_definition():
     i, j, k = ((rate_N > 0.02) & (rate_N < 0.1)).nonzero()[:3, 0].tolist()
     f_TN[:, j] = f_TN[:, i]
     f_TN[:, k] = f_TN[:, i] * (torch.rand(2000) < 0.9)
-    sae = planted_sae(torch.eye(1100))
-    sae.encode = lambda x: x
+    sae = argparse.Namespace(encode=torch.clone, b_enc=rate_N)
     shared_NN = eval_sae.shared_tokens(sae, f_TN)
     assert torch.equal(shared_NN, f_TN.T @ f_TN)
     pairs, histogram_20 = eval_sae.closest_pairs(shared_NN, 2000, 5)
     assert pairs[0] == (i, j)
     assert set(pairs[1:3]) == {(i, k), (j, k)}
     assert len(pairs) == 5
-    n_compared = len(next(eval_sae.over_chance(shared_NN, 2000))[1])
-    assert histogram_20.sum() < n_compared * (n_compared - 1) / 2
     assert histogram_20[-3:].sum() == 3
 
 
-class PlantedPage:
-    """An evaluation of six latents on 40 contexts of 8 tokens, whose token n is the text <n>."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        rate_N = torch.tensor([0.09, 0.09, 0.08, 0.08, 0.08, 0.0])
-        f_TLN = torch.rand(40, 32, 6) * (torch.rand(40, 32, 6) < rate_N)
-        f_TLN[..., 1] = torch.where(torch.rand(40, 32) < 0.8, f_TLN[..., 0] / 2, 0)
-        self.activations = f_TLN
-        kept_TL = torch.ones(40, 32, dtype=torch.bool)
-        kept_TL[:, 0] = False
-        self.contexts = (torch.arange(40 * 32).view(40, 32), kept_TL)
-        self.model = argparse.Namespace(has_head=True, tokenizer=self, lm=self)
-        self.head = torch.nn.Linear(6, 50, bias=False)
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def batch_decode(self, rows):
-        return [f"<{row[0]}>" for row in rows]
+@pytest.fixture
+def planted_page():
+    """An evaluation of six latents on 40 contexts of 32 tokens, whose token n is the text <n>."""
+    rate_N = torch.tensor([0.09, 0.09, 0.08, 0.08, 0.08, 0.0])
+    f_TLN = torch.rand(40, 32, 6) * (torch.rand(40, 32, 6) < rate_N)
+    f_TLN[..., 1] = torch.where(torch.rand(40, 32) < 0.8, f_TLN[..., 0] / 2, 0)
+    kept_TL = torch.ones(40, 32, dtype=torch.bool)
+    kept_TL[:, 0] = False
+    head = torch.nn.Linear(6, 50, bias=False)
+    tokenizer = argparse.Namespace(batch_decode=lambda rows: [f"<{row[0]}>" for row in rows])
+    lm = argparse.Namespace(get_output_embeddings=lambda: head)
+    return argparse.Namespace(
+        activations=f_TLN,
+        contexts=(torch.arange(40 * 32).view(40, 32), kept_TL),
+        model=argparse.Namespace(has_head=True, tokenizer=tokenizer, lm=lm),
+    )
 
 
-def test_page_shows_pairs_and_contexts_of_a_planted_dictionary():
-    evaluation = PlantedPage()
+def test_page_shows_pairs_and_contexts_of_a_planted_dictionary(planted_page):
     sae = planted_sae(torch.linalg.qr(torch.randn(6, 6))[0])
     sae.encode = lambda x: x
-    views, histogram_20 = eval_sae.portrait(evaluation, sae)
-    f_TLN = evaluation.activations * evaluation.contexts[1][..., None]
+    views, histogram_20 = eval_sae.portrait(planted_page, sae)
+    f_TLN = planted_page.activations * planted_page.contexts[1][..., None]
     active = f_TLN > 0
-    both = int((active[..., 0] & active[..., 1]).sum())
     sizes = active.sum((0, 1)).tolist()
+    both = int((active[..., 0] & active[..., 1]).sum())
     first = views[0]
-    assert first["both"] == both
-    assert first["w"] == both / min(sizes[:2])
-    assert first["chance"] == max(sizes[:2]) / (40 * 31)
+    pair = (both, both / min(sizes[:2]), max(sizes[:2]) / (40 * 31))
+    assert (first["both"], first["w"], first["chance"]) == pair
     assert first["cosine"] == pytest.approx((sae.W_dec[0] @ sae.W_dec[1]).item(), abs=1e-6)
-    for i, other, view in zip((0, 1), (1, 0), first["latents"]):
+    assert histogram_20.sum() >= 1
+    W_unembed = planted_page.model.lm.get_output_embeddings().weight
+    for i, view in enumerate(first["latents"]):
         assert (view["number"], view["n_tokens"]) == (i, sizes[i])
-        for (word, tokens), sign in zip(view["effects"], (1, -1)):
-            effect_V = sign * (evaluation.head.weight @ sae.W_dec[i])
-            best = effect_V.argsort(descending=True)[:8].tolist()
-            assert (word, list(tokens)) == (
-                ("raises", "", "lowers")[1 - sign],
-                [f"'<{n}>'" for n in best],
-            )
-        peaks = f_TLN[..., i].amax(1).argsort(descending=True)[:3].tolist()
-        for context, t in zip(view["contexts"], peaks, strict=True):
-            assert view["peak"] >= max(a for _, a, _ in context) == f_TLN[t, :, i].max()
-            for token, a, b in context:
+        order = (W_unembed @ sae.W_dec[i]).argsort(descending=True).tolist()
+        for (_, tokens), best in zip(view["effects"], (order[:8], order[:-9:-1])):
+            assert list(tokens) == [f"'<{n}>'" for n in best]
+        peaks = f_TLN[..., i].amax(1).topk(3)
+        assert view["peak"] == peaks.values[0]
+        for context, t in zip(view["contexts"], peaks.indices.tolist(), strict=True):
+            for token, a, other in context:
                 place = divmod(int(token[1:-1]), 32)
                 assert place[0] == t
-                assert (a, b) == (f_TLN[place][i], f_TLN[place][other])
-    assert histogram_20.sum() >= 1
+                assert (a, other) == (f_TLN[place][i], f_TLN[place][1 - i])
 
 
 @pytest.mark.parametrize(
@@ -3394,48 +2686,38 @@ def test_charts_enclose_their_points_and_constant_ones_are_left_out():
         assert eval_sae.chart(empty, "a", "b", "c") == {}
 
 
-def test_page_is_one_file_in_which_text_is_text(model, tmp_path, capsys):
+def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
     """Documents with HTML and scripts; nothing is loaded from elsewhere."""
     attack = '</p></script><script>alert("x")</script><img src=x onerror=alert(1)> & <!--'
-    rows = [f"{attack} {TEXT[i * 40 : i * 40 + 300]} {attack}" for i in range(60)]
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    rows = [f"{attack} {TEXT[i * 40 : i * 40 + 300]} {attack}" for i in range(60)]
+    write_rows(texts, [{"text": row} for row in rows])
     out = tmp_path / "<b>run" / "<i>s0"
     out.parent.mkdir()
-    assert sgo_sae.main(flags(model, str(texts), out)) == 0
+    assert sgo_sae.main(train_argv(dataset=texts, out=out)) == 0
     argv = [out, "--text", texts, "--metrics", "core", "--html", tmp_path / "page.html"]
     assert evaluated(argv) == 0
     page = (tmp_path / "page.html").read_text()
     printed = capsys.readouterr().out
-    tags = set()
-    attributes = set()
+    found = set()
     words = []
-    lines = []
 
     class Reader(html.parser.HTMLParser):
-        def handle_starttag(self, tag, found):
-            tags.add(tag)
-            attributes.update(name for name, _ in found)
-            if tag == "polyline":
-                lines.append(dict(found)["points"].split())
+        def handle_starttag(self, tag, attributes):
+            found.update([tag, *(name for name, _ in attributes)])
 
         def handle_data(self, data):
             words.append(data)
 
     Reader().feed(page)
-    svg = {"svg", "path", "polyline", "text", "figure", "figcaption"}
-    text = {"div", "p", "i", "small", "br", "h2", "h4", "pre", "span"}
-    assert tags <= {"html", "meta", "title", "style", "details", "summary"} | svg | text
-    assert not {name for name in attributes if name in ("src", "href") or name.startswith("on")}
+    svg = (
+        "svg path polyline text figure figcaption viewbox width height d points x y dy text-anchor"
+    )
+    text = "html lang meta charset name content title style details summary open div p i small br"
+    assert found <= {*svg.split(), *text.split(), "h2", "h4", "pre", "span", "class"}
     assert not re.search(r"@import|url\(", page)
     assert "<i>s0" in "".join(words)
     assert all(row in html.unescape(page) for row in printed.splitlines() if row.startswith("|"))
-    # The curves lie within the frame; one at 0 is above its lower edge, at 190.
-    assert len(lines) >= 3
-    for point in reduce(operator.add, lines[1:]):
-        x, y = map(float, point.split(","))
-        assert 48 < x <= 352
-        assert 22 <= y <= 184.5
 
 
 # -------------------------------------------------------------------------- other people's trainers
@@ -3574,7 +2856,7 @@ def test_other_trainers_dictionary_learning(model, run, texts, probe_file, tmp_p
     training = pytest.importorskip("dictionary_learning.training", reason=reason)
     names = run_of(DICTIONARY_LEARNING, tmp_path)
     cfg = sgo_sae.Config(model=model[0], dataset=texts, layer=1, ctx=16, batch=256, buffer=64)
-    lm, layer, tokenizer = sgo_sae.load_lm(model[0], 1, torch.device("cpu"), torch.float32)
+    lm, layer, tokenizer = sgo_sae.load_lm(model[0], 1, CPU, torch.float32)
     data = sgo_sae.batches(cfg, sgo_sae.load_texts(cfg), lm, layer, tokenizer)
     settings = {
         "trainer": names["SGOTopKTrainer"],
@@ -3671,33 +2953,9 @@ def planted_texts():
     return torch.cat(latents), torch.cat(labels), 1500
 
 
-def planted_attributes_and_sae():
-    """Mean activations of texts with a weak and a strong attribute, and an SAE of 64 latents."""
-    generator = torch.Generator().manual_seed(0)
-    W_ND = torch.randn(64, 24, generator=generator)
-    direction_2D = torch.randn(2, 24, generator=generator)
-    noise_8D = torch.randn(8, 24, generator=generator)
-    W_ND[:8] = torch.cat([direction_2D, -direction_2D] * 2) + 0.5 * noise_8D
-    sae = planted_sae(F.normalize(W_ND, dim=1), k=6)
-    parts = []
-    for count_each in (500, 250):
-        a_T = torch.arange(4 * count_each) % 2
-        b_T = torch.arange(4 * count_each) // 2 % 2
-        x_TD = torch.randn(4 * count_each, 24, generator=generator)
-        x_TD = x_TD + 0.35 * (2 * a_T - 1)[:, None] * direction_2D[0]
-        parts.append((x_TD + 0.9 * (2 * b_T - 1)[:, None] * direction_2D[1], a_T, b_T))
-    return sae, *(torch.cat(both) for both in zip(*parts))
-
-
 # What sae-bench 0.6.0 gave on these inputs (torch 2.13.0, transformer-lens 3.9.0), each with its
 # seeds 0, 1 and 2.
 SAEBENCH_PROBING = {"1": 0.6637, "2": 0.7070, "5": 0.7730, "20": 0.8033, "all": 0.7780}
-SAEBENCH_SCR = {
-    "scr_2": (0.291, 0.317, 0.557),
-    "scr_5": (0.304, 0.270, 0.448),
-    "scr_10": (0.296, 0.270, 0.389),
-    "scr_20": (0.283, 0.261, 0.362),
-}
 
 
 def test_probing_gives_saebenchs_figures():
@@ -3706,21 +2964,6 @@ def test_probing_gives_saebenchs_figures():
     for k, expected in SAEBENCH_PROBING.items():
         ours = statistics.mean(f[f"f_{k}"] for f in found)
         assert ours == pytest.approx(expected, abs=0.02), k
-
-
-def test_scr_gives_saebenchs_figures_within_the_scatter_of_its_seeds():
-    sae, x_TD, a_T, b_T = planted_attributes_and_sae()
-    attributes = torch.stack([a_T, b_T])
-    sets = eval_sae.scr_sets(attributes, 2000)
-    with torch.no_grad():
-        f_TN = sae.encode(x_TD)
-    found = []
-    for seed in range(3):
-        probes = eval_sae.scr_probes(x_TD, attributes, sets, seed)
-        found.append(eval_sae.scr(*probes, x_TD, f_TN, attributes, sets, sae.W_dec))
-    for n, theirs in SAEBENCH_SCR.items():
-        ours = statistics.mean(f[n] for f in found)
-        assert abs(ours - statistics.mean(theirs)) < max(theirs) - min(theirs), n
 
 
 # ----------------------------------------------------------------------------------- demo and files
@@ -3734,20 +2977,11 @@ def test_demo_flags_override_the_demo():
     )
 
 
-def test_demo_texts_are_split_by_document():
-    names = [name for name, _ in sgo_sae.library_texts()]
-    assert (
-        len(names) == len(set(names)) > 500
-        and "argparse.py" in names
-        and any(n.startswith("help/") for n in names)
-    )
-
-
 def test_demo_language_model_learns(tmp_path):
     from transformers import AutoModelForCausalLM
 
     sgo_sae.train_demo_lm([TEXT * 30 for _ in range(20)], tmp_path, steps=40, batch=4)
-    lm, _, tokenizer = sgo_sae.load_lm(str(tmp_path), 1, torch.device("cpu"), torch.float32)
+    lm, _, tokenizer = sgo_sae.load_lm(str(tmp_path), 1, CPU, torch.float32)
     assert lm.config.hidden_size == 128 and len(lm.layers) == 2
     ids_BL = torch.tensor([[tokenizer.bos_token_id] + tokenizer(TEXT * 5)["input_ids"][:100]])
     with torch.inference_mode():
@@ -3757,18 +2991,8 @@ def test_demo_language_model_learns(tmp_path):
     assert nats < 4  # a model that learned nothing needs log 1024 = 6.9
 
 
-def test_benchmark_prints_a_table_and_json(capsys):
-    shape = ["--dict", "256", "--k", "8", "--batch", "64", "--width", "16"]
-    benchmark(shape)
-    assert "step with the penalty" in capsys.readouterr().out
-    benchmark([*shape, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    for name in ("plain_ms", "step_ms", "penalty_ms"):
-        assert set(found[name]) == {"gaussian", "skewed"} and min(found[name].values()) > 0
-
-
 def test_help_shows_every_setting_with_its_default():
-    text = " ".join(command(["--help"]).stdout.split())
+    text = " ".join(python(SCRIPT, "--help").stdout.split())
     for field in dataclasses.fields(sgo_sae.Config):
         assert sgo_sae.flag_of(field.name) + " " in text
     assert (
@@ -3776,148 +3000,109 @@ def test_help_shows_every_setting_with_its_default():
     )
 
 
+def test_benchmark_prints_milliseconds(capsys):
+    benchmark(["--dict", "256", "--k", "8", "--batch", "64", "--width", "16", "--peers"])
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        assert float(line.split()[-2].replace(",", "")) > 0
+
+
 # ---------------------------------------------------------------------------------------- benchmark
 
 
-def median_ms(*works, times=7):
-    """Median milliseconds of each of `works`, called in turn, after a first round that is not
+def median_ms(works, times=7):
+    """Median milliseconds of each of the works by name, called in turn; the first round is not
     counted.
     """
-    seconds = [[] for _ in works]
+    seconds = {name: [] for name in works}
     for _ in range(times + 1):
-        for work, measured in zip(works, seconds):
+        for name, work in works.items():
             start = time.perf_counter()
             work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            measured.append(time.perf_counter() - start)
-    return [1000 * statistics.median(measured[1:]) for measured in seconds]
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(measured[1:]) for name, measured in seconds.items()}
 
 
-def peer_steps(x_BD, args):
-    """A plain TopK training step of each other trainer that is installed, on the same activations:
-    {name: callable}.
-    """
-    steps = {}
-    D = x_BD.shape[1]
-    if importlib.util.find_spec("sae_lens"):
-        from sae_lens.saes.sae import TrainStepInput
-        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+def saelens_step(x_BD, N, k):
+    from sae_lens.saes.sae import TrainStepInput
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
-        lens = TopKTrainingSAE(
-            TopKTrainingSAEConfig(d_in=D, d_sae=args.dict, k=args.k, device=str(x_BD.device))
-        )
-        lens_adam = torch.optim.Adam(lens.parameters(), lr=0.0)
+    cfg = TopKTrainingSAEConfig(d_in=x_BD.shape[1], d_sae=N, k=k, device=str(x_BD.device))
+    sae = TopKTrainingSAE(cfg)
+    adam = torch.optim.Adam(sae.parameters(), lr=0.0)
+    dead_N = torch.zeros(N, dtype=torch.bool, device=x_BD.device)
+    data = TrainStepInput(x_BD, {}, dead_N, n_training_steps=0, is_logging_step=False)
 
-        def lens_step():
-            lens_adam.zero_grad()
-            dead_N = torch.zeros(args.dict, dtype=torch.bool, device=x_BD.device)
-            lens.training_forward_pass(
-                TrainStepInput(
-                    x_BD,
-                    coefficients={},
-                    dead_neuron_mask=dead_N,
-                    n_training_steps=0,
-                    is_logging_step=False,
-                )
-            ).loss.backward()
-            torch.nn.utils.clip_grad_norm_(lens.parameters(), 1.0)
-            lens_adam.step()
+    def step():
+        adam.zero_grad()
+        sae.training_forward_pass(data).loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        adam.step()
 
-        steps["SAELens"] = lens_step
-    if importlib.util.find_spec("sparsify"):
-        from sparsify import SparseCoder, SparseCoderConfig
+    return step
 
-        coder = SparseCoder(
-            D,
-            SparseCoderConfig(num_latents=args.dict, k=args.k),
-            device=x_BD.device,
-            dtype=torch.float32,
-        )
-        coder_adam = torch.optim.Adam(coder.parameters(), lr=0.0)
 
-        def coder_step():
-            coder_adam.zero_grad()
-            coder(x_BD).fvu.backward()
-            coder.remove_gradient_parallel_to_decoder_directions()
-            coder_adam.step()
-            coder.set_decoder_norm_to_unit_norm()
+def sparsify_step(x_BD, N, k):
+    from sparsify import SparseCoder, SparseCoderConfig
 
-        steps["sparsify"] = coder_step
-    if importlib.util.find_spec("dictionary_learning"):
-        from dictionary_learning.trainers.top_k import TopKTrainer
+    cfg = SparseCoderConfig(num_latents=N, k=k)
+    coder = SparseCoder(x_BD.shape[1], cfg, device=x_BD.device, dtype=torch.float32)
+    adam = torch.optim.Adam(coder.parameters(), lr=0.0)
 
-        trainer = TopKTrainer(
-            steps=10**9,
-            activation_dim=D,
-            dict_size=args.dict,
-            k=args.k,
-            layer=0,
-            lm_name="",
-            device=str(x_BD.device),
-        )
-        steps["dictionary_learning"] = lambda: trainer.update(1, x_BD)
-    return steps
+    def step():
+        adam.zero_grad()
+        coder(x_BD).fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        coder.set_decoder_norm_to_unit_norm()
+
+    return step
+
+
+def dictionary_learning_step(x_BD, N, k):
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    sizes = {"activation_dim": x_BD.shape[1], "dict_size": N, "k": k, "device": str(x_BD.device)}
+    trainer = TopKTrainer(steps=10**9, layer=0, lm_name="", **sizes)
+    return partial(trainer.update, 1, x_BD)
+
+
+PEERS = {  # by the name of the package
+    "sae_lens": saelens_step,
+    "sparsify": sparsify_step,
+    "dictionary_learning": dictionary_learning_step,
+}
 
 
 def benchmark(argv):
-    """Times a training step on Gaussian activations: as they are, and with a popularity of latents
-    that falls with rank.
+    """Times training steps on Gaussian activations, with and without the penalty, and with --peers
+    the plain TopK step of the other trainers that are installed.
     """
     parser = argparse.ArgumentParser(description=benchmark.__doc__)
     for name, value in {"dict": 18432, "k": 320, "batch": 2048, "width": 2304}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--peers",
-        action="store_true",
-        help="time other trainers' plain TopK step in turn with ours",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="bfloat16: mixed precision",
-    )
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
     device, _ = sgo_sae.find_device("auto", "auto")
     mixed = args.dtype == "bfloat16"
     torch.set_float32_matmul_precision("high")
-    found = {}
-    for kind, skew in {"gaussian": 0.0, "skewed": 0.5}.items():
-        torch.manual_seed(0)
-        x_BD = torch.randn(args.batch, args.width, device=device)
-        works = {}
-        for name, alpha in {"plain_ms": 0.0, "step_ms": 0.075}.items():
-            cfg = sgo_sae.Config(
-                d_sae=args.dict, k=args.k, alpha=alpha, lr=0.0
-            )  # so every step is the same work
-            run = sgo_sae.Run(cfg, args.width, device, mixed)
-            torch.manual_seed(1)
-            run.sae.b_enc.data -= skew * ((1 + torch.randperm(args.dict, device=device)).log() - 10)
-            works[name] = partial(run.step, x_BD, 0, 100)
-        vals_BK, idx_BK = run.sae.encode(x_BD).detach().topk(args.k, dim=1)
-        works["penalty_ms"] = partial(sgo_penalty, vals_BK, idx_BK, args.dict)
-        if args.peers and kind == "gaussian":
-            for name, step in peer_steps(x_BD, args).items():
-                works[name] = torch.autocast(device.type, torch.bfloat16, enabled=mixed)(step)
-        for name, milliseconds in zip(works, median_ms(*works.values())):
-            found.setdefault(name, {})[kind] = milliseconds
-    if args.json:
-        print(json.dumps(vars(args) | {"device": str(device)} | found))
-        return
-    labels = {
-        "plain_ms": "step without the penalty, ms",
-        "step_ms": "step with the penalty, ms",
-        "penalty_ms": "penalty and its gradient, ms",
-    }
-    print(
-        f"batch {args.batch}, D {args.width}, N {args.dict}, k {args.k}, {device}\n"
-        f"{'':<32}{'gaussian':>10}{'skewed':>10}"
-    )
-    for name, both in found.items():
-        label = labels.get(name, f"plain TopK step of {name}, ms")
-        print(f"{label:<32}" + "".join(f"{both[kind]:>10,.1f}" for kind in both))
+    x_BD = torch.randn(args.batch, args.width, device=device)
+    works = {}
+    for name, alpha in {"without the penalty": 0.0, "with the penalty": 0.075}.items():
+        # Without a learning rate every step is the same work.
+        cfg = sgo_sae.Config(d_sae=args.dict, k=args.k, alpha=alpha, lr=0.0)
+        run = sgo_sae.Run(cfg, args.width, device, mixed)
+        works[name] = partial(run.step, x_BD, 0, 100)
+    if args.peers:
+        for package, step_of_peer in PEERS.items():
+            if importlib.util.find_spec(package):
+                step = step_of_peer(x_BD, args.dict, args.k)
+                works[package] = torch.autocast(device.type, torch.bfloat16, enabled=mixed)(step)
+    print(f"batch {args.batch}, D {args.width}, N {args.dict}, k {args.k}, {args.dtype}, {device}")
+    for name, milliseconds in median_ms(works).items():
+        print(f"step {name:<20}{milliseconds:>12,.1f} ms")
 
 
 if __name__ == "__main__":
