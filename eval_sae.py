@@ -23,8 +23,8 @@ The sections, in this order:
     main           from the command line to the table
 
 Shapes are named as in sgo_sae.py. Besides, T are texts, words or tokens, U those of a test part, V
-words on new prompts, E the tokens of a batch of texts, C letters, S chosen latents and R what is
-put in place of an activation.
+words on new prompts, E the tokens of a batch of texts, C letters and S chosen latents. In a table,
+S are seeds and R settings.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def behaviour(lm, layer, sae, ids_TL, kept_TL):
     for ids_BL, kept_BL in each(parts, "behaviour"):
         next_E1 = ids_BL.roll(-1, 1)[kept_BL][:, None]
         has_next_E = kept_BL.nonzero()[:, 1] < ids_BL.shape[1] - 1
-        for name, replace in replacements.items():
+        for name, replace in replacements.items():  # the clean one first
             log_q_EV = log_probabilities(lm, layer, ids_BL, kept_BL, replace)
             sums[f"ce_{name}"] -= log_q_EV.gather(1, next_E1)[has_next_E].double().sum().item()
             if name == "clean":
@@ -910,9 +910,9 @@ def agreed(values, flag):
 class Evaluation:
     """Autoencoders of one layer, what they are measured with, and a method for each family.
 
-    A family's method returns for each autoencoder a dict of the parts that it was measured on
-    (a task), each with a dict of figures. It sets `sample`, how much was
-    used, and adds to `notes` what lacked. It raises InputError where it can't be measured.
+    A family's method returns for each autoencoder a dict of what it was measured on, the text or
+    a task, each with a dict of figures. It sets `sample`, how much was used, and adds to `notes`
+    what lacked. It raises InputError where it can't be measured.
     """
 
     def __init__(self, args, subjects, device, dtype):
