@@ -475,7 +475,7 @@ def recognised_words(x_UD, y_U, W_CD, b_C):
     """
     positive_UC = x_UD @ W_CD.T + b_C > 0
     scores = [f1(positive_UC[:, c], y_U == c) for c in range(26)]
-    spelled_C = torch.tensor(scores, device=y_U.device) > 0.6
+    spelled_C = torch.stack(scores) > 0.6
     if spelled_C.sum() < 20:
         raise InputError(f"the model spells {spelled_C.sum()} of 26 letters, 20 are needed")
     return positive_UC.gather(1, y_U[:, None])[:, 0] & spelled_C[y_U]

@@ -1849,7 +1849,7 @@ def test_behaviour_of_the_exact_activation_and_of_zero(model):
     ids_TL[2, 5] = tokenizer.eos_token_id
     layer = full.model.layers[1]
     kept_TL = ids_TL > 2
-    places = [(t, i) for t, i in kept_TL.nonzero().tolist()]
+    places = kept_TL.nonzero().tolist()
 
     def by_hand(log_p, log_q):
         ce = [-log_q[t, i, ids_TL[t, i + 1]].item() for t, i in places if i < 11]
