@@ -202,14 +202,6 @@ def competition(sae, x_TD):
 
 
 @torch.no_grad()
-def penalty_share(sae, x_BD, alpha, scale):
-    """αΩ over the reconstruction term of a batch, in the units of training, x times `scale`."""
-    f_BN = sae.encode(x_BD.float())
-    error = (x_BD - sae.decode(f_BN)).square().sum(1).mean() * scale**2
-    return (alpha * sgo_sae.sgo_penalty_dense(f_BN * scale) / error).item()
-
-
-@torch.no_grad()
 def nearest_cosine(W_dec_ND):
     """The largest |cosine| of each decoder row with another (N,)."""
     W_ND = F.normalize(W_dec_ND, dim=1)
@@ -260,29 +252,31 @@ def logistic_regression(x_TS, y_T, weight_T=None):
     return Probe(w_S.detach(), b.detach())
 
 
+@torch.no_grad()
 def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, patience=10):
     """SAEBench's probe on many columns, by AdamW: that of the epoch with the best test accuracy.
 
-    It ends after `epochs`, or after `patience` of them without a better one.
+    It ends after `epochs`, or after `patience` of them without a better one. The gradients of the
+    cross-entropy are written out: on batches so small, autograd takes longer than they do.
     """
-    D = x_TD.shape[1]
     y_T = y_T.float()
-    w_D = ((2 * torch.rand(D, generator=generator) - 1) / D**0.5).to(x_TD.device).requires_grad_()
-    b = torch.zeros((), device=x_TD.device).requires_grad_()
+    bound = x_TD.shape[1] ** -0.5
+    w_D = torch.zeros(x_TD.shape[1]).uniform_(-bound, bound, generator=generator).to(x_TD.device)
+    b = torch.zeros((), device=x_TD.device)
     adam = torch.optim.AdamW([w_D, b], lr=lr, fused=True)
     best_score = -1.0
     for epoch in range(epochs):
         for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
-            loss = F.binary_cross_entropy_with_logits(x_TD[rows] @ w_D + b, y_T[rows])
-            loss = loss + l1 * w_D.abs().sum()
-            adam.zero_grad()
-            loss.backward()
+            x_BD = x_TD[rows]
+            error_B = (torch.sigmoid(x_BD @ w_D + b) - y_T[rows]) / len(rows)
+            w_D.grad = error_B @ x_BD + l1 * w_D.sign()
+            b.grad = error_B.sum()
             adam.step()
         score = accuracy(x_UD, y_U, Probe(w_D, b))
         if score > best_score:
             best_score = score
             best_epoch = epoch
-            best = Probe(w_D.detach().clone(), b.detach().clone())
+            best = Probe(w_D.clone(), b.clone())
         if epoch - best_epoch >= patience:
             break
     return best
@@ -397,30 +391,31 @@ def f1(predicted_T, true_T):
     return 2 * hits / (predicted_T.sum() + true_T.sum()).clamp(min=1)
 
 
+@torch.no_grad()
 def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=lambda x_BD: x_BD, seed=0):
     """The weights (C, D) and biases (C,) of SAEBench's probe of all 26 letters at once.
 
     Positive words are weighted by their rarity. Where `encode` is given, the probe is on latents
     (C, N): they are computed batch by batch, since those of all words would take 18 GB at
-    N 32,768.
+    N 32,768. The gradients are written out, as above.
     """
     torch.manual_seed(seed)
     epochs = 50
     width = encode(x_TD[:1]).shape[1]
     probe = nn.Linear(width, 26).to(x_TD.device)
     y_TC = F.one_hot(y_T, 26).float()
-    rarity_C = (len(y_T) - y_TC.sum(0)) / y_TC.sum(0).clamp(min=1)
+    count_C = y_TC.sum(0)
+    rarity_C = (len(y_T) - count_C) / count_C.clamp(min=1)
     adam = torch.optim.Adam(probe.parameters(), lr=0.01, weight_decay=l2, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(adam, 0.001 ** (1 / epochs))
     for _ in each(range(epochs), "letters"):
         for rows in torch.randperm(len(x_TD)).to(x_TD.device).split(batch):
-            with torch.no_grad():
-                f_BN = encode(x_TD[rows])
-            loss = F.binary_cross_entropy_with_logits(probe(f_BN), y_TC[rows], pos_weight=rarity_C)
-            if l1:
-                loss = loss + l1 * probe.weight.abs().sum(1).mean()
-            adam.zero_grad()
-            loss.backward()
+            f_BN = encode(x_TD[rows])
+            y_BC = y_TC[rows]
+            weight_BC = torch.where(y_BC > 0, rarity_C, 1) / y_BC.numel()
+            error_BC = weight_BC * (torch.sigmoid(probe(f_BN)) - y_BC)
+            probe.weight.grad = error_BC.T @ f_BN + l1 / 26 * probe.weight.sign()
+            probe.bias.grad = error_BC.sum(0)
             adam.step()
         schedule.step()
     return probe.weight.detach(), probe.bias.detach()
@@ -1023,22 +1018,15 @@ class Evaluation:
         if not model.has_head:
             raise InputError("the model has no language-model head")
         text = self.text()
-        found = [behaviour(model.lm, model.layer, sae, *text) for sae in each(saes, "behaviour")]
-        return [{"text": figures} for figures in found]
+        found = []
+        for sae in each(saes, "behaviour"):
+            found.append({"text": behaviour(model.lm, model.layer, sae, *text)})
+        return found
 
     def competition(self, saes):
         _, kept_TL = self.text()
         x_TD = self.activations[kept_TL]
-        x_BD = x_TD[:: max(1, len(x_TD) // 2048)][:2048]
-        found = []
-        for subject in each(self.measured, "competition"):
-            figures = competition(subject.sae, x_TD)
-            if "alpha" in subject.training:
-                alpha = subject.training["alpha"]
-                scale = subject.cfg["activation_scale"]
-                figures["penalty_share"] = penalty_share(subject.sae, x_BD, alpha, scale)
-            found.append({"text": figures})
-        return found
+        return [{"text": competition(sae, x_TD)} for sae in each(saes, "competition")]
 
     def tasks(self, family, saes):
         """Task by task: its name, its number of training texts, their labels and attributes (2, T),

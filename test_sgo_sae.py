@@ -1898,15 +1898,6 @@ def test_independent_latents_do_not_compete():
     assert figures["rare"] < 0.5
 
 
-def test_planted_competition_is_found():
-    f_TN = independent_latents(8192, 600)
-    rate_N = f_TN.mean(0)
-    moderate = ((rate_N > 0.005) & (rate_N < 0.08)).nonzero()[:, 0]
-    for i, j in moderate[:40].view(20, 2).tolist():
-        f_TN[:, j] = f_TN[:, i]
-    assert competition_of(f_TN)["pairs_over_chance"] == pytest.approx(20, abs=1)
-
-
 def test_competition_is_that_of_its_definition():
     f_TN = independent_latents(3000, 90)
     moderate = ((f_TN.sum(0) > 100) & (f_TN.sum(0) < 250)).nonzero()[:2, 0]
@@ -1923,28 +1914,10 @@ def test_competition_is_that_of_its_definition():
     assert figures["mean_max_cos"] == 0
 
 
-def test_penalty_share_and_nearest_cosine_are_those_of_the_definitions():
-    sae = SAE(8, 32, 4)
-    x_TD = torch.randn(256, 8)
-    sae.b_enc.data.normal_()
-    cosine_NN = F.cosine_similarity(sae.W_dec[:, None], sae.W_dec, dim=2).abs().fill_diagonal_(0)
-    assert torch.allclose(eval_sae.nearest_cosine(sae.W_dec), cosine_NN.amax(1), atol=1e-6)
-    error = (3 * (x_TD - sae(x_TD))).square().sum(1).mean()
-    omega = orthogonality(3 * sae.encode(x_TD))
-    expected = (0.1 * omega / error).item()
-    assert eval_sae.penalty_share(sae, x_TD, 0.1, 3.0) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("options", [["--normalize"], []])
-def test_penalty_share_is_that_of_training(train_argv, texts, tmp_path, options):
-    argv = train_argv(tokens=64 * 40, alpha_warmup=0) + options
-    assert sgo_sae.main(argv) == 0
-    last = metrics_of(tmp_path / "run")[-1]
-    argv = [tmp_path / "run", "--text", texts, "--metrics", "competition", "--contexts", "40"]
-    assert evaluated(argv) == 0
-    found = json.loads((tmp_path / "run" / "eval.json").read_text())["competition"]["figures"]
-    # The batches are others. Without the scale it would be off by its square.
-    assert found["penalty_share"] == pytest.approx(last["penalty_share"], rel=0.6)
+def test_nearest_cosine_is_that_of_the_definition():
+    W_ND = torch.randn(32, 8)
+    cosine_NN = F.cosine_similarity(W_ND[:, None], W_ND, dim=2).abs().fill_diagonal_(0)
+    assert torch.allclose(eval_sae.nearest_cosine(W_ND), cosine_NN.amax(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("separable", [True, False])
@@ -2183,21 +2156,53 @@ def test_a_model_that_can_not_spell_is_refused():
         )
 
 
-def test_multi_probe_encodes_batch_by_batch():
-    """On latents, it is what it is on latents that were computed before."""
+def fit(adam, loss_of, batches):
+    for rows in batches:
+        adam.zero_grad()
+        loss_of(rows).backward()
+        adam.step()
+
+
+def test_the_probe_of_all_letters_is_autograds():
+    """On latents, which it computes batch by batch."""
     sae = SAE(6, 20, 4)
     x_TD = torch.randn(300, 6)
     y_T = torch.randint(26, (300,))
-    sizes = []
+    own = eval_sae.multi_probe(x_TD, y_T, batch=100, l2=1e-4, l1=0.01, encode=sae.encode)
+    torch.manual_seed(0)
+    probe = torch.nn.Linear(20, 26)
+    adam = torch.optim.Adam(probe.parameters(), weight_decay=1e-4)
+    counts_C = torch.bincount(y_T, minlength=26)
+    entropy = torch.nn.BCEWithLogitsLoss(pos_weight=(300 - counts_C) / counts_C)
 
-    def encode(x_BD):
-        sizes.append(len(x_BD))
-        return sae.encode(x_BD).detach()
+    def loss_of(rows):
+        loss = entropy(probe(sae.encode(x_TD[rows])), F.one_hot(y_T[rows], 26).float())
+        return loss + 0.01 * probe.weight.abs().sum(1).mean()
 
-    own = eval_sae.multi_probe(x_TD, y_T, batch=100, l2=1e-6, l1=0.01, encode=encode)
-    before = eval_sae.multi_probe(sae.encode(x_TD).detach(), y_T, batch=100, l2=1e-6, l1=0.01)
-    assert torch.allclose(own[0], before[0], atol=1e-4)
-    assert max(sizes) == 100
+    for epoch in range(50):
+        adam.param_groups[0]["lr"] = 0.01 * 0.001 ** (epoch / 50)
+        fit(adam, loss_of, torch.randperm(300).split(100))
+    assert torch.allclose(own[0], probe.weight, atol=1e-4)
+    assert torch.allclose(own[1], probe.bias, atol=1e-4)
+
+
+def test_the_probe_on_many_columns_is_autograds():
+    x_TD = torch.randn(60, 8)
+    y_T = torch.rand(60) > 0.5
+    generator = torch.Generator().manual_seed(3)
+    own = eval_sae.linear_probe(x_TD, y_T, x_TD, y_T, generator, 1, batch=6, lr=0.02, l1=0.01)
+    generator.manual_seed(3)
+    w_D = torch.zeros(8).uniform_(-(8**-0.5), 8**-0.5, generator=generator).requires_grad_()
+    b = torch.zeros((), requires_grad=True)
+
+    def loss_of(rows):
+        entropy = F.binary_cross_entropy_with_logits(x_TD[rows] @ w_D + b, y_T[rows].float())
+        return entropy + 0.01 * w_D.abs().sum()
+
+    adam = torch.optim.AdamW([w_D, b], lr=0.02)
+    fit(adam, loss_of, torch.randperm(60, generator=generator).split(6))
+    assert torch.allclose(own.w_D, w_D, atol=1e-5)
+    assert own.b == pytest.approx(b.item(), abs=1e-5)
 
 
 # ------------------------------------------------------------------- reading, and other people's
