@@ -37,7 +37,7 @@ import sys
 import zlib
 from collections import Counter
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,40 +96,53 @@ def reconstruction(sae, x_TD, ctx=128):
 
 
 @torch.inference_mode()
-def behaviour(lm, layer, sae, ids_TL, kept_TL):
-    """Cross-entropy and KL divergence with x̂ in place of x, in nats: a dict of figures.
+def behaviour(lm, layer, saes, ids_TL, kept_TL):
+    """Cross-entropy and KL divergence with x̂ in place of x, in nats: a dict for each autoencoder.
 
-    Beside them stand those of the clean model and of one whose x is zero. With the autoencoder, the
+    Beside them stand those of the clean model and of one whose x is zero. With an autoencoder, the
     tokens that are not kept have their own activations; zeroed are all. Means are over kept tokens.
     """
 
-    def reconstructed(x_BLD, kept_BL):
+    def zero(x_BLD, kept_BL):
+        return torch.zeros_like(x_BLD)
+
+    def reconstructed(sae, x_BLD, kept_BL):
         return torch.where(kept_BL[..., None], sae(x_BLD.float()).to(x_BLD.dtype), x_BLD)
 
-    replacements = {
-        "clean": lambda x_BLD, kept_BL: x_BLD,
-        "sae": reconstructed,
-        "zero": lambda x_BLD, kept_BL: torch.zeros_like(x_BLD),
-    }
-    sums = Counter()
+    replacements = [zero, *(partial(reconstructed, sae) for sae in saes)]
+    ce_clean = 0.0
+    ce_R = torch.zeros(len(replacements)).double()
+    kl_R = torch.zeros(len(replacements)).double()
     # The logits of four contexts of Gemma-2 are 0.5 GB.
     rows = max(1, 2**27 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
     parts = list(zip(ids_TL.split(rows), kept_TL.split(rows)))
     for ids_BL, kept_BL in each(parts, "behaviour"):
         next_E1 = ids_BL.roll(-1, 1)[kept_BL][:, None]
         has_next_E = kept_BL.nonzero()[:, 1] < ids_BL.shape[1] - 1
-        for name, replace in replacements.items():  # the clean one first
+        log_p_EV = log_probabilities(lm, layer, ids_BL, kept_BL, lambda x_BLD, kept_BL: x_BLD)
+        ce_clean -= log_p_EV.gather(1, next_E1)[has_next_E].double().sum().item()
+        for r, replace in enumerate(replacements):
             log_q_EV = log_probabilities(lm, layer, ids_BL, kept_BL, replace)
-            sums[f"ce_{name}"] -= log_q_EV.gather(1, next_E1)[has_next_E].double().sum().item()
-            if name == "clean":
-                log_p_EV = log_q_EV
-            else:
-                kl_EV = F.kl_div(log_q_EV, log_p_EV, reduction="none", log_target=True)
-                sums[f"kl_{name}"] += kl_EV.sum(1).double().sum().item()
-    counts = {"ce": kept_TL[:, :-1].sum().item(), "kl": kept_TL.sum().item()}
-    nats = {name: value / counts[name[:2]] for name, value in sums.items()}
-    ce_score = (nats["ce_zero"] - nats["ce_sae"]) / (nats["ce_zero"] - nats["ce_clean"])
-    return {"ce_score": ce_score, "kl_score": 1 - nats["kl_sae"] / nats["kl_zero"], **nats}
+            ce_R[r] -= log_q_EV.gather(1, next_E1)[has_next_E].double().sum().item()
+            kl_EV = F.kl_div(log_q_EV, log_p_EV, reduction="none", log_target=True)
+            kl_R[r] += kl_EV.sum(1).double().sum().item()
+    n_predicted = kept_TL[:, :-1].sum().item()
+    ce_clean /= n_predicted
+    ce_zero, *ce_saes = (ce_R / n_predicted).tolist()
+    kl_zero, *kl_saes = (kl_R / kept_TL.sum().item()).tolist()
+    found = []
+    for ce_sae, kl_sae in zip(ce_saes, kl_saes):
+        figures = {
+            "ce_score": (ce_zero - ce_sae) / (ce_zero - ce_clean),
+            "kl_score": 1 - kl_sae / kl_zero,
+            "ce_clean": ce_clean,
+            "ce_sae": ce_sae,
+            "ce_zero": ce_zero,
+            "kl_sae": kl_sae,
+            "kl_zero": kl_zero,
+        }
+        found.append(figures)
+    return found
 
 
 def log_probabilities(lm, layer, ids_BL, kept_BL, replace):
@@ -1017,11 +1030,8 @@ class Evaluation:
         model = self.model
         if not model.has_head:
             raise InputError("the model has no language-model head")
-        text = self.text()
-        found = []
-        for sae in each(saes, "behaviour"):
-            found.append({"text": behaviour(model.lm, model.layer, sae, *text)})
-        return found
+        found = behaviour(model.lm, model.layer, saes, *self.text())
+        return [{"text": figures} for figures in found]
 
     def competition(self, saes):
         _, kept_TL = self.text()

@@ -1859,8 +1859,8 @@ def test_behaviour_of_the_exact_activation_and_of_zero(model):
     def identity(x):
         return x
 
-    exact = eval_sae.behaviour(full, layer, identity, ids_TL, kept_TL)
-    zero = eval_sae.behaviour(full, layer, torch.zeros_like, ids_TL, kept_TL)
+    saes = [identity, torch.zeros_like]
+    exact, zero = eval_sae.behaviour(full, layer, saes, ids_TL, kept_TL)
     with torch.inference_mode():
         clean = full(ids_TL).logits.log_softmax(-1)
         for name, keep in (("zero", torch.zeros_like(kept_TL)), ("sae", ~kept_TL)):
