@@ -132,16 +132,17 @@ def behaviour(lm, layer, saes, ids_TL, kept_TL):
     kl_zero, *kl_saes = (kl_R / kept_TL.sum().item()).tolist()
     found = []
     for ce_sae, kl_sae in zip(ce_saes, kl_saes):
-        figures = {
-            "ce_score": (ce_zero - ce_sae) / (ce_zero - ce_clean),
-            "kl_score": 1 - kl_sae / kl_zero,
-            "ce_clean": ce_clean,
-            "ce_sae": ce_sae,
-            "ce_zero": ce_zero,
-            "kl_sae": kl_sae,
-            "kl_zero": kl_zero,
-        }
-        found.append(figures)
+        found.append(
+            {
+                "ce_score": (ce_zero - ce_sae) / (ce_zero - ce_clean),
+                "kl_score": 1 - kl_sae / kl_zero,
+                "ce_clean": ce_clean,
+                "ce_sae": ce_sae,
+                "ce_zero": ce_zero,
+                "kl_sae": kl_sae,
+                "kl_zero": kl_zero,
+            }
+        )
     return found
 
 
@@ -510,12 +511,13 @@ def absorption(sae, x_TD, y_T, n_train, x_VD, y_V, W_CD, seed=0):
         with torch.no_grad():
             f_of_c = sae.encode(x_of_c)
             share_V, full_V = absorbed_share(f_of_c, x_of_c, sae.W_dec, W_CD[c], split_S)
-        figures = {
-            "absorption": share_V.mean().item(),
-            "full": full_V.float().mean().item(),
-            "split_latents": n_split,
-        }
-        found.append(figures)
+        found.append(
+            {
+                "absorption": share_V.mean().item(),
+                "full": full_V.float().mean().item(),
+                "split_latents": n_split,
+            }
+        )
     return {**mean_of(found), "letters": len(found)}
 
 
@@ -1069,9 +1071,11 @@ class Evaluation:
         for name, n_train, attributes, means in self.tasks("scr", saes):
             x_TD = next(means)
             sets = scr_sets(attributes, n_train)
-            probes = scr_probes(x_TD, attributes, sets, self.args.seed)
+            seeds = range(self.args.seed, self.args.seed + self.args.scr_seeds)
+            trained = [scr_probes(x_TD, attributes, sets, seed) for seed in seeds]
             for parts, f_TN, sae in zip(found, means, saes):
-                parts[name] = scr(*probes, x_TD, f_TN, attributes, sets, sae.W_dec)
+                data = (x_TD, f_TN, attributes, sets, sae.W_dec)
+                parts[name] = mean_of([scr(*probes, *data) for probes in trained])
         return found
 
     def absorption(self, saes):
@@ -1502,6 +1506,7 @@ def new_parser():
         help="words of the absorption task (default: all the tokenizer has)",
     )
     add("--seed", type=int, default=0, help="seed of samples and probes")
+    add("--scr-seeds", type=positive, default=1, help="seeds of SCR's probes to take the mean over")
     add(
         "--paired",
         action="store_true",
