@@ -112,7 +112,7 @@ def behaviour(lm, layer, saes, ids_TL, kept_TL):
     replacements = [zero, *(partial(reconstructed, sae) for sae in saes)]
     ce_clean = 0.0
     ce_R = torch.zeros(len(replacements)).double()
-    kl_R = torch.zeros(len(replacements)).double()
+    kl_R = torch.zeros_like(ce_R)
     # The logits of four contexts of Gemma-2 are 0.5 GB.
     rows = max(1, 2**27 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
     parts = list(zip(ids_TL.split(rows), kept_TL.split(rows)))
@@ -1532,6 +1532,7 @@ def work(argv):
     """Measures what the command line asks for."""
     args = new_parser().parse_args(argv)
     device, dtype = sgo_sae.find_device(args.device, args.dtype)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in training
     runs = [members(run) for run in args.runs]
     subjects = [Subject(path, device) for path in dict.fromkeys(itertools.chain(*runs))]
     name_subjects(subjects)
