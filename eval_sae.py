@@ -117,13 +117,11 @@ def behaviour(lm, layer, saes, ids_TL, kept_TL):
     rows = max(1, 2**27 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
     parts = list(zip(ids_TL.split(rows), kept_TL.split(rows)))
     for ids_BL, kept_BL in each(parts, "behaviour"):
-        next_E1 = ids_BL.roll(-1, 1)[kept_BL][:, None]
-        has_next_E = kept_BL.nonzero()[:, 1] < ids_BL.shape[1] - 1
         log_p_EV = log_probabilities(lm, layer, ids_BL, kept_BL, lambda x_BLD, kept_BL: x_BLD)
-        ce_clean -= log_p_EV.gather(1, next_E1)[has_next_E].double().sum().item()
+        ce_clean += cross_entropy(log_p_EV, ids_BL, kept_BL)
         for r, replace in enumerate(replacements):
             log_q_EV = log_probabilities(lm, layer, ids_BL, kept_BL, replace)
-            ce_R[r] -= log_q_EV.gather(1, next_E1)[has_next_E].double().sum().item()
+            ce_R[r] += cross_entropy(log_q_EV, ids_BL, kept_BL)
             kl_EV = F.kl_div(log_q_EV, log_p_EV, reduction="none", log_target=True)
             kl_R[r] += kl_EV.sum(1).double().sum().item()
     n_predicted = kept_TL[:, :-1].sum().item()
@@ -158,6 +156,13 @@ def log_probabilities(lm, layer, ids_BL, kept_BL, replace):
     logits_BLV = lm(input_ids=ids_BL).logits
     handle.remove()
     return logits_BLV[kept_BL].float().log_softmax(-1)
+
+
+def cross_entropy(log_p_EV, ids_BL, kept_BL):
+    """Cross-entropy, in nats, summed over the kept tokens that another one follows."""
+    next_E1 = ids_BL.roll(-1, 1)[kept_BL][:, None]
+    has_next_E = kept_BL.nonzero()[:, 1] < ids_BL.shape[1] - 1
+    return -log_p_EV.gather(1, next_E1)[has_next_E].double().sum().item()
 
 
 def mean_of(dicts):
@@ -420,15 +425,17 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=lambda x_BD: x_BD, seed=0):
     y_TC = F.one_hot(y_T, 26).float()
     count_C = y_TC.sum(0)
     rarity_C = (len(y_T) - count_C) / count_C.clamp(min=1)
+    weight_TC = torch.where(y_TC > 0, rarity_C, 1)
     adam = torch.optim.Adam(probe.parameters(), lr=0.01, weight_decay=l2, fused=True)
     schedule = torch.optim.lr_scheduler.ExponentialLR(adam, 0.001 ** (1 / epochs))
     for _ in each(range(epochs), "letters"):
         for rows in torch.randperm(len(x_TD)).to(x_TD.device).split(batch):
             f_BN = encode(x_TD[rows])
             y_BC = y_TC[rows]
-            weight_BC = torch.where(y_BC > 0, rarity_C, 1) / y_BC.numel()
-            error_BC = weight_BC * (torch.sigmoid(probe(f_BN)) - y_BC)
-            probe.weight.grad = error_BC.T @ f_BN + l1 / 26 * probe.weight.sign()
+            error_BC = weight_TC[rows] / y_BC.numel() * (torch.sigmoid(probe(f_BN)) - y_BC)
+            probe.weight.grad = error_BC.T @ f_BN
+            if l1:
+                probe.weight.grad += l1 / 26 * probe.weight.sign()
             probe.bias.grad = error_BC.sum(0)
             adam.step()
         schedule.step()
@@ -490,6 +497,7 @@ def recognised_words(x_UD, y_U, W_CD, b_C):
     return positive_UC.gather(1, y_U[:, None])[:, 0] & spelled_C[y_U]
 
 
+@torch.no_grad()
 def absorption(sae, x_TD, y_T, n_train, x_VD, y_V, W_CD, seed=0):
     """Absorption and full absorption, meaned over letters: a dict of figures.
 
@@ -501,16 +509,14 @@ def absorption(sae, x_TD, y_T, n_train, x_VD, y_V, W_CD, seed=0):
         x_TD[:n_train], y_T[:n_train], 4096, l2=1e-6, l1=0.01, encode=sae.encode, seed=seed
     )
     candidates_CS = sparse_CN.topk(min(10, sparse_CN.shape[1]), dim=1).indices
-    with torch.no_grad():
-        f_TCS = torch.cat([sae.encode(x_BD)[:, candidates_CS] for x_BD in x_TD.split(4096)])
+    f_TCS = torch.cat([sae.encode(x_BD)[:, candidates_CS] for x_BD in x_TD.split(4096)])
     found = []
     for c in y_V.unique().tolist():
         n_split = letter_split(f_TCS[:, c], y_T == c, n_train)
         split_S = candidates_CS[c, :n_split]
         x_of_c = x_VD[y_V == c]
-        with torch.no_grad():
-            f_of_c = sae.encode(x_of_c)
-            share_V, full_V = absorbed_share(f_of_c, x_of_c, sae.W_dec, W_CD[c], split_S)
+        f_of_c = sae.encode(x_of_c)
+        share_V, full_V = absorbed_share(f_of_c, x_of_c, sae.W_dec, W_CD[c], split_S)
         found.append(
             {
                 "absorption": share_V.mean().item(),
@@ -944,21 +950,21 @@ class Evaluation:
 
     def measure(self, family):
         """Measures a family and puts it into eval.json; with --resume, what is not there yet."""
-        self.measured = []
+        measured = []
         for subject in self.subjects:
             known = subject.results.get(family, {}).get("settings")
             if not (self.args.resume and known == self.settings):
-                self.measured.append(subject)
-        if not self.measured:
+                measured.append(subject)
+        if not measured:
             return
         self.sample = {}
         self.notes = []
         try:
-            found = getattr(self, family)([subject.sae for subject in self.measured])
+            found = getattr(self, family)([subject.sae for subject in measured])
         except InputError as error:
             self.notes.append(f"not measured, {error}")
-            found = [{}] * len(self.measured)
-        for subject, parts in zip(self.measured, found):
+            found = [{}] * len(measured)
+        for subject, parts in zip(measured, found):
             record = {
                 "figures": mean_of(list(parts.values())),
                 "parts": parts,
