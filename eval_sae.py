@@ -394,7 +394,7 @@ def scr(probes, biased, x_TD, f_TN, attributes, sets, W_dec_ND):
     z_T = attributes[unwanted, clean_T].bool()
     difference_N = f_TN[clean_T[z_T]].mean(0) - f_TN[clean_T[~z_T]].mean(0)
     effect_N = (difference_N * (W_dec_ND @ probes[unwanted].w_D)).abs()
-    order_N = effect_N.argsort(descending=True)[: int((effect_N > 0).sum())]
+    order_N = effect_N.argsort(descending=True)[: (effect_N > 0).sum()]
     scores = {}
     for n in (2, 5, 10, 20, 50, 100, 500):
         top_S = order_N[:n]
@@ -966,7 +966,7 @@ class Evaluation:
             found = [{}] * len(measured)
         for subject, parts in zip(measured, found):
             record = {
-                "figures": mean_of(list(parts.values())),
+                "figures": mean_of(parts.values()),
                 "parts": parts,
                 "sample": self.sample,
                 "notes": self.notes,
@@ -1174,7 +1174,8 @@ def table(subjects, families, baseline=None):
         if baseline:
             cells = paired_cells(values, sign)
         else:
-            cells = map(mean_cell, values.mean(), values.std().fillna(0))
+            # Of equal values it can be 1e-16.
+            cells = map(mean_cell, values.mean(), values.std().fillna(0).round(12))
         lines.append([figure.replace("_", " ") + ("", " ↑", " ↓")[sign], *cells])
     return "\n\n".join([markdown(lines), *dict.fromkeys(notes)])
 
@@ -1219,7 +1220,7 @@ def paired_cells(values, sign):
     freedom = (S - 1) * (R - 1)
     if freedom:
         residual_SR = x_SR - x_SR.mean(0) - x_SR.mean(1, keepdims=True) + x_SR.mean()
-        variance = (residual_SR**2).sum() / freedom
+        variance = (residual_SR.round(12) ** 2).sum() / freedom
         half = student_t(freedom) * math.sqrt(2 * variance / S)
     level, *others = x_SR.mean(0)
     digits = decimals(half or level / 100)

@@ -2523,17 +2523,16 @@ def test_table_has_means_and_deviations_over_seeds():
 
 
 def paired_subjects():
-    """Three settings with three seeds, whose figures are setting + seed + a residual."""
-    generator = torch.Generator().manual_seed(0)
-    residual_33 = torch.randn(3, 3, generator=generator).double() / 100
+    """Three settings with three seeds: figures of setting + seed + a residual, and one of all."""
+    residual_33 = torch.randn(3, 3).double() / 100
     subjects = []
-    values_33 = torch.zeros(3, 3).double()
+    values_33 = 0.3 * torch.arange(3)[:, None] + 5 * torch.arange(3) + residual_33
     for i, alpha in enumerate((20, 0, 2.5)):
         for seed in range(3):
-            values_33[i, seed] = 0.3 * i + 5 * seed + residual_33[i, seed]
             settings = {"arch": "topk", "alpha": alpha}
-            figures = {"mse": values_33[i, seed].item(), "ce_score": -values_33[i, seed].item()}
-            subjects.append(Measured(f"{alpha}{seed}", settings, seed, figures))
+            value = values_33[i, seed].item()
+            figures = {"mse": value, "ce_score": -value, "l0": 0.7}
+            subjects.append(Measured("", settings, seed, figures))
     return subjects, values_33
 
 
@@ -2543,7 +2542,7 @@ def test_intervals_pool_the_variance_over_the_settings():
     eval_sae.name_subjects(subjects)
     baseline = eval_sae.baseline_of(subjects)
     assert baseline == "alpha 0"  # the unpenalised topk, and not the first
-    head, _, mse, score = cells_of(subjects, baseline=baseline)
+    head, _, mse, score, same = cells_of(subjects, baseline=baseline)
     assert head == ["", "alpha 0, 3 seeds", "alpha 20, 3 seeds", "alpha 2.5, 3 seeds", "±"]
     residual_33 = values_33 - values_33.mean(1, keepdim=True) - values_33.mean(0) + values_33.mean()
     deviation = (residual_33.square().sum() / 4).sqrt().item()
@@ -2554,6 +2553,8 @@ def test_intervals_pool_the_variance_over_the_settings():
     assert float(mse[2].strip("*")) == pytest.approx((means[0] - means[1]).item(), abs=1e-3)
     assert (mse[2][:2], mse[3][:2]) == ("**", "_+")  # a smaller error is better
     assert (score[2][:1], score[3][:1]) == ("*", "_")  # of a smaller score only the sign counts
+    assert same[1:] == ["0.7000", "+0.0000", "+0.0000", ""]
+    assert cells_of(subjects)[4][1:] == ["0.7000"] * 3  # though their mean is not exact
 
 
 def test_what_the_user_names_first_is_compared_with(run):
