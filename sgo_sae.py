@@ -310,7 +310,7 @@ def weights_between(f_BI, f_BJ):
 
 
 def gradient_by_tiles(f_BN, tile=256):
-    """∂Ω/∂f (B, N) of active latents by dense products: O(B N²) time, but no N × N array.
+    """∂Ω/∂f (B, N) by dense products: O(B N²) time, but no N × N array.
 
     ∂Ω/∂f_bi = (4/B) Σ_j w_ij ⟨f_i, f_j⟩ f_bj: the square gives 2, and so do a pair's two orders.
     This is f times a symmetric matrix (N, N). Its rows are made by tiles of latents T, with the
@@ -326,7 +326,7 @@ def gradient_by_tiles(f_BN, tile=256):
         matrix_TJ.fill_diagonal_(0)  # i = j
         gradient_BN[:, start:end].addmm_(f_BJ, matrix_TJ.T)
         gradient_BN[:, end:].addmm_(f_BT, matrix_TJ[:, tile:])
-    return gradient_BN.mul_(f_BN > 0).mul_(4 / len(f_BN) ** 2)
+    return gradient_BN.mul_(4 / len(f_BN) ** 2)
 
 
 def gradient_by_pairs(vals_BK, idx_BK, d_sae, cells=1 << 18):
@@ -393,19 +393,23 @@ PAIR_COST = 225  # a pair takes as long as so many products of the tiles, measur
 def sgo_penalty(vals_BK, idx_BK, d_sae):
     """`orthogonality` of sparse latents: of each token the values, at least 0, of the latents idx.
 
-    All active latents of a token must be among its K, none twice.
+    All active latents of a token must be among its K, none twice. Values of 0 get no gradient.
     """
     B, K = vals_BK.shape
     pairs = (vals_BK > 0).sum() * K
     if vals_BK.is_cpu and B * d_sae**2 > PAIR_COST * pairs:
         return penalty_from(gradient_by_pairs, vals_BK, idx_BK, d_sae)
-    f_BN = vals_BK.new_zeros(B, d_sae).scatter(1, idx_BK, vals_BK)
+    f_BN = vals_BK.new_zeros(B, d_sae).scatter(1, idx_BK, vals_BK.relu())
     return penalty_from(gradient_by_tiles, f_BN)
 
 
 def sgo_penalty_dense(f_BN):
-    """`orthogonality` of dense latents, at least 0. Only active latents receive a gradient."""
-    if not f_BN.is_cpu:
+    """`orthogonality` of dense latents, at least 0.
+
+    Latents that are not active have a gradient too. Top-k and ReLU drop it, but JumpReLU passes it
+    on to its thresholds.
+    """
+    if not f_BN.is_cpu or f_BN.requires_grad:
         return penalty_from(gradient_by_tiles, f_BN)
     most = max(1, int((f_BN > 0).sum(1).max()))
     return sgo_penalty(*f_BN.topk(most, dim=1, sorted=False), f_BN.shape[1])
