@@ -409,10 +409,10 @@ def sgo_penalty_dense(f_BN):
     Latents that are not active have a gradient too. Top-k and ReLU drop it, but JumpReLU passes it
     on to its thresholds.
     """
-    if not f_BN.is_cpu or f_BN.requires_grad:
-        return penalty_from(gradient_by_tiles, f_BN)
-    most = max(1, int((f_BN > 0).sum(1).max()))
-    return sgo_penalty(*f_BN.topk(most, dim=1, sorted=False), f_BN.shape[1])
+    if f_BN.is_cpu and not f_BN.requires_grad:  # for the value alone, the active ones do
+        most = max(1, int((f_BN > 0).sum(1).max()))
+        return sgo_penalty(*f_BN.topk(most, dim=1, sorted=False), f_BN.shape[1])
+    return penalty_from(gradient_by_tiles, f_BN)
 
 
 # ---------------------------------------------------------------------------------------- baselines
