@@ -301,14 +301,6 @@ def sparse_loss_terms(sae, x_BD, penalty):
     }
 
 
-def weights_between(f_BI, f_BJ):
-    """Eq. 3 of the latents I with the latents J, (I, J)."""
-    active_BI = (f_BI > 0).to(f_BI.dtype)
-    active_BJ = (f_BJ > 0).to(f_BJ.dtype)
-    size_IJ = torch.minimum(active_BI.sum(0)[:, None], active_BJ.sum(0))
-    return (active_BI.T @ active_BJ).div_(size_IJ.clamp_(min=1))
-
-
 def gradient_by_tiles(f_BN, tile=256):
     """∂Ω/∂f (B, N) by dense products: O(B N²) time, but no N × N array.
 
@@ -317,13 +309,16 @@ def gradient_by_tiles(f_BN, tile=256):
     columns J from the tile's first one on. Right of the tile's own columns, an element stands for
     (i, j) and, transposed, for (j, i).
     """
+    active_BN = (f_BN > 0).to(f_BN.dtype)
+    size_N = active_BN.sum(0).clamp(min=1)  # |M_i|
     gradient_BN = torch.zeros_like(f_BN)
     for start in range(0, f_BN.shape[1], tile):
         end = start + tile
         f_BT = f_BN[:, start:end]
         f_BJ = f_BN[:, start:]
-        matrix_TJ = weights_between(f_BT, f_BJ).mul_(f_BT.T @ f_BJ)  # w_ij B ⟨f_i, f_j⟩
-        matrix_TJ.fill_diagonal_(0)  # i = j
+        both_TJ = active_BN[:, start:end].T @ active_BN[:, start:]  # |M_i ∩ M_j|
+        w_TJ = both_TJ.div_(torch.minimum(size_N[start:end, None], size_N[start:]))  # Eq. 3
+        matrix_TJ = w_TJ.mul_(f_BT.T @ f_BJ).fill_diagonal_(0)  # w_ij B ⟨f_i, f_j⟩, 0 for i = j
         gradient_BN[:, start:end].addmm_(f_BJ, matrix_TJ.T)
         gradient_BN[:, end:].addmm_(f_BT, matrix_TJ[:, tile:])
     return gradient_BN.mul_(4 / len(f_BN) ** 2)
