@@ -394,6 +394,7 @@ def sgo_penalty(vals_BK, idx_BK, d_sae):
     pairs = (vals_BK > 0).sum() * K
     if vals_BK.is_cpu and B * d_sae**2 > PAIR_COST * pairs:
         return penalty_from(gradient_by_pairs, vals_BK, idx_BK, d_sae)
+    # The derivative of relu at 0 is 0.
     f_BN = vals_BK.new_zeros(B, d_sae).scatter(1, idx_BK, vals_BK.relu())
     return penalty_from(gradient_by_tiles, f_BN)
 
@@ -404,7 +405,7 @@ def sgo_penalty_dense(f_BN):
     Latents that are not active have a gradient too. Top-k and ReLU drop it, but JumpReLU passes it
     on to its thresholds.
     """
-    if f_BN.is_cpu and not f_BN.requires_grad:  # for the value alone, the active ones do
+    if f_BN.is_cpu and not f_BN.requires_grad:  # the value alone needs the active ones alone
         most = max(1, int((f_BN > 0).sum(1).max()))
         return sgo_penalty(*f_BN.topk(most, dim=1, sorted=False), f_BN.shape[1])
     return penalty_from(gradient_by_tiles, f_BN)

@@ -206,7 +206,7 @@ def test_thirty_steps_by_the_fast_way_are_those_by_the_plain_one(arch, way, monk
     trained = []
     for device, plain in (("cpu", True), ("cpu", False), ("cuda", False)):
         cfg = sgo_sae.Config(
-            arch=arch, d_sae=64, k=8, lr=3e-3, alpha=0.5, alpha_warmup=10, plain=plain
+            arch=arch, d_sae=64, k=8, lr=5e-3, alpha=0.5, alpha_warmup=10, plain=plain
         )
         run = sgo_sae.Run(cfg, 16, torch.device("cpu"))
         run.sae.double()
@@ -220,9 +220,8 @@ def test_thirty_steps_by_the_fast_way_are_those_by_the_plain_one(arch, way, monk
     for state in fast:
         for name, tensor in state.items():
             assert (tensor - plain[name]).abs().max() < 1e-12
-    torch.manual_seed(0)
-    start = sgo_sae.SAE(16, 64, 8)
-    assert (plain["W_dec"] - start.W_dec).abs().max() > 0.05  # it did train
+    start = sgo_sae.Run(cfg, 16, torch.device("cpu")).sae
+    assert (plain["W_dec"] - start.W_dec).abs().max() > 0.1  # it did train
 
 
 def test_penalty_and_step_inside_a_callers_autocast():
@@ -1139,11 +1138,8 @@ def held_bytes(cfgs, monkeypatch, d_in=2304):
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args: self)
     with FakeTensorMode(allow_non_fake_inputs=True):
         runs = [sgo_sae.Run(cfg, d_in, torch.device("cpu"), mixed_precision=True) for cfg in cfgs]
-        for run in runs:  # as where the device is no CPU
-            run.terms_of = partial(
-                loss_terms,
-                penalty=lambda f_BN: sgo_sae.penalty_from(sgo_sae.gradient_by_tiles, f_BN),
-            )
+        for run in runs:
+            run.terms_of = sgo_sae.terms_function(run.cfg, torch.device("cuda"))
         x_BD = torch.empty(cfgs[0].batch, d_in)
         tracker = MemTracker()
         tracker.track_external(*[run.sae for run in runs], *[run.adam for run in runs], x_BD)
