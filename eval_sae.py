@@ -33,6 +33,7 @@ import json
 import math
 import random
 import re
+import string
 import sys
 import zlib
 from collections import Counter
@@ -176,11 +177,11 @@ DENSE = 0.1  # and those that are active on a larger share of the tokens
 
 
 @torch.no_grad()
-def shared_tokens(sae, x_TD, batch=2048):
+def shared_tokens(sae, x_TD):
     """On how many tokens each pair of latents is active (N, N); the diagonal has |M_i|."""
     N = len(sae.b_enc)
     shared_NN = torch.zeros(N, N, device=x_TD.device)  # exact up to 2^24 tokens
-    for x_BD in x_TD.split(batch):
+    for x_BD in x_TD.split(2048):
         active_BN = (sae.encode(x_BD.float()) > 0).float()
         shared_NN.addmm_(active_BN.T, active_BN)
     return shared_NN
@@ -433,9 +434,7 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=lambda x_BD: x_BD, seed=0):
             f_BN = encode(x_TD[rows])
             y_BC = y_TC[rows]
             error_BC = weight_TC[rows] / y_BC.numel() * (torch.sigmoid(probe(f_BN)) - y_BC)
-            probe.weight.grad = error_BC.T @ f_BN
-            if l1:
-                probe.weight.grad += l1 / 26 * probe.weight.sign()
+            probe.weight.grad = error_BC.T @ f_BN + l1 / 26 * probe.weight.sign()
             probe.bias.grad = error_BC.sum(0)
             adam.step()
         schedule.step()
@@ -474,7 +473,7 @@ def absorbed_share(f_VN, x_VD, W_dec_ND, direction_D, split_S):
     main_V = projection_VN[:, split_S].sum(1)
     others_VN = torch.where(cosine_N >= 0.1, projection_VN.clamp(min=0), 0)
     others_VN[:, split_S] = 0
-    absorbers_V = others_VN.topk(min(3, others_VN.shape[1]), dim=1).values.sum(1)
+    absorbers_V = others_VN.topk(3, dim=1).values.sum(1)
     absorbed_V = torch.minimum(absorbers_V, target_V - main_V)
     share_V = torch.where(main_V <= 0, 1.0, absorbed_V / (absorbed_V + main_V)).clamp(0, 1)
     share_V[(main_V >= target_V) | (absorbers_V < 0.4 * target_V) | (target_V <= 0)] = 0
@@ -508,7 +507,7 @@ def absorption(sae, x_TD, y_T, n_train, x_VD, y_V, W_CD, seed=0):
     sparse_CN, _ = multi_probe(
         x_TD[:n_train], y_T[:n_train], 4096, l2=1e-6, l1=0.01, encode=sae.encode, seed=seed
     )
-    candidates_CS = sparse_CN.topk(min(10, sparse_CN.shape[1]), dim=1).indices
+    candidates_CS = sparse_CN.topk(10, dim=1).indices
     f_TCS = torch.cat([sae.encode(x_BD)[:, candidates_CS] for x_BD in x_TD.split(4096)])
     found = []
     for c in y_V.unique().tolist():
@@ -658,7 +657,7 @@ def hub_frame(source, classes):
     return pandas.concat(parts)
 
 
-def load_tasks(family, args, demo, notes):
+def load_tasks(family, args, demo, notes, seed):
     """The tasks of probing or of SCR: name and frame; one that can't be had is a line of notes."""
     is_scr = family == "scr"
     if args.probe:
@@ -682,7 +681,7 @@ def load_tasks(family, args, demo, notes):
                 chosen = scr_task(name, frame, args.train, args.test)
                 wanted = 3 * (args.train + args.test)
             else:
-                chosen = probing_task(name, frame, args.train, args.test, args.seed)
+                chosen = probing_task(name, frame, args.train, args.test, seed)
                 wanted = chosen["label"].nunique() * (args.train + args.test)
         except InputError as error:
             notes.append(f"a task is left out, {error}")
@@ -772,11 +771,12 @@ def mean_latents(model, saes, texts, desc, length=128):
 
 def alphabetic_words(tokenizer):
     """Token ids and letters, 0 to 25, of the tokens that are words, maybe after a space."""
-    words = []
-    for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
-        if re.fullmatch(" ?[A-Za-z]+", text):
-            words.append((i, ord(text.strip().upper()[0]) - 65))
-    return words
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return [
+        (i, ord(text.strip().upper()[0]) - 65)
+        for i, text in enumerate(texts)
+        if re.fullmatch(" ?[A-Za-z]+", text)
+    ]
 
 
 @torch.no_grad()
@@ -787,7 +787,7 @@ def spelled_activations(model, words, vocabulary, rng, desc):
     put together from token ids, so that the word is one token.
     """
     newline, question, *answers = model.tokenizer(
-        ["\n", " has the first letter:", *(f" {chr(65 + c)}" for c in range(26))],
+        ["\n", " has the first letter:", *(f" {letter}" for letter in string.ascii_uppercase)],
         add_special_tokens=False,
     ).input_ids
     prompts = []
@@ -927,8 +927,8 @@ class Evaluation:
     """Autoencoders of one layer, what they are measured with, and a method for each family.
 
     A family's method returns for each autoencoder a dict of what it was measured on, the text or
-    a task, each with a dict of figures. It sets `sample`, how much was used, and adds to `notes`
-    what lacked. It raises InputError where it can't be measured.
+    a task with a seed, each with a dict of figures. It sets `sample`, how much was used, and adds
+    to `notes` what lacked. It raises InputError where it can't be measured.
     """
 
     def __init__(self, args, subjects, device, dtype):
@@ -990,7 +990,7 @@ class Evaluation:
         ctx = self.args.ctx or agreed(
             (subject.cfg.get("context_size") for subject in self.subjects), "--ctx"
         )
-        config = sgo_sae.Config(ctx=ctx or 128, data_seed=self.args.seed)
+        config = sgo_sae.Config(ctx=ctx or 128, data_seed=self.args.seed[0])
         if self.args.text or self.demo:
             config.dataset = self.args.text or f"{self.name}/heldout.jsonl"
             return config
@@ -1046,13 +1046,13 @@ class Evaluation:
         x_TD = self.activations[kept_TL]
         return [{"text": competition(sae, x_TD)} for sae in each(saes, "competition")]
 
-    def tasks(self, family, saes):
+    def tasks(self, family, saes, seed):
         """Task by task: its name, its number of training texts, their labels and attributes (2, T),
         and the means over its texts of activations and of each autoencoder's latents.
 
         Every text is read once, for all autoencoders.
         """
-        for name, chosen in load_tasks(family, self.args, self.demo, self.notes):
+        for name, chosen in load_tasks(family, self.args, self.demo, self.notes, seed):
             n_train = int((~chosen["is_test"]).sum())
             self.sample[name] = {"train": n_train, "test": len(chosen) - n_train}
             columns = torch.tensor(chosen[["label", "attribute"]].to_numpy(), device=self.device)
@@ -1063,30 +1063,39 @@ class Evaluation:
             raise InputError("it has no task, or none whose texts can be had")
 
     def probe(self, saes):
-        seed = self.args.seed
         found = [{} for _ in saes]
-        for name, n_train, (label_T, _), means in self.tasks("probe", saes):
-            residual = sparse_probing(next(means), label_T, n_train, "x", seed)
-            for parts, f_TN in zip(found, means):
-                own = sparse_probing(f_TN, label_T, n_train, "latents", seed)
-                parts[name] = {**own, **residual}
+        for seed in self.args.seed:
+            for name, n_train, (label_T, _), means in self.tasks("probe", saes, seed):
+                residual = sparse_probing(next(means), label_T, n_train, "x", seed)
+                for parts, f_TN in zip(found, means):
+                    own = sparse_probing(f_TN, label_T, n_train, "latents", seed)
+                    parts[f"{name}, seed {seed}"] = {**own, **residual}
         return found
 
     def scr(self, saes):
         found = [{} for _ in saes]
-        for name, n_train, attributes, means in self.tasks("scr", saes):
+        # Its texts are the same for all seeds.
+        for name, n_train, attributes, means in self.tasks("scr", saes, self.args.seed[0]):
             x_TD = next(means)
             sets = scr_sets(attributes, n_train)
-            seeds = range(self.args.seed, self.args.seed + self.args.scr_seeds)
-            trained = [scr_probes(x_TD, attributes, sets, seed) for seed in seeds]
+            trained = {seed: scr_probes(x_TD, attributes, sets, seed) for seed in self.args.seed}
             for parts, f_TN, sae in zip(found, means, saes):
                 data = (x_TD, f_TN, attributes, sets, sae.W_dec)
-                parts[name] = mean_of([scr(*probes, *data) for probes in trained])
+                for seed, probes in trained.items():
+                    parts[f"{name}, seed {seed}"] = scr(*probes, *data)
         return found
 
     def absorption(self, saes):
+        found = [{} for _ in saes]
+        for seed in self.args.seed:
+            data = self.words(seed)
+            for parts, sae in zip(found, each(saes, "absorption")):
+                parts[f"words, seed {seed}"] = absorption(sae, *data, seed)
+        return found
+
+    def words(self, seed):
+        """What `absorption` asks for, in its order, of a random sample of words; sets `sample`."""
         model = self.model
-        seed = self.args.seed
         rng = random.Random(seed)
         vocabulary = alphabetic_words(model.tokenizer)
         rng.shuffle(vocabulary)
@@ -1102,8 +1111,7 @@ class Evaluation:
         # They are scored on new prompts, as in SAEBench.
         again = list(itertools.compress(words[n_train:], recognised_U.tolist()))
         x_VD = spelled_activations(model, again, vocabulary, rng, "new prompts")
-        data = (x_TD, y_T, n_train, x_VD, y_T[n_train:][recognised_U], W_CD, seed)
-        return [{"words": absorption(sae, *data)} for sae in each(saes, "absorption")]
+        return x_TD, y_T, n_train, x_VD, y_T[n_train:][recognised_U], W_CD
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -1512,8 +1520,13 @@ def new_parser():
         type=positive,
         help="words of the absorption task (default: all the tokenizer has)",
     )
-    add("--seed", type=int, default=0, help="seed of samples and probes")
-    add("--scr-seeds", type=positive, default=1, help="seeds of SCR's probes to take the mean over")
+    add(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="seeds of samples and probes to take the mean over; the text is that of the first",
+    )
     add(
         "--paired",
         action="store_true",

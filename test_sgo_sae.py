@@ -2418,17 +2418,20 @@ def test_probing_takes_several_files(run, probe_file, tmp_path, capsys):
     found = json.loads((run / "s0" / "eval.json").read_text())
     for family in ("probe", "scr"):
         figures = found[family]["figures"]
-        assert found[family]["parts"] == {"words": figures, "other": figures}
+        assert found[family]["parts"] == {"words, seed 0": figures, "other, seed 0": figures}
 
 
-def test_scr_is_meaned_over_seeds_of_its_probes(run, probe_file):
-    argv = [run / "s0", "--metrics", "scr", "--probe", probe_file, "--train", "40"]
-    figures = []
-    for options in (["--seed", "0"], ["--seed", "1"], ["--scr-seeds", "2"]):
-        assert evaluated(argv + options) == 0
-        figures.append(eval_sae.Subject(run / "s0", CPU).results["scr"]["figures"]["scr_5"])
-    assert figures[2] == pytest.approx((figures[0] + figures[1]) / 2)
-    assert figures[0] != figures[1]
+def test_figures_are_meaned_over_seeds(run, probe_file):
+    """Those of several seeds are the mean of those of each alone."""
+    argv = [run / "s0", "--metrics", "probe", "scr", "--probe", probe_file, "--train", "40"]
+    found = []
+    for seeds in (["0"], ["1"], ["0", "1"]):
+        assert evaluated([*argv, "--seed", *seeds]) == 0
+        found.append(eval_sae.Subject(run / "s0", CPU).results)
+    for family in ("probe", "scr"):
+        first, second, both = [results[family]["figures"] for results in found]
+        assert first != second
+        assert both == pytest.approx({key: (first[key] + second[key]) / 2 for key in first})
 
 
 def small_evaluation(run, texts, probe_file):
