@@ -434,15 +434,17 @@ def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=lambda x_BD: x_BD, seed=0):
             f_BN = encode(x_TD[rows])
             y_BC = y_TC[rows]
             error_BC = weight_TC[rows] / y_BC.numel() * (torch.sigmoid(probe(f_BN)) - y_BC)
-            probe.weight.grad = error_BC.T @ f_BN + l1 / 26 * probe.weight.sign()
+            probe.weight.grad = error_BC.T @ f_BN
+            if l1:
+                probe.weight.grad += l1 / 26 * probe.weight.sign()
             probe.bias.grad = error_BC.sum(0)
             adam.step()
         schedule.step()
     return probe.weight.detach(), probe.bias.detach()
 
 
-def letter_split(f_TS, y_T, n_train, gain=0.03):
-    """How many latents S, best first, share a letter: one more must lift F1 by over `gain`.
+def letter_split(f_TS, y_T, n_train):
+    """How many latents S, best first, share a letter: one more must lift F1 by over 0.03.
 
     y are whether words have the letter; the first `n_train` are to train on, the others to test.
     """
@@ -453,7 +455,7 @@ def letter_split(f_TS, y_T, n_train, gain=0.03):
     for k in range(1, f_TS.shape[1] + 1):
         probe = logistic_regression(f_TS[:n_train, :k], train_T, weight_T)
         score = f1(probe.is_positive(f_TS[n_train:, :k]), y_T[n_train:])
-        if k > 1 and score - best <= gain:
+        if k > 1 and score - best <= 0.03:
             return k - 1
         best = score
     return f_TS.shape[1]
@@ -657,8 +659,11 @@ def hub_frame(source, classes):
     return pandas.concat(parts)
 
 
-def load_tasks(family, args, demo, notes, seed):
-    """The tasks of probing or of SCR: name and frame; one that can't be had is a line of notes."""
+def load_tasks(family, args, demo, notes):
+    """The tasks of probing, for each seed, or of SCR, whose texts hang on no seed: name and frame.
+
+    One that can't be had is a line of notes.
+    """
     is_scr = family == "scr"
     if args.probe:
         frames = {Path(path).stem: file_frame(path) for path in args.probe}
@@ -677,18 +682,19 @@ def load_tasks(family, args, demo, notes, seed):
                 frame = frame.assign(attribute=0)
             elif "attribute" not in frame:
                 continue
+            sizes = (args.train, args.test)
             if is_scr:
-                chosen = scr_task(name, frame, args.train, args.test)
-                wanted = 3 * (args.train + args.test)
+                samples = [scr_task(name, frame, *sizes)]
             else:
-                chosen = probing_task(name, frame, args.train, args.test, seed)
-                wanted = chosen["label"].nunique() * (args.train + args.test)
+                samples = [probing_task(name, frame, *sizes, seed) for seed in args.seed]
         except InputError as error:
             notes.append(f"a task is left out, {error}")
             continue
-        if len(chosen) < wanted:
-            notes.append(f"{name}: {len(chosen)} texts, not {wanted}")
-        yield name, chosen
+        wanted = (3 if is_scr else frame["label"].nunique()) * sum(sizes)
+        if len(samples[0]) < wanted:
+            notes.append(f"{name}: {len(samples[0])} texts, not {wanted}")
+        for seed, chosen in zip(args.seed, samples):
+            yield name, seed, chosen
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -1046,36 +1052,40 @@ class Evaluation:
         x_TD = self.activations[kept_TL]
         return [{"text": competition(sae, x_TD)} for sae in each(saes, "competition")]
 
-    def tasks(self, family, saes, seed):
-        """Task by task: its name, its number of training texts, their labels and attributes (2, T),
-        and the means over its texts of activations and of each autoencoder's latents.
+    def tasks(self, family, saes):
+        """Task by task: its name, the seed of its texts, the number to train on, their labels and
+        attributes (2, T), and the means over them of activations and of each autoencoder's latents.
 
         Every text is read once, for all autoencoders.
         """
-        for name, chosen in load_tasks(family, self.args, self.demo, self.notes, seed):
+        for name, seed, chosen in load_tasks(family, self.args, self.demo, self.notes):
             n_train = int((~chosen["is_test"]).sum())
             self.sample[name] = {"train": n_train, "test": len(chosen) - n_train}
             columns = torch.tensor(chosen[["label", "attribute"]].to_numpy(), device=self.device)
             desc = f"{family}: {name}"
             means = mean_latents(self.model, saes, chosen["text"].tolist(), desc)
-            yield name, n_train, columns.T, (f_TN.to(self.device) for f_TN in each(means, desc))
+            yield (
+                name,
+                seed,
+                n_train,
+                columns.T,
+                (f_TN.to(self.device) for f_TN in each(means, desc)),
+            )
         if not self.sample:
             raise InputError("it has no task, or none whose texts can be had")
 
     def probe(self, saes):
         found = [{} for _ in saes]
-        for seed in self.args.seed:
-            for name, n_train, (label_T, _), means in self.tasks("probe", saes, seed):
-                residual = sparse_probing(next(means), label_T, n_train, "x", seed)
-                for parts, f_TN in zip(found, means):
-                    own = sparse_probing(f_TN, label_T, n_train, "latents", seed)
-                    parts[f"{name}, seed {seed}"] = {**own, **residual}
+        for name, seed, n_train, (label_T, _), means in self.tasks("probe", saes):
+            residual = sparse_probing(next(means), label_T, n_train, "x", seed)
+            for parts, f_TN in zip(found, means):
+                own = sparse_probing(f_TN, label_T, n_train, "latents", seed)
+                parts[f"{name}, seed {seed}"] = {**own, **residual}
         return found
 
     def scr(self, saes):
         found = [{} for _ in saes]
-        # Its texts are the same for all seeds.
-        for name, n_train, attributes, means in self.tasks("scr", saes, self.args.seed[0]):
+        for name, _, n_train, attributes, means in self.tasks("scr", saes):
             x_TD = next(means)
             sets = scr_sets(attributes, n_train)
             trained = {seed: scr_probes(x_TD, attributes, sets, seed) for seed in self.args.seed}
@@ -1454,14 +1464,15 @@ def portrait(evaluation, sae):
         both = shared_NN[i, j].item()
         first = latent_view(evaluation, sae, i, f_of[i], f_of[j])
         second = latent_view(evaluation, sae, j, f_of[j], f_of[i])
-        view = {
-            "both": int(both),
-            "w": both / rarer,
-            "chance": oftener / n_tokens,
-            "cosine": F.cosine_similarity(sae.W_dec[i], sae.W_dec[j], dim=0).item(),
-            "latents": [first, second],
-        }
-        views.append(view)
+        views.append(
+            {
+                "both": int(both),
+                "w": both / rarer,
+                "chance": oftener / n_tokens,
+                "cosine": F.cosine_similarity(sae.W_dec[i], sae.W_dec[j], dim=0).item(),
+                "latents": [first, second],
+            }
+        )
     return views, histogram_20
 
 
@@ -1476,8 +1487,14 @@ def page(evaluation, found):
         portraits.append(views)
         log_20 = (1 + histogram_20).log10().numpy()
         histograms.append(numpy.stack([middle_20, log_20], axis=1))
-    over_chance = ("Pairs by how much their w is over chance", "w over chance", "log₁₀(1 + pairs)")
-    charts = [chart(histograms, *over_chance)]
+    charts = [
+        chart(
+            histograms,
+            "Pairs by how much their w is over chance",
+            "w over chance",
+            "log₁₀(1 + pairs)",
+        )
+    ]
     curves = [training_curves(subject) for subject in subjects]
     for key, (caption, y_name) in CURVES.items():
         charts.append(chart([own[key] for own in curves], caption, "million tokens", y_name))
