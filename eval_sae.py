@@ -37,7 +37,6 @@ import string
 import sys
 import zlib
 from collections import Counter
-from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -600,12 +599,15 @@ def file_frame(path):
 
     A fifth of them are test texts.
     """
+    config = sgo_sae.Config(dataset=path)
+    sgo_sae.check_name(path)
     with sgo_sae.loading(path):
-        frame = pandas.DataFrame(list(sgo_sae.open_dataset(sgo_sae.Config(dataset=path))))
+        rows = sgo_sae.open_dataset(config, ("text", "label", "attribute"))
+        frame = pandas.DataFrame(list(rows))
     if not {"text", "label"} <= set(frame):
-        raise InputError(f"{path} needs the columns text and label, and has {', '.join(frame)}")
-    has_text = frame["text"].map(lambda text: isinstance(text, str) and text.strip() != "")
-    frame = frame[has_text & frame["label"].notna()]
+        columns = next(iter(sgo_sae.open_dataset(config)), {})
+        raise InputError(f"{path} needs the columns text and label, and has {', '.join(columns)}")
+    frame = frame[frame["text"].map(sgo_sae.is_text) & frame["label"].notna()]
     return frame.assign(is_test=frame["text"].map(lambda text: zlib.crc32(text.encode()) % 5 == 0))
 
 
@@ -666,7 +668,10 @@ def load_tasks(family, args, demo, notes):
     """
     is_scr = family == "scr"
     if args.probe:
-        frames = {Path(path).stem: file_frame(path) for path in args.probe}
+        stems = Counter(Path(path).stem for path in args.probe)
+        frames = {}
+        for path in args.probe:  # files of the same name are told apart by their paths
+            frames[Path(path).stem if stems[Path(path).stem] == 1 else path] = file_frame(path)
     elif demo:
         frames = {"packages": demo_frame()}
     elif is_scr:
@@ -698,20 +703,17 @@ def load_tasks(family, args, demo, notes):
 
 
 # -------------------------------------------------------------------------------------------- model
-class LayerReached(Exception):
-    """Ends a forward pass of the language model, whose later layers nobody needs."""
-
-
 class LanguageModel:
     """A language model, whole if it has a head, one of its layers, and its tokenizer."""
 
-    def __init__(self, name, layer, device, dtype):
+    def __init__(self, name, layer, device, dtype, ctx=2):
         from transformers import AutoConfig
 
+        sgo_sae.check_name(name)
         with sgo_sae.loading(name):
             saved_as = str(AutoConfig.from_pretrained(name).architectures)
         self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
-        loaded = sgo_sae.load_lm(name, layer, device, dtype, whole=self.has_head)
+        loaded = sgo_sae.load_lm(name, layer, device, dtype, ctx, whole=self.has_head)
         self.lm, self.layer, self.tokenizer = loaded
         self.width = self.lm.config.get_text_config().hidden_size
         self.bos = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
@@ -731,20 +733,14 @@ class LanguageModel:
         """The positions (B, L) that count: all but the first, special tokens and the filling."""
         return sgo_sae.kept_tokens(ids_BL, self.tokenizer) & (ids_BL >= 0)
 
-    @torch.inference_mode()
     def read(self, ids_BL):
-        """The layer's output (B, L, D); in a causal model the filling on the right changes none."""
-        outputs = []
-
-        def hook(module, args, output):
-            outputs.append(output[0] if isinstance(output, tuple) else output)
-            raise LayerReached
-
-        handle = self.layer.register_forward_hook(hook)
-        with suppress(LayerReached):
-            self.lm(input_ids=ids_BL.clamp(min=0))
-        handle.remove()
-        return outputs[0]
+        """The layer's output (B, L, D); the filling changes none of it."""
+        is_filled = bool((ids_BL < 0).any())
+        inputs = {"attention_mask": (ids_BL >= 0).long()} if is_filled else {}
+        x_BLD = sgo_sae.layer_output(self.lm, self.layer, ids_BL.clamp(min=0), **inputs)
+        if not x_BLD[self.kept(ids_BL)].isfinite().all():
+            raise InputError("the model's activations are not finite; try --dtype float32")
+        return x_BLD
 
     def batches(self, lists, desc, batch=64):
         """The rows and token ids (B, L) of batches of like length."""
@@ -818,11 +814,14 @@ def open_sae(path, device):
     a folder of SAELens's format or a params.npz of Gemma Scope, on disk or OWNER/NAME/PATH.
     """
     place = Path(path)
-    if not place.exists() and path.count("/") > 1:
+    on_hub = len(place.parts) > 2 and not Path(place.parts[0]).exists()
+    if not place.exists() and not on_hub:
+        raise InputError(f"{path}: there is no such file or folder")
+    if not place.exists():
         from huggingface_hub import snapshot_download
 
         owner, name, inside = path.split("/", 2)
-        with sgo_sae.loading(path):
+        with sgo_sae.loading(f"{path}, which is no folder here and would be on the Hub,"):
             folder = snapshot_download(f"{owner}/{name}", allow_patterns=[inside, f"{inside}/*"])
         place = Path(folder, inside)
     if (place / "params.npz").exists():
@@ -849,6 +848,12 @@ def open_gemma_scope(file):
         weights["theta"] = weights.pop("threshold")
         weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]  # it does not subtract b_dec
         sae.load_state_dict(weights)
+    # Gemma Scope has autoencoders of other activations, too, whose files look the same.
+    other = re.search(r"-(mlp|att|transcoders)\b", str(file))
+    if other:
+        raise InputError(
+            f"{file} is of Gemma Scope's {other[1]}; only its -res is of a layer's output"
+        )
     layer = re.search(r"layer_(\d+)", str(file))
     return sae, {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
 
@@ -907,7 +912,7 @@ class Subject:
         """The number of the layer whose output it is for, or None where it does not say."""
         # The names of TransformerLens and of Hugging Face's modules.
         names = r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)*(?:layers|h)\.(\d+)"
-        hook = self.cfg.get("hook_name")
+        hook = self.cfg.get("hook_name") or self.cfg.get("hook_point")  # SAELens before version 4
         known = re.fullmatch(names, hook or "")
         if hook and not known:
             raise InputError(f"{self.path} is for {hook}, and only a layer's output is measured")
@@ -981,8 +986,19 @@ class Evaluation:
             subject.keep(family, record)
 
     @cached_property
+    def ctx(self):
+        """The tokens in a context of core, behaviour and competition."""
+        sizes = (subject.cfg.get("context_size") for subject in self.subjects)
+        return self.args.ctx or agreed(sizes, "--ctx") or sgo_sae.Config.ctx
+
+    @cached_property
     def model(self):
-        model = LanguageModel(self.name, self.layer, self.device, self.dtype)
+        try:
+            model = LanguageModel(self.name, self.layer, self.device, self.dtype, self.ctx)
+        except InputError as error:
+            # SAELens's autoencoders name it as TransformerLens does.
+            hint = "" if self.args.model else "; --model gives it, where a RUN names it otherwise"
+            raise InputError(f"{error}{hint}") from error
         for subject in self.subjects:
             D = len(subject.sae.b_dec)
             if D != model.width:
@@ -993,10 +1009,7 @@ class Evaluation:
 
     def text_config(self):
         """Where the text of core, behaviour and competition comes from: the same for all."""
-        ctx = self.args.ctx or agreed(
-            (subject.cfg.get("context_size") for subject in self.subjects), "--ctx"
-        )
-        config = sgo_sae.Config(ctx=ctx or 128, data_seed=self.args.seed[0])
+        config = sgo_sae.Config(ctx=self.ctx, data_seed=self.args.seed[0])
         if self.args.text or self.demo:
             config.dataset = self.args.text or f"{self.name}/heldout.jsonl"
             return config
@@ -1013,9 +1026,11 @@ class Evaluation:
         """Contexts of text (T, L), and which of their tokens count (T, L)."""
         config = self.text_config()
         model = self.model
-        texts = (row[config.text_column] for row in sgo_sae.load_texts(config))  # once through
+        rows = sgo_sae.load_texts(config)
+        texts = (row[config.text_column] for row in rows)  # once through
         contexts = sgo_sae.token_contexts(texts, model.tokenizer, config.ctx)
-        lists = list(itertools.islice(contexts, self.args.contexts))
+        with sgo_sae.loading(config.dataset):
+            lists = list(itertools.islice(contexts, self.args.contexts))
         if not lists:
             raise InputError(f"{config.dataset} does not fill a context of {config.ctx} tokens")
         ids_TL = model.ids(lists)
@@ -1519,7 +1534,9 @@ def positive(text):
 
 
 def new_parser():
-    parser = sgo_sae.new_parser("eval_sae.py", __doc__.splitlines()[0])
+    parser = sgo_sae.new_parser(
+        "eval_sae.py RUN [RUN ...] [--flag VALUE ...]", __doc__.splitlines()[0]
+    )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="an SAE's folder, a folder of such, or a params.npz")
     add("--metrics", nargs="+", choices=FAMILIES, default=FAMILIES, help="families to measure")

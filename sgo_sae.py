@@ -30,7 +30,11 @@ the tokens of a round. λ is `lam`, and Ω is `omega`.
 """
 
 import argparse
+import codecs
+import csv
 import dataclasses
+import functools
+import io
 import itertools
 import json
 import logging
@@ -41,7 +45,7 @@ import signal
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -67,8 +71,8 @@ class Config:
     seed: int = 0  # seed of the initial weights (list)
     # The loss, Eq. 2
     alpha: float = 0.075  # weight of the SGO penalty; 0 trains without it (list)
-    alpha_start: float = 0.01  # weight of the penalty at step 0; it rises linearly to alpha
-    alpha_warmup: int = 1000  # steps until alpha is reached
+    alpha_start: float = None  # weight at step 0, from where it rises (default: 0.01/0.075 alpha)
+    alpha_warmup: float = 0.205  # share of the steps until alpha is reached: 1,000 of 4,882
     lam: float = 0.04  # lambda, the weight of the sparsity term; relu and jumprelu adjust it
     # Training
     tokens: int = 10_000_000  # tokens to train on
@@ -84,14 +88,14 @@ class Config:
     subset: str = None  # configuration of the dataset, where it has several
     split: str = "train"  # split of a Hugging Face dataset
     text_column: str = "text"  # column that holds the text
-    ctx: int = 128  # tokens in a context, BOS included
+    ctx: int = 128  # tokens in a context, BOS included, as many as the model has positions at most
     lm_batch: int = 32  # contexts in a forward pass of the language model
     buffer: int = 2048  # contexts whose activations are shuffled together
     data_seed: int = 0  # seed of the order of the data
     # The run
     device: str = "auto"  # cuda, cuda:1, cpu or mps; auto is cuda where there is one, else cpu
     dtype: str = "auto"  # the model's: float32, bfloat16, float16; auto is bfloat16 on cuda
-    out: str = None  # folder of the result, or of all (default: runs/MODEL-lLAYER-ARCH-...)
+    out: str = None  # new folder of the result, or of all (default: runs/MODEL-lLAYER-ARCH-...)
     log_every: int = 50  # steps between lines of metrics.jsonl
     save_every: int = 500  # steps between checkpoints; 0 writes one only when stopped
     resume: bool = False  # continue from the checkpoint in the folder, where there is one
@@ -114,16 +118,22 @@ AT_LEAST = {  # the others may be 0
     "buffer": 1,
     "log_every": 1,
 }
+AT_MOST = {  # what the generators of random numbers take
+    "seed": 2**63 - 1,
+    "data_seed": 2**40,
+    "decay_start": 1,
+    "alpha_warmup": 1,
+}
 DEMO = {
     "d_sae": [1024],
     "k": [16],
     "alpha": [0.0, 0.075],
-    "alpha_warmup": 120,
+    "alpha_warmup": 0.2,
     "tokens": 1_228_800,
     "lr": 1e-3,
     "layer": 1,
     "buffer": 1024,
-    "model": "",
+    "model": "",  # empty, so that `check` sees a --model or --dataset beside --demo
     "dataset": "",
 }
 
@@ -260,6 +270,7 @@ class SparseEncode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BD, W_enc_DN, b_enc_N, b_dec_D, k):
+        assert not ctx.needs_input_grad[0], "x gets no gradient here"
         x_BD = x_BD - b_dec_D
         vals_BK, idx_BK = torch.addmm(b_enc_N, x_BD, W_enc_DN).topk(k, dim=1, sorted=False)
         vals_BK = vals_BK.relu().to(x_BD.dtype)
@@ -556,16 +567,40 @@ def n_processes():
 
 def start_processes():
     """Joins the processes that torchrun started, if it did."""
-    if "WORLD_SIZE" in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" and "RANK" not in os.environ:
+        return  # clusters set WORLD_SIZE for a process that is alone, too
+    try:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()  # NCCL for tensors on GPUs, Gloo for others
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"several processes are started by torchrun: {error}") from error
+
+
+def decide_together(work):
+    """What `work` returns or refuses in the first process, in every process."""
+    outcome = [None]
+    if rank() == 0:
+        try:
+            outcome = [work()]
+        except InputError as error:
+            outcome = [error]
+    if torchrun():
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def say(message):
-    """Tells the user, once."""
+    """Tells the user, from the first process alone."""
     if rank() == 0:
         print(message, file=sys.stderr)
+
+
+@functools.cache
+def say_once(message):
+    say(message)
 
 
 def all_reduce_(t, operation="SUM"):
@@ -606,14 +641,28 @@ def loading(what):
     except InputError:
         raise
     except Exception as error:  # whatever readers, decompressors and networks raise
-        hint = "" if Path(what).exists() else " (--demo needs no download)"
-        raise InputError(f"{what} can't be loaded{hint}: {str(error)[:400]}") from error
+        kind = type(error).__name__
+        reason = f"{kind} {error}" if isinstance(error, LookupError) else str(error) or kind
+        reason = reason[:400]
+        raise InputError(f"{what} can't be loaded: {reason}") from error
 
 
-def load_lm(name, layer, device, dtype, whole=False):
-    """The language model up to a layer, or whole and with its head; that layer; the tokenizer."""
+def check_name(name):
+    """Refuses what is plainly a path, and not a name on the Hub, where nothing is at that path."""
+    path = Path(name)
+    is_path = str(name).startswith((".", "/", "~")) or len(path.parts) > 2 or format_of(path)
+    if is_path and not path.exists():
+        raise InputError(f"{name}: there is no such file or folder")
+
+
+def load_lm(name, layer, device, dtype, ctx=2, whole=False):
+    """The language model up to a layer, or whole and with its head; that layer; the tokenizer.
+
+    ctx is the length of the longest context that it is going to read, in tokens.
+    """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+    check_name(name)
     with loading(name):
         config = AutoConfig.from_pretrained(name)
         # Text that spells "<bos>" must not become that token.
@@ -622,68 +671,299 @@ def load_lm(name, layer, device, dtype, whole=False):
         if set(ids) <= {tokenizer.unk_token_id}:
             raise InputError(f"{name} has no tokenizer that can split text into tokens")
         text_config = config.get_text_config()
+        if config.is_encoder_decoder:
+            raise InputError(f"{name} is an encoder with a decoder, which can't be read")
         n_layers = text_config.num_hidden_layers
         if layer >= n_layers:
             raise InputError(f"--layer {layer}: the layers of {name} are 0 to {n_layers - 1}")
-        if not whole:  # later layers are neither made nor loaded
-            n_layers = text_config.num_hidden_layers = layer + 1
         text_config.use_cache = False  # of keys and values, which nobody reads
         auto = AutoModelForCausalLM if whole else AutoModel
-        lm, report = auto.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True
+        with torch.device("meta"):  # the model without the content of its tensors
+            outline = auto.from_config(config)
+        reader_path, layers_path = paths_in(outline, n_layers, name)
+        model_class = type(outline)
+        if not whole:
+            model_class = up_to_layer(model_class, layer, layers_path)
+        lm, report = model_class.from_pretrained(
+            name, config=outline.config, dtype=dtype, output_loading_info=True
         )
     # A pooler comes after the last layer, and is often not saved.
     missing = [tensor for tensor in report["missing_keys"] if "pooler" not in tensor]
     if missing:
         raise InputError(f"{name}: its files lack tensors, {missing[0]} among them")
-    body = lm.get_decoder()  # of a multimodal model, the part that reads text
-    lm = lm if whole else body
-    return lm.eval().to(device), layers_of(body, n_layers)[layer], tokenizer
+    lm.eval()
+    reader = lm.get_submodule(reader_path)
+    layers = lm.get_submodule(layers_path)
+    check_positions(reader, layers[0], ids[0], ctx, name)
+    most = getattr(text_config, "max_position_embeddings", None) or ctx
+    if ctx > most:
+        say(f"--ctx {ctx}: {name} reads so many tokens, but was made for {most}")
+    return (lm if whole else reader).to(device), layers[layer], tokenizer
 
 
-def layers_of(lm, n_layers):
-    """The list of a language model's layers: the outermost list that has as many members."""
-    return next(m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+def up_to_layer(model_class, layer, layers_path):
+    """The class of a language model without the layers after `layer`, which are never loaded.
+
+    The configuration stays that of the whole model, since some models scale or share their layers
+    by how many there are: with a smaller number in it they would be other models.
+    """
+
+    class UpToLayer(model_class):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            del self.get_submodule(layers_path)[layer + 1 :]
+
+    # By these, transformers knows which tensors have other names in files.
+    UpToLayer.__name__ = model_class.__name__
+    UpToLayer.__module__ = model_class.__module__
+    return UpToLayer
 
 
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+def paths_in(lm, n_layers, name):
+    """Where a language model has the part that reads text, and its list of layers.
+
+    The list is the outermost one that has as many members.
+    """
+    for part in (lm.get_decoder(), lm):
+        reader_path = next(path for path, module in lm.named_modules() if module is part)
+        lists = [
+            path
+            for path, module in part.named_modules(prefix=reader_path)
+            if isinstance(module, nn.ModuleList) and len(module) == n_layers
+        ]
+        depth = min((path.count(".") for path in lists), default=0)
+        outermost = [path for path in lists if path.count(".") == depth]
+        if len(outermost) == 1:
+            return reader_path, outermost[0]
+    raise InputError(f"{name} can't be read, since its {n_layers} layers are not in one list")
 
 
-def reader_of(file):
-    """The reader for a local file, which may be compressed (.jsonl.gz), or None."""
-    return next((READERS[suffix] for suffix in file.suffixes if suffix in READERS), None)
+def check_positions(lm, first_layer, token, ctx, name):
+    """Refuses contexts that are longer than a model's table of positions; a GPU would just abort.
+
+    The first layer reads one, on the CPU.
+    """
+    try:
+        layer_output(lm, first_layer, torch.full((1, 2), token))
+    except RuntimeError:
+        return  # The CPU lacks an operation in this dtype, so that it can't be tried.
+    try:
+        layer_output(lm, first_layer, torch.full((1, ctx), token))
+    except (IndexError, RuntimeError) as error:
+        raise InputError(f"--ctx {ctx}: {name} can't read as many tokens: {error}") from error
 
 
-def open_dataset(cfg):
+# The formats of local files, each of which may be compressed (.jsonl.gz).
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+FOREIGN = re.compile(  # names of files that come with data and are none
+    r"(readme|licen[sc]e|copying|notice|authors|changelog|requirements)\b.*"
+    r"|(dataset_infos?|dataset_dict|state|config)\.json",
+    re.IGNORECASE,
+)
+SPLITS = {  # the words by which a file's name says what split it is of, as `datasets` has them
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+MARKS = {  # byte order marks; UTF-16's are the beginning of UTF-32's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+LOOKED_AT = 10_000  # rows among the first of which there must be a text
+LONGEST = 2**18  # characters that are handled at once, so that any document fits into memory
+
+
+def format_of(file):
+    """The format of a file by its name, one of FORMATS, or None."""
+    from fsspec.utils import infer_compression
+
+    name = file.stem if infer_compression(file.name) else file.name
+    suffix = Path(name).suffix.lower()
+    return suffix if suffix in FORMATS else None
+
+
+def split_of(path):
+    """The split that a relative path names; it is "train" where it names none."""
+    words = set(re.split(r"[^a-z]+", str(path).lower()))
+    return next((split for split in SPLITS if SPLITS[split] & words), "train")
+
+
+def local_files(path, split):
+    """The data files of a path: itself, or those of a folder that are of the split."""
+    if path.is_file():
+        if not format_of(path):
+            raise InputError(f"{path}: one of the formats {', '.join(FORMATS)} is needed")
+        if split != "train":
+            raise InputError(f"--split {split}: {path} is a file, whose split is train")
+        return [path]
+    found = []
+    for file in sorted(path.rglob("*")):
+        parts = file.relative_to(path).parts
+        hidden = any(part.startswith((".", "__", "~")) for part in parts)
+        if file.is_file() and not hidden and not FOREIGN.fullmatch(file.name):
+            found.append(file)
+    data = [file for file in found if format_of(file)]
+    formats = {format_of(file) for file in data}
+    if len(formats) != 1:
+        names = sorted(formats) or sorted({file.suffix or file.name for file in found})[:5]
+        raise InputError(
+            f"{path}: files of one of the formats {', '.join(FORMATS)} are needed, and it has "
+            + (" and ".join(names) or "none")
+        )
+    split_by_file = {file: split_of(file.relative_to(path)) for file in data}
+    chosen = [file for file in data if split_by_file[file] == split]
+    if not chosen:
+        others = " or ".join(sorted(set(split_by_file.values())))
+        raise InputError(f"{path} has no files of the split {split}: --split {others}")
+    names = ", ".join(file.relative_to(path).as_posix() for file in chosen[:5])
+    say_once(f"{path}: {len(chosen)} of {len(found)} files are read, {names}"[:400])
+    return chosen
+
+
+def open_text(file, newline=None):
+    """A local file as a stream of text. Only UTF-16 and UTF-32 with a byte order mark are known
+    beside UTF-8, and bytes that are not UTF-8 become lone surrogates, which `clean` replaces."""
+    import fsspec
+
+    with fsspec.open(str(file), "rb", compression="infer") as stream:
+        head = stream.read(4)
+    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
+    if encoding != "utf-8-sig":
+        say_once(f"{file} is read as {encoding.upper()}, as its byte order mark says")
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
+    options = {"encoding": encoding, "errors": errors, "newline": newline}
+    return fsspec.open(str(file), "rt", compression="infer", **options)
+
+
+def clean(value, file):
+    """A field's value; in text, � stands for what is no Unicode."""
+    if not isinstance(value, str) or value.isascii():
+        return value
+    text = re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if text != value:
+        say_once(f"{file} is not all UTF-8, and the rest is read as \ufffd; iconv converts files")
+    return text
+
+
+def pieces(text):
+    """The parts of a text, of at most LONGEST characters each, cut before spaces if it has some."""
+    start = 0
+    while len(text) - start > LONGEST:
+        end = start + LONGEST
+        cut = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+        yield text[start : cut if cut > 0 else end]
+        start = cut if cut > 0 else end
+    yield text[start:]
+
+
+def text_rows(stream):
+    """The rows of a text file, in which documents are between blank lines. Long ones are cut."""
+    rest = ""
+    while block := stream.read(LONGEST):
+        *documents, rest = (rest + block).split("\n\n")
+        *parts, rest = pieces(rest)
+        for text in documents + parts:
+            yield {"text": text}
+    yield {"text": rest}
+
+
+def json_values(text):
+    """The values of a text in JSON, which may be one after another."""
+    decoder = json.JSONDecoder()
+    space = re.compile(r"\s*")
+    end = space.match(text).end()
+    while end < len(text):
+        value, end = decoder.raw_decode(text, end)
+        yield value
+        end = space.match(text, end).end()
+
+
+def json_rows(stream, file):
+    """The rows of a file with a JSON object a line, or with one array of objects or of strings."""
+    first = True
+    for number, line in enumerate(stream, 1):
+        over_lines = first and (line.startswith("[") or line.strip() == "{")
+        try:
+            values = list(json_values(line + stream.read() if over_lines else line))
+        except (ValueError, RecursionError) as error:
+            if over_lines:
+                raise
+            say_once(f"{file}: line {number} and others like it are left out: {error}")
+            continue
+        first = first and not values
+        for value in values:
+            for row in value if isinstance(value, list) else [value]:
+                yield {"text": row} if isinstance(row, str) else row
+
+
+def rows_of(files, columns=None):
+    """The rows of local files, as dicts of those of the columns that a row has; None is all.
+
+    Whatever is in other columns is nobody's business. A row that can't be read costs itself.
+    """
+    for file in files:
+        kind = format_of(Path(file))
+        if kind == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            parquet = ParquetFile(file)
+            known = [name for name in parquet.schema_arrow.names if name in (columns or [name])]
+            for batch in parquet.iter_batches(1000, columns=known):
+                yield from batch.to_pylist()
+            continue
+        with open_text(file, newline="" if kind == ".csv" else None) as stream:
+            if kind == ".txt":
+                rows = text_rows(stream)
+            elif kind == ".csv":
+                csv.field_size_limit(2**31 - 1)  # of characters, in place of 131,072
+                rows = csv.DictReader(stream)
+            else:
+                rows = json_rows(stream, file)
+            for row in rows:
+                if isinstance(row, dict):
+                    names = columns or tuple(row)
+                    yield {name: clean(row[name], file) for name in names if name in row}
+
+
+def open_dataset(cfg, columns=None):
     """The rows of cfg.dataset as a stream: of local files, or of the Hub."""
     import datasets
 
     path = Path(cfg.dataset)
-    if not path.exists():
-        return datasets.load_dataset(cfg.dataset, cfg.subset, split=cfg.split, streaming=True)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    readers = {reader_of(file) for file in files} - {None}
-    if len(readers) != 1:
-        raise InputError(f"{path}: one of the formats {', '.join(READERS)} is needed")
-    options = {"data_files": [str(file) for file in files if reader_of(file)]}
-    if readers != {"parquet"}:  # "utf8", since json heeds encoding_errors where this is not "utf-8"
-        options.update(encoding="utf8", encoding_errors="replace")
-    if readers == {"text"}:
-        options["sample_by"] = "paragraph"
-    return datasets.load_dataset(readers.pop(), split=cfg.split, streaming=True, **options)
+    if path.exists():
+        files = [str(file) for file in local_files(path, cfg.split)]
+        options = {"files": files, "columns": columns}
+        return datasets.IterableDataset.from_generator(rows_of, gen_kwargs=options)
+    check_name(cfg.dataset)
+    return datasets.load_dataset(cfg.dataset, cfg.subset, split=cfg.split, streaming=True)
+
+
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
 
 
 def load_texts(cfg):
     """The rows of the dataset that have text, shuffled, as a stream; checks that there are any."""
     column = cfg.text_column
     with loading(cfg.dataset):
-        rows = open_dataset(cfg)
-        columns = next(iter(rows), [column])
-        if column not in columns:
-            raise InputError(f"--text-column {column}: {cfg.dataset} has {', '.join(columns)}")
-        rows = rows.filter(lambda row: isinstance(row[column], str) and row[column].strip() != "")
-        if next(iter(rows), None) is None:
+        rows = open_dataset(cfg, (column,))
+        kinds = set()
+        for row in itertools.islice(rows, LOOKED_AT):
+            if is_text(row.get(column)):
+                break
+            if column in row:
+                kinds.add("blank" if isinstance(row[column], str) else type(row[column]).__name__)
+        else:
+            if kinds:
+                found = " and ".join(sorted(kinds))
+                raise InputError(f"{cfg.dataset} holds no text: its column {column} is {found}")
+            columns = ", ".join(map(str, next(iter(open_dataset(cfg)), [])))
+            if columns:
+                raise InputError(f"--text-column {column}: {cfg.dataset} has {columns}")
             raise InputError(f"{cfg.dataset} holds no text")
+        rows = rows.filter(lambda row: is_text(row.get(column)))
     return rows.shuffle(seed=cfg.data_seed, buffer_size=1000)
 
 
@@ -693,9 +973,13 @@ def read_texts(rows, cfg):
         if epoch == 1:
             say("\nall the data has been used once: starting over, reshuffled")
         rows.set_epoch(epoch)
+        text = None
         with loading(cfg.dataset):
             for row in rows:
-                yield row[cfg.text_column]
+                text = row[cfg.text_column]
+                yield text
+        if text is None:
+            raise InputError(f"{cfg.dataset} holds no text any more")
 
 
 def first_id(*ids):
@@ -703,14 +987,28 @@ def first_id(*ids):
     return [i for i in ids if i is not None][:1]
 
 
+def token_ids(texts, tokenizer):
+    """Lists of token ids, one for each piece of a text, and EOS after each text."""
+    eos = first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
+    without = 0  # texts in a row that gave no token
+    for text in texts:
+        without += 1
+        for piece in pieces(text):
+            ids = tokenizer(piece, add_special_tokens=False).input_ids
+            without = 0 if ids or eos else without
+            yield ids
+        yield eos
+        if without == LOOKED_AT:
+            raise InputError(f"the tokenizer makes no token of {without:,} texts in a row")
+
+
 def token_contexts(texts, tokenizer, ctx):
     """Contexts of `ctx` token ids: BOS, then the texts one after another, with EOS after each."""
     bos = first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)
-    eos = first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     length = ctx - len(bos)
     ids = []
-    for text in texts:
-        ids += tokenizer(text, add_special_tokens=False).input_ids + eos
+    for more in token_ids(texts, tokenizer):
+        ids += more
         whole = len(ids) // length * length
         for start in range(0, whole, length):
             yield bos + ids[start : start + length]
@@ -729,15 +1027,30 @@ def kept_tokens(ids_BL, tokenizer):
     return kept_BL
 
 
+class LayerReached(Exception):
+    """Ends a forward pass of the language model at a layer, whose output it has."""
+
+
 @torch.inference_mode()
-def layer_output(lm, layer, ids_BL):
+def layer_output(lm, layer, ids_BL, **inputs):
     """Output (B, L, D) of a layer when the language model reads the token ids (B, L)."""
-    outputs = []
-    handle = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-    lm(input_ids=ids_BL)
-    handle.remove()
-    output = outputs[0]
-    return output[0] if isinstance(output, tuple) else output
+
+    def stop(module, args, output):
+        raise LayerReached(output[0] if isinstance(output, (tuple, list)) else output)
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        lm(input_ids=ids_BL, **inputs)
+    except LayerReached as reached:
+        x_BLD = reached.args[0]
+    else:
+        raise InputError("the model does not use its layer")
+    finally:
+        handle.remove()
+    if x_BLD.dim() != 3 or x_BLD.shape[:2] != ids_BL.shape:
+        found = " × ".join(map(str, x_BLD.shape))
+        raise InputError(f"the layer's output is {found}, and not one vector for each token")
+    return x_BLD
 
 
 def progress_bar(work, **options):
@@ -761,10 +1074,11 @@ def harvest(lm, layer, tokenizer, ids_RL, x_CD, lm_batch):
 
 
 def batches(cfg, rows, lm, layer, tokenizer, skip=0):
-    """Batches x_BD of activations, in the model's dtype, without end; it leaves out `skip` of them.
+    """Batches x_BD of activations, in the model's dtype, without end, after the first `skip`.
 
-    They come in rounds. A round reads R contexts for each process, which take turns at them. It
-    shuffles the activations of the kept tokens, serves whole batches and drops the rest. The data,
+    They come in rounds. A round reads R contexts for each process: context c goes to process c
+    modulo their number. It shuffles the activations of the kept tokens, serves whole batches and
+    drops the rest. A run that is shorter than a round reads no more than it needs. The data,
     data_seed and the number of the round fix all of it, so to resume a run is to count batches:
     rounds that are over are read again, and the language model does not run on them.
     """
@@ -772,6 +1086,7 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
     B = cfg.batch // world
     two_batches = 2 * math.ceil(B / (cfg.ctx - 1))  # for half of the tokens may be EOS
     R = max(cfg.buffer // world, two_batches)
+    steps = cfg.tokens // cfg.batch
     contexts = token_contexts(read_texts(rows, cfg), tokenizer, cfg.ctx)
     # The activations of a round, in the model's dtype: 1.2 GB in run 4.
     x_CD = torch.empty(R * (cfg.ctx - 1), lm.config.hidden_size, dtype=lm.dtype, device=lm.device)
@@ -783,7 +1098,16 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
                 f"the tokenizer gives the id {ids_RL.max()} of {n_tokens} in the model"
             )
         kept_R = kept_tokens(ids_RL, tokenizer).sum(1)
-        n_batches = min(int(kept_R[r::world].sum()) for r in range(world)) // B
+        sums = [kept_R[r::world].cumsum(0) for r in range(world)]  # of each process's tokens
+        needed = 1 + max(int((sum_R < steps * B).sum()) for sum_R in sums)
+        ids_RL = ids_RL[: needed * world]
+        n_batches = min(int(sum_R[:needed][-1]) for sum_R in sums) // B
+        if n_batches == 0:
+            raise InputError(
+                f"{cfg.dataset}: of {ids_RL.numel():,} tokens read, {int(kept_R.sum()):,} are "
+                f"kept, too few for a batch of {cfg.batch:,}; the others are special, such as "
+                "unknown words, or first in their context"
+            )
         if skip >= n_batches:
             skip -= n_batches
             continue
@@ -800,14 +1124,28 @@ DEAD_AFTER = 200  # a latent that was active on no token of so many steps counts
 SAMPLE = 16384  # tokens from which the scale, the geometric median and the thresholds are taken
 
 
-def strength_advice(x_BD):
-    """What α would weigh on these activations what 0.075 weighs in the paper.
+def paper_alpha(x_BD):
+    """The α that would be on these activations as strong as 0.075 is in the paper.
 
     α Ω grows with the 4th power of the activations' norm, the reconstruction with the 2nd. The
-    paper's MSE and cosine imply that its activations have a mean squared norm of 21,000.
+    paper's MSE of 1.41 is 1.24 per element, since SAEBench divides by the 2,032 tokens of its batch
+    and not by D = 2,304. With its cosine of 0.93 the paper's activations have a mean squared norm
+    of 1.24 · 2304 / (1 - 0.93²) = 21,000.
     """
-    alpha = 0.075 * 21_000 / x_BD.square().sum(1).mean()
-    return f"use --normalize or a smaller --alpha (the paper's strength is α {alpha:.2g} here)"
+    return 0.075 * 21_000 / x_BD.square().sum(1).mean().item()
+
+
+def alpha_advice(cfg, x_BD):
+    normalize = "" if cfg.normalize else " or --normalize"
+    strength = f"the paper's strength is α {paper_alpha(x_BD):.2g} here"
+    return f"use a smaller --alpha{normalize} ({strength})"
+
+
+def failure_of(cfg, x_BD):
+    """Why a gradient is not finite, as far as can be told."""
+    if not x_BD.isfinite().all():
+        return "the activations are not finite"
+    return alpha_advice(cfg, x_BD) if cfg.alpha > paper_alpha(x_BD) else "use a smaller --lr"
 
 
 def terms_function(cfg, device):
@@ -821,6 +1159,16 @@ def terms_function(cfg, device):
         terms = loss_terms
         penalty = lambda f: sgo_penalty_dense(gather_tokens(f))
     return partial(terms, penalty=penalty if cfg.alpha > 0 else lambda *latents: 0.0)
+
+
+def scheduled_alpha(cfg, step, steps):
+    """Weight of Ω at a step of a run.
+
+    It starts at the share of α that the paper's 0.01 is of 0.075, and rises in the share of the
+    steps that the paper's 1,000 are of 4,882, unless the settings say otherwise.
+    """
+    start = cfg.alpha * (0.01 / 0.075) if cfg.alpha_start is None else cfg.alpha_start
+    return alpha_at(step, cfg.alpha, start, int(cfg.alpha_warmup * steps))
 
 
 class Run:
@@ -847,7 +1195,7 @@ class Run:
         if self.failure:
             return
         cfg = self.cfg
-        self.alpha = alpha_at(step, cfg.alpha, cfg.alpha_start, cfg.alpha_warmup)
+        self.alpha = scheduled_alpha(cfg, step, steps)
         lr = lr_at(step, steps, cfg.lr, cfg.decay_start)
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):  # 5.1
             terms = self.terms_of(self.sae, x_BD)
@@ -861,7 +1209,8 @@ class Run:
             self.lam = self.sae.adjust(self.lam, f_BN, l0, lr)
         del terms  # f, 0.15 GB in run 4, is not needed in the backward pass
         if not update(self.sae, self.adam, loss, lr):
-            self.failure = f"{cfg.out}: gradient not finite at step {step}; {strength_advice(x_BD)}"
+            why = failure_of(cfg, x_BD)
+            self.failure = f"{cfg.out}: gradient not finite at step {step}; {why}"
 
     def log(self, x_BD, done, scale):
         """Adds a line to metrics.jsonl, and says once if Ω outweighs the reconstruction."""
@@ -877,11 +1226,16 @@ class Run:
         }
         if m["penalty_share"] > 1 and all(past["penalty_share"] <= 1 for past in self.history):
             weighs = f"the penalty weighs {m['penalty_share']:.3g} times the reconstruction"
-            say(f"\n{self.cfg.out}: {weighs}: {strength_advice(x_BD)}")
+            say(f"\n{self.cfg.out}: {weighs}: {alpha_advice(self.cfg, x_BD)}")
         self.history.append(m)
         if rank() == 0:
-            file = Path(self.cfg.out, "metrics.jsonl")
-            file.write_text("".join(json.dumps(past) + "\n" for past in self.history))
+            with Path(self.cfg.out, "metrics.jsonl").open("a") as file:
+                file.write(json_line(m))
+
+    def short_figures(self):
+        """What fits beside a bar of the progress."""
+        m = self.history[-1]
+        return f"EV {m['explained_variance']:.4f}, αΩ/rec {m['penalty_share']:.1%}"
 
     def figures(self):
         """The last figures in a line."""
@@ -935,17 +1289,31 @@ def begin(runs, data, steps):
     return scale, itertools.chain(first, data)
 
 
-def catch_signals():
-    """A list into which a first SIGINT or SIGTERM is put; the same signal again acts at once."""
-    caught = []
+def json_line(figures):
+    """A line of metrics.jsonl. JSON has no infinite numbers: in their place stands null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return json.dumps(finite) + "\n"
 
-    def on_signal(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    return caught
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came; the argument is its number."""
+
+
+@contextmanager
+def handling_signals(handler):
+    """Within, SIGINT and SIGTERM call the handler."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
+
+
+def interrupt(number, frame):
+    """Handles a signal by ending what is done."""
+    raise Interrupted(number)
 
 
 def train(cfgs, folder, device, dtype):
@@ -955,111 +1323,178 @@ def train(cfgs, folder, device, dtype):
     """
     cfg = cfgs[0]
     torch.set_float32_matmul_precision("high")
-    rows = load_texts(cfg)
-    lm, layer, tokenizer = load_lm(cfg.model, cfg.layer, device, dtype)
-    runs = [Run(c, lm.config.hidden_size, device, dtype == torch.bfloat16) for c in cfgs]
     steps = cfg.tokens // cfg.batch
+    rows = load_texts(cfg)
+    lm, layer, tokenizer = load_lm(cfg.model, cfg.layer, device, dtype, cfg.ctx)
+    runs = [Run(c, lm.config.hidden_size, device, dtype == torch.bfloat16) for c in cfgs]
     checkpoint = folder / "checkpoint.pt"
+    done = 0
+    scale = None
     if cfg.resume and checkpoint.exists():
-        scale, first = load_checkpoint(checkpoint, runs)
-        data = batches(cfg, rows, lm, layer, tokenizer, first)
-    else:
-        first = 0
-        scale, data = begin(runs, batches(cfg, rows, lm, layer, tokenizer), steps)
+        scale, done = load_checkpoint(checkpoint, runs)
+    say(f"{cfg.model} in {dtype} on {device}; steps {done:,} to {steps:,}, into {folder}")
+    for c in cfgs:
+        most = scheduled_alpha(c, steps - 1, steps)
+        if most < c.alpha:
+            say(f"{c.out}: α rises to {most:.4g} and not to {c.alpha:g}, since the run ends before")
+    data = batches(cfg, rows, lm, layer, tokenizer, done)
+    if scale is None:
+        scale, data = begin(runs, data, steps)
     for run in runs:
-        Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
-    say(f"{cfg.model} in {dtype} on {device}; steps {first:,} to {steps:,}, into {folder}")
-    caught = catch_signals()
-    bar = progress_bar(range(first, steps), initial=first, total=steps, disable=rank() > 0)
-    for step in bar:
-        done = step + 1
-        x_BD = next(data).float() * scale
-        for run in runs:
-            run.step(x_BD, step, steps)
-        live = [run for run in runs if not run.failure]
-        if not live:
-            raise InputError(f"{runs[0].failure}; the last checkpoint, if there is one, stays")
-        if done % cfg.log_every == 0 or done == steps:
-            for run in live:
-                run.log(x_BD, done, scale)
-            bar.set_postfix_str(live[0].figures(), refresh=False)
-        stop = int(all_reduce_(torch.tensor(max(caught, default=0)), "MAX"))
-        if stop or (cfg.save_every and done % cfg.save_every == 0):
-            save_checkpoint(checkpoint, runs, done, scale)
-        if stop:
-            say(f"\nstopped after step {done:,}; the same command with --resume goes on")
-            raise SystemExit(128 + stop)
-    if rank() == 0:
-        end(runs, folder, scale)
+        prepare_folder(run)
+    caught = []  # signals that wait for the end of a step
+
+    def wait(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the same once more acts at once
+
+    # A signal ends the reading of a batch at once. Several processes must end in the same step.
+    while_reading = wait if torchrun() else interrupt
+    bar = progress_bar(range(done, steps), initial=done, total=steps, disable=rank() > 0)
+    try:
+        for step in bar:
+            with handling_signals(while_reading):
+                x_BD = next(data).float() * scale
+            with handling_signals(wait):
+                for run in runs:
+                    run.step(x_BD, step, steps)
+                done = step + 1
+                live = [run for run in runs if not run.failure]
+                if not live:
+                    raise InputError(f"{runs[0].failure}; the last checkpoint, if any, stays")
+                if done % cfg.log_every == 0 or done == steps:
+                    for run in live:
+                        run.log(x_BD, done, scale)
+                    bar.set_postfix_str(live[-1].short_figures(), refresh=False)
+                stop = int(all_reduce_(torch.tensor(max(caught, default=0)), "MAX"))
+                if cfg.save_every and done % cfg.save_every == 0 and not stop:
+                    save_checkpoint(checkpoint, runs, done, scale)
+            if stop:
+                raise Interrupted(stop)
+    except Interrupted as interrupted:
+        bar.close()
+        if save_checkpoint(checkpoint, runs, done, scale):
+            say(f"stopped after step {done:,}; the same command with --resume goes on")
+        raise SystemExit(128 + interrupted.args[0]) from None
+    with handling_signals(wait):
+        has_bos = bool(first_id(tokenizer.bos_token_id, tokenizer.cls_token_id))
+        save_all(runs, folder, done, scale, has_bos)
 
 
-def end(runs, folder, scale):
-    """Saves the autoencoders that did not fail, and prints their last figures."""
-    for run in runs:
-        if not run.failure:
-            save_sae(run.sae, run.cfg, run.cfg.out, scale)
-            print(f"{Path(run.cfg.out).name:<26}  {run.figures()}")
-    print(f"saved in {folder}")
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+def save_all(runs, folder, done, scale, has_bos):
+    """Saves the autoencoders that did not fail, and then prints their last figures.
+
+    The checkpoint goes last, and where one can't be saved it stays, so that nothing is lost.
+    """
     failures = [run.failure for run in runs if run.failure]
-    if failures:
-        raise InputError("; ".join(failures))
+    saved = []
+    unsaved = []
+    for run in runs:
+        if not run.failure and rank() == 0:
+            try:
+                save_sae(run.sae, run.cfg, run.cfg.out, scale, has_bos)
+                saved.append(run)
+            except (OSError, RuntimeError) as error:  # as safetensors makes of a disk's error
+                unsaved.append(f"{run.cfg.out} can't be written: {error}")
+    if int(all_reduce_(torch.tensor(len(unsaved)), "MAX")):  # the first process's number
+        save_checkpoint(folder / "checkpoint.pt", runs, done, scale)
+    elif rank() == 0:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    if rank() == 0:
+        for run in saved:
+            print(f"{Path(run.cfg.out).name:<26}  {run.figures()}")
+        print(f"saved in {folder}")
+    if failures + unsaved:
+        raise InputError("; ".join(failures + unsaved))
 
 
 # ------------------------------------------------------------------------------------------ files
-def fixed_settings(runs):
-    """The settings that a resumed run must keep: a list of the runs' values of each."""
-    free = ("out", "device", "log_every", "save_every", "resume")
-    settings = {"processes": n_processes()}
-    for name in vars(runs[0].cfg):
-        if name not in free:
-            settings[name] = [getattr(run.cfg, name) for run in runs]
-    return settings
+def write_whole(path, write):
+    """Lets `write` make a file, given the path, beside its place, and puts it there when it is
+    whole. So a crash or a full disk leaves the file that was there before."""
+    aside = path.with_name(f"{path.name}.part")
+    try:
+        write(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def prepare_folder(run):
+    """Makes the folder of a run, and its metrics.jsonl with what was logged up to its checkpoint.
+
+    What a run logged after its checkpoint, before it was killed, it is going to log again.
+    """
+    lines = "".join(map(json_line, run.history))
+    if rank() == 0:
+        Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(run.cfg.out, "metrics.jsonl"), lambda path: path.write_text(lines))
+
+
+FREE = ("out", "device", "log_every", "save_every", "resume")  # a resumed run may change these
+
+
+def fixed_settings(cfg):
+    return {name: value for name, value in vars(cfg).items() if name not in FREE}
+
+
+def check_settings(path, theirs, ours):
+    """Refuses to resume with other settings than those that a file has, a dict for each run."""
+    if len(theirs) != len(ours):
+        raise InputError(f"{path} is of {len(theirs)} autoencoders, and the command of {len(ours)}")
+    changed = []
+    for before, now in zip(theirs, ours, strict=True):
+        for name, value in now.items():
+            if before.get(name) != value:
+                changed.append(f"{flag_of(name)} {before.get(name)}, not {value}")
+    if changed:
+        raise InputError(f"{path} was written with {'; '.join(dict.fromkeys(changed))}")
+
+
+def settings_of(runs):
+    return [{**fixed_settings(run.cfg), "processes": n_processes()} for run in runs]
 
 
 def save_checkpoint(path, runs, done, scale):
-    """Writes what the runs need to continue exactly.
+    """Writes what the runs need to continue, on a CPU exactly. Returns whether it could.
 
-    No state of a random generator is needed: after the weights, only the order of the data is
-    drawn, and `batches` finds its place again from the number of steps.
+    A GPU's sums vary in their last digits. No state of a random generator is needed: after the
+    weights, only the order of the data is drawn, and `batches` finds its place again from the
+    number of steps.
     """
-    content = {"done": done, "scale": scale, "settings": fixed_settings(runs), "runs": []}
+    content = {"done": done, "scale": scale, "settings": settings_of(runs), "runs": []}
     for run in runs:
         all_reduce_(run.last_fired_N, "MAX")  # each process has seen its own tokens
         state = {name: getattr(run, name) for name in ("lam", "last_fired_N", "history", "failure")}
         state.update(sae=run.sae.state_dict(), adam=run.adam.state_dict())
         content["runs"].append(state)
+    written = True
     if rank() == 0:
-        aside = path.with_suffix(
-            ".part"
-        )  # put in place when it is whole: there is never half a one
         try:
-            torch.save(content, aside)
-            aside.replace(path)
+            write_whole(path, partial(torch.save, content))
         except (OSError, RuntimeError) as error:
-            aside.unlink(missing_ok=True)
+            written = False
             # torch.save hides a disk's error behind one of its own.
-            say(
-                f"\ncheckpoint of step {done} can't be written, the last one stays: "
-                f"{error.__context__ or error}"
-            )
+            reason = error.__context__ or error
+            say(f"\ncheckpoint of step {done} can't be written, the last one stays: {reason}")
     if torchrun():
         dist.barrier()  # a process that ended before this is written would end the first one too
+    return written
 
 
 def load_checkpoint(path, runs):
     """Brings the runs to where a checkpoint has them. Returns its scale and the steps done."""
     with loading(str(path)):
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty; without it the run starts anew")
         saved = torch.load(path, map_location=runs[0].lam.device, weights_only=True)
-        theirs = saved["settings"].get
-    changed = [name for name, ours in fixed_settings(runs).items() if ours != theirs(name)]
-    if changed:
-        raise InputError(f"{path} was written with another value of {', '.join(changed)}")
-    for run, state in zip(runs, saved["runs"]):
-        run.sae.load_state_dict(state.pop("sae"))
-        run.adam.load_state_dict(state.pop("adam"))
-        vars(run).update(state)
-    return saved["scale"], saved["done"]
+        check_settings(path, saved["settings"], settings_of(runs))
+        for run, state in zip(runs, saved["runs"], strict=True):
+            run.sae.load_state_dict(state.pop("sae"))
+            run.adam.load_state_dict(state.pop("adam"))
+            vars(run).update(state)
+        return saved["scale"], saved["done"]
 
 
 SAELENS_NAMES = {
@@ -1071,7 +1506,7 @@ SAELENS_NAMES = {
 
 
 @torch.no_grad()
-def save_sae(sae, cfg, folder, scale=1.0):
+def save_sae(sae, cfg, folder, scale=1.0, has_bos=True):
     """Writes a folder that SAELens loads: cfg.json, and sae_weights.safetensors in float32.
 
     In training, activations were multiplied by `scale`. Dividing biases and thresholds by it gives
@@ -1099,8 +1534,9 @@ def save_sae(sae, cfg, folder, scale=1.0):
             "hook_layer": cfg.layer,
             "dataset_path": cfg.dataset,
             "context_size": cfg.ctx,
-            "prepend_bos": True,
+            "prepend_bos": has_bos,
             "activation_scale": scale,
+            "sae_lens_version": "6.0.0",  # whose format this is; SAELens drops metadata without it
             "settings": vars(cfg),
             "torch_version": torch.__version__,
         },
@@ -1110,37 +1546,78 @@ def save_sae(sae, cfg, folder, scale=1.0):
         content["rescale_acts_by_decoder_norm"] = False
     if content["architecture"] == "jumprelu":
         weights["threshold"] = sae.threshold() / scale
-    Path(folder, "cfg.json").write_text(json.dumps(content, indent=2))
     weights = {name: w.detach().float().cpu().contiguous() for name, w in weights.items()}
-    save_file(weights, Path(folder, "sae_weights.safetensors"))
+    text = json.dumps(content, indent=2)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(folder, "sae_weights.safetensors"), partial(save_file, weights))
+    write_whole(Path(folder, "cfg.json"), lambda path: path.write_text(text))
 
 
 def load_sae(path, device="cpu"):
-    """The autoencoder of a folder that this file or SAELens wrote: topk, standard or jumprelu."""
+    """The autoencoder of a folder that this file or SAELens wrote, in float32.
+
+    Known are topk, standard and jumprelu. Whatever would give other latents is refused.
+    """
     from safetensors.torch import load_file
 
+    check_sae_folder(Path(path))
     with loading(str(path)):
-        cfg = dict(json.loads(Path(path, "cfg.json").read_text()))
-        weights = load_file(Path(path, "sae_weights.safetensors"))
+        cfg = json.loads(Path(path, "cfg.json").read_text(encoding="utf-8"))
+        if not isinstance(cfg, dict):
+            raise InputError(f"{path}: cfg.json holds no settings")
+        stored = load_file(Path(path, "sae_weights.safetensors"))
+        weights = {name: tensor.float() for name, tensor in stored.items()}
         N, D = weights["W_dec"].shape
-        kind = cfg["architecture"]
-        # Anything else would give other latents without a word.
-        known = kind in SAELENS_NAMES.values() and cfg.get("activation_fn_str", "relu") == "relu"
-        if not known or cfg.get("normalize_activations") not in (None, "none"):
-            raise InputError(f"{path} can't be honoured: {json.dumps(cfg)[:300]}")
+        # SAELens before version 6 names the architecture only where it is not the standard one.
+        kind = cfg.get("architecture", "standard")
+        refuse_unknown(path, kind, "architecture", ("topk", "standard", "jumprelu"))
+        refuse_unknown(path, cfg.get("activation_fn_str", "relu"), "activation_fn_str", ("relu",))
+        normalization = cfg.get("normalize_activations") or "none"  # null and false were none, too
+        refuse_unknown(path, normalization, "normalize_activations", ("none",))
+        for flag in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+            refuse_unknown(path, cfg.get(flag) or False, flag, (True, False))
         if kind == "topk":
-            if cfg["k"] not in range(1, N + 1):
-                raise InputError(f"{path}: k is {cfg['k']!r}, an integer from 1 to {N} is needed")
-            sae = SAE(D, N, cfg["k"])
+            k = cfg.get("k")
+            if type(k) is not int or not 1 <= k <= N:
+                raise InputError(f"{path}: k is {k!r}, an integer from 1 to {N} is needed")
+            sae = SAE(D, N, k)
         else:
-            sae = ThresholdSAE(D, N, N)
+            sae = ThresholdSAE(D, N, N)  # k is not used
             weights["theta"] = weights.pop("threshold", sae.theta)
         if not cfg.get("apply_b_dec_to_input", True):  # encode() subtracts b_dec: add it back
             weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]
         sae.load_state_dict(weights)
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise InputError(f"{path}: its weights are not finite")
     if cfg.get("rescale_acts_by_decoder_norm"):
         fold_decoder_norms(sae)
     return sae.to(device)
+
+
+def refuse_unknown(path, value, name, known):
+    """Refuses a value in cfg.json that this file does not know how to honour."""
+    if not any(value is one or value == one and type(value) is type(one) for one in known):
+        raise InputError(f"{path} has {name} {value!r}, and known are {', '.join(map(str, known))}")
+
+
+def check_sae_folder(folder):
+    """Refuses a folder without our two files, and says what it is where that can be told."""
+    if (folder / "cfg.json").exists() and (folder / "sae_weights.safetensors").exists():
+        return
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not there:
+        raise InputError(f"{folder}: there is no such folder, or it is empty")
+    kind = "an unknown format"
+    if {"ae.pt", "config.json"} <= set(there):
+        kind = "dictionary_learning's format"
+    elif {"sae.safetensors", "cfg.json"} <= set(there):
+        kind = "sparsify's format"
+    elif {"params.safetensors", "config.json"} <= set(there):
+        kind = "Gemma Scope 2's format"
+    raise InputError(
+        f"{folder} has {', '.join(there[:5])}, which is {kind}; needed are cfg.json and "
+        "sae_weights.safetensors, as SAELens and save_sae write them"
+    )
 
 
 @torch.no_grad()
@@ -1176,6 +1653,8 @@ def library_texts():
 
 def demo_files(folder):
     """Makes the demo's heldout.jsonl, train.jsonl and language model; this takes about 100 s."""
+    if (folder / "tokenizer_config.json").exists():  # the file written last
+        return
     folder.mkdir(parents=True, exist_ok=True)
     documents = {"heldout": [], "train": []}
     for name, text in library_texts():
@@ -1232,8 +1711,7 @@ def use_demo(cfgs):
     """Lets the runs use the demo's model and text, which are made once and kept in SGO_CACHE."""
     cache = Path(os.environ.get("SGO_CACHE", "~/.cache/sgo_sae")).expanduser()
     folder = cache / f"demo-python3.{sys.version_info.minor}"
-    if not (folder / "tokenizer_config.json").exists():  # the file written last
-        demo_files(folder)
+    decide_together(lambda: demo_files(folder))
     for cfg in cfgs:
         cfg.model = str(folder)
         cfg.dataset = str(folder / "train.jsonl")
@@ -1244,12 +1722,12 @@ def flag_of(name):
     return FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
-def new_parser(program, text):
-    """A parser whose help shows the defaults, and whose errors are one line."""
+def new_parser(usage, text):
+    """A parser whose help shows the defaults, and whose errors are one line, without the usage."""
     return argparse.ArgumentParser(
-        prog=program,
+        prog=usage.split()[0],
         usage=argparse.SUPPRESS,
-        description=text,
+        description=f"{text} Usage: python {usage}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -1257,11 +1735,13 @@ def new_parser(program, text):
 
 def parse_args(argv):
     """The settings of a command line: a Config for each combination of the values of LISTS."""
-    parser = new_parser("sgo_sae.py", __doc__.splitlines()[0])
+    parser = new_parser("sgo_sae.py [--flag VALUE ...]", __doc__.splitlines()[0])
     comment = re.compile(r"^    (\w+): .+  # (.+)$", re.MULTILINE)
     comments = dict(comment.findall(Path(__file__).read_text(encoding="utf-8")))
     for field in dataclasses.fields(Config):
         options = {"dest": field.name, "default": field.default, "help": comments[field.name]}
+        if "(default" in comments[field.name]:
+            options["default"] = argparse.SUPPRESS  # of argparse's own line on it
         if field.type is bool:
             options["action"] = "store_true"
         else:
@@ -1282,10 +1762,10 @@ def check(cfg):
     """Refuses settings that can't work."""
     for name, value in vars(cfg).items():
         least = AT_LEAST.get(name, 0)
-        if type(value) in (int, float) and not least <= value < math.inf:
-            raise InputError(f"{flag_of(name)} must be at least {least}, but is {value}")
-    if cfg.decay_start > 1:
-        raise InputError(f"--decay-start is a share, 0 to 1, but is {cfg.decay_start}")
+        most = AT_MOST.get(name, sys.float_info.max)
+        if type(value) in (int, float) and not least <= value <= most:
+            up_to = f" and at most {most}" if name in AT_MOST else ""
+            raise InputError(f"{flag_of(name)} must be at least {least}{up_to}, but is {value}")
     if cfg.k > cfg.d_sae:
         raise InputError(f"--k {cfg.k} is more than the {cfg.d_sae} latents of --dict")
     if cfg.tokens < cfg.batch:
@@ -1299,20 +1779,66 @@ def check(cfg):
 
 
 def choose_folders(cfgs):
-    """Sets each run's `out` and returns the folder of all; refuses one that a run has been in."""
+    """Sets each run's `out` and returns the folder of all."""
     cfg = cfgs[0]
     names = [f"{c.arch}-n{c.d_sae}-k{c.k}-a{c.alpha:g}-s{c.seed}" for c in cfgs]
     if len(set(names)) < len(names):
         raise InputError("a value of --arch, --dict, --k, --alpha or --seed is given twice")
     what = names[0] if len(cfgs) == 1 else "grid"
     folder = Path(cfg.out or f"runs/{Path(cfg.model or 'demo').name}-l{cfg.layer}-{what}")
-    for c, name in zip(cfgs, names):
+    for c, name in zip(cfgs, names, strict=True):
         c.out = str(folder / name if len(cfgs) > 1 else folder)
-    stopped = (folder / "checkpoint.pt").exists()
-    ended = any(Path(c.out, "cfg.json").exists() for c in cfgs)
-    if (ended and not stopped) or (stopped and not cfg.resume):
-        raise InputError(f"{folder} holds a run: --resume continues one that was stopped")
     return folder
+
+
+@contextmanager
+def taken(folder):
+    """Makes a folder and keeps other processes out of it. It is removed where it stays empty."""
+    import filelock
+
+    if rank() > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "running.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise InputError(f"{folder}: another run is under way in this folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def check_folder(folder, cfgs):
+    """Refuses a folder that holds runs, unless they can be resumed. Returns whether they ended."""
+    found = []
+    for depth in ("", "*/", "*/*/"):
+        for name in ("checkpoint.pt", "cfg.json", "metrics.jsonl"):
+            found += folder.glob(depth + name)
+    if cfgs[0].resume:
+        if folder / "checkpoint.pt" in found:
+            return False
+        saved = [cfg for cfg in cfgs if Path(cfg.out, "cfg.json") in found]
+        for cfg in saved:
+            file = Path(cfg.out, "cfg.json")
+            with loading(str(file)):
+                theirs = json.loads(file.read_text())["metadata"]["settings"]
+            check_settings(file, [theirs], [fixed_settings(cfg)])
+        if saved:
+            return True
+        # Where there is nothing but metrics.jsonl, the run was killed before its first checkpoint.
+        if {Path(cfg.out, "metrics.jsonl") for cfg in cfgs} >= set(found):
+            return False
+    if found:
+        stopped = folder / "checkpoint.pt" in found
+        advice = "--resume continues it" if stopped else "choose another --out"
+        raise InputError(f"{folder} holds a run, {found[0]}: {advice}")
+    return False
 
 
 def find_device(name, dtype):
@@ -1334,37 +1860,74 @@ def work(argv):
     start_processes()
     for cfg in cfgs:
         check(cfg)
-    folder = choose_folders(cfgs)
     device, dtype = find_device(cfgs[0].device, cfgs[0].dtype)
-    if cfgs[0].demo:
-        use_demo(cfgs)
-    train(cfgs, folder, device, dtype)
+    folder = choose_folders(cfgs)
+    with taken(folder):
+        if decide_together(lambda: check_folder(folder, cfgs)):
+            say(f"{folder} holds this run, and it has ended: there is nothing to resume")
+            return
+        if cfgs[0].demo:
+            use_demo(cfgs)
+        train(cfgs, folder, device, dtype)
     if torchrun():
         dist.destroy_process_group()
     if cfgs[0].demo:
         print(f"to see what the penalty did:  python eval_sae.py {folder} --html page.html")
 
 
+class Output:
+    """A stream that text is written to, if it can be: no print may end a run.
+
+    Characters that its encoding lacks are escaped. When a pipe is closed or a disk full, the rest
+    goes nowhere.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or io.StringIO()  # None is a stream that was closed before
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        encoding = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 MEMORY_ADVICE = "smaller --dict, --batch, --buffer and --lm-batch need less"
 
 
 def main(argv, work=work, program="sgo_sae.py", memory_advice=MEMORY_ADVICE):
-    """Does the work and returns the exit code. What the user can mend is one line, and code 2."""
+    """Does the work and returns the exit code. What the user can mend is one line, and code 2.
+
+    eval_sae.py has its own work, name and advice.
+    """
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     logging.disable()  # the libraries raise what they also log
-    try:
-        work(argv)
-        return 0
-    except SystemExit as end:  # of the parser, or of a run that was stopped
-        return end.code
-    except (InputError, OSError) as error:  # an OSError here is a file that can't be written
-        message = " ".join(str(error).split())
-    except RuntimeError as error:
-        if "allocate" not in str(error):
-            raise
-        message = f"out of memory, {memory_advice}: {str(error)[:200]}"
-    print(f"{program}: error: {message}", file=sys.stderr)
-    return 2
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+        try:
+            with handling_signals(interrupt):
+                work(argv)
+            return 0
+        except SystemExit as end:  # of the parser, or of a run that was stopped
+            return end.code
+        except Interrupted as interrupted:
+            print(f"{program}: stopped", file=sys.stderr)
+            return 128 + interrupted.args[0]
+        except (InputError, OSError) as error:  # an OSError here is a file that can't be written
+            message = " ".join(str(error).split())
+        except RuntimeError as error:
+            if "allocate" in str(error):
+                message = f"out of memory, {memory_advice}: {str(error)[:200]}"
+            elif torchrun() and ("closed by peer" in str(error) or "NCCL" in str(error)):
+                message = "another process has ended"
+            else:
+                raise
+        print(f"{program}: error: {message}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

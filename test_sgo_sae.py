@@ -746,7 +746,7 @@ def test_processes_take_turns_at_contexts(model, texts, monkeypatch):
         ids = read[rank, world] = []
 
         def noted(lm, layer, ids_BL, ids=ids):
-            ids.extend(ids_BL.tolist())
+            ids.extend(ids_BL.tolist() if len(ids_BL[0]) == 16 else [])  # not when it is loaded
             return real(lm, layer, ids_BL)
 
         monkeypatch.setattr(sgo_sae, "rank", lambda rank=rank: rank)
@@ -820,7 +820,7 @@ def test_run_is_complete_and_repeatable(train_argv, tmp_path, capsys):
         "mse",
     ]
     assert {*keys, "activation_scale"} <= set(rows[0])
-    assert rows[-1]["alpha"] == pytest.approx(sgo_sae.alpha_at(11))
+    assert rows[-1]["alpha"] == 0.075  # since the warm-up is a fifth of 12 steps
     weighed = rows[0]["alpha"] * rows[0]["omega"]
     assert rows[0]["penalty_share"] == pytest.approx(weighed / rows[0]["reconstruction"])
     metadata = json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]
@@ -873,6 +873,7 @@ def test_saved_and_loaded_outputs_are_identical(tmp_path, arch, name):
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     assert cfg["architecture"] == name
     assert cfg["metadata"]["hook_name"] == "blocks.12.hook_resid_post"
+    assert cfg["metadata"]["sae_lens_version"] == "6.0.0"  # without it SAELens drops the metadata
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     shapes = {"W_enc": (8, 32), "b_enc": (32,), "W_dec": (32, 8), "b_dec": (8,)}
     if name == "jumprelu":
@@ -886,6 +887,9 @@ def test_saelens_loads_the_folder(tmp_path, arch):
     sae, x_BD = random_sae(arch)
     sgo_sae.save_sae(sae, sgo_sae.Config(k=4, arch=arch), tmp_path)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    metadata = theirs.cfg.metadata
+    assert metadata.model_name == sgo_sae.Config.model and metadata.context_size == 128
+    assert metadata.hook_name == "blocks.12.hook_resid_post" and metadata.settings["k"] == 4
     assert torch.allclose(theirs.encode(x_BD), sae.encode(x_BD), atol=1e-4)
     assert torch.allclose(theirs(x_BD), sae(x_BD), atol=1e-4)
 
@@ -936,7 +940,7 @@ def test_folders_of_saelenss_trainer_load_with_its_latents(tmp_path):
 )
 def test_folders_whose_latents_would_be_others_are_refused(tmp_path, cfg):
     write_foreign(tmp_path, foreign_weights()[0], **cfg)
-    with pytest.raises(InputError, match="can't be honoured"):
+    with pytest.raises(InputError, match="and known are"):
         sgo_sae.load_sae(tmp_path)
 
 
@@ -1324,7 +1328,10 @@ def refused(argv, capsys):
         ("--alpha x", "invalid float value: 'x'"),
         ("--lr -1", "--lr must be at least 0"),
         ("--sparsity nan", "--sparsity must be at least 0"),
-        ("--decay-start 2", "--decay-start is a share"),
+        ("--decay-start 2", "--decay-start must be at least 0 and at most 1"),
+        ("--alpha-warmup 1000", "--alpha-warmup must be at least 0 and at most 1"),
+        (f"--seed {2**64}", "--seed must be at least 0 and at most"),
+        (f"--data-seed {2**60}", "--data-seed must be at least 0 and at most"),
         ("--ctx 1", "--ctx must be at least 2"),
         ("--tokens 10", "less than one batch"),
         ("--log-every 0", "--log-every must be at least 1"),
@@ -1339,7 +1346,9 @@ def refused(argv, capsys):
         ("--text-column body", "texts.jsonl has text"),
         ("--split test", "train"),
         ("--model /nowhere/at/all", "/nowhere/at/all"),
-        ("--dataset /nowhere/at/all.jsonl", "/nowhere/at/all.jsonl"),
+        ("--dataset /nowhere/at/all.jsonl", "/nowhere/at/all.jsonl: there is no such file"),
+        ("--dataset misspelled.csv", "misspelled.csv: there is no such file"),
+        ("--model ./misspelled", "./misspelled: there is no such file"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(
@@ -1355,18 +1364,21 @@ def test_bad_settings_are_refused_in_one_line(
     [
         ("empty.jsonl", b"", "empty.jsonl"),
         ("empty.txt", b"", "holds no text"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text', "can't be loaded"),
+        ("broken.jsonl", b'{"text": "a', "holds no text"),
+        ("broken.json", b'[{"text": "a"},\n{"text', "can't be loaded"),
         ("broken.jsonl.gz", b"this is not gzip", "can't be loaded"),
         ("broken.parquet", b"PAR1 but not really", "can't be loaded"),
-        ("blank.jsonl", b'{"text": ""}\n{"text": null}\n', "holds no text"),
-        ("numbers.jsonl", b'{"text": 1}\n{"text": 2}\n', "holds no text"),
+        ("blank.jsonl", b'{"text": ""}\n{"text": null}\n', "its column text is NoneType and blank"),
+        ("numbers.jsonl", b'{"text": 1}\n{"text": 2}\n', "its column text is int"),
+        ("chats.jsonl", b'{"text": [{"role": "user"}]}\n', "its column text is list"),
         ("picture.png", b"\x89PNG", "is needed"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(train_argv, tmp_path, capsys, name, content, words):
     (tmp_path / name).write_bytes(content)
-    line = refused(train_argv(dataset=tmp_path / name), capsys)
-    assert words in line and name in line
+    assert sgo_sae.main(train_argv(dataset=tmp_path / name)) == 2
+    line = last_line(capsys)
+    assert line.startswith("sgo_sae.py: error: ") and words in line and name in line
     assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
 
 
@@ -1393,8 +1405,11 @@ def test_finished_run_is_not_overwritten(train_argv, tmp_path, capsys):
     assert sgo_sae.main(train_argv()) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     capsys.readouterr()
-    for argv in (train_argv(), train_argv(lr=0.1) + ["--resume"]):
-        assert "holds a run: --resume continues one that was stopped" in refused(argv, capsys)
+    assert "cfg.json: choose another --out" in refused(train_argv(), capsys)
+    line = refused(train_argv(lr=0.1) + ["--resume"], capsys)
+    assert line.endswith("cfg.json was written with --lr 0.0003, not 0.1")
+    assert sgo_sae.main([*train_argv(), "--resume"]) == 0
+    assert "it has ended: there is nothing to resume" in last_line(capsys)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -1451,7 +1466,7 @@ def test_a_penalty_that_outweighs_the_reconstruction_is_said_once(train_argv, tm
     assert sgo_sae.main(train_argv(alpha=50, alpha_warmup=0, log_every=1)) == 0
     err = capsys.readouterr().err
     assert (
-        err.count("use --normalize or a smaller --alpha") == 1
+        err.count("use a smaller --alpha or --normalize") == 1
         and "the paper's strength is α " in err
     )
     shares = [row["penalty_share"] for row in metrics_of(tmp_path / "run")]
@@ -1512,16 +1527,15 @@ def test_what_the_hub_refuses_is_explained(train_argv, tmp_path, hub, settings, 
 
 def test_no_network_is_explained(train_argv, tmp_path):
     def run(settings):  # the Hub's libraries try again for half a minute: both cases at once
-        return python(
-            SCRIPT, *train_argv(**settings), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)
-        )
+        argv = train_argv(out=tmp_path / next(iter(settings)), **settings)
+        return python(SCRIPT, *argv, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
 
     with ThreadPoolExecutor() as pool:
         for result in pool.map(run, [{"model": "some/model"}, {"dataset": "some/data"}]):
             assert result.returncode == 2 and re.search(
                 "couldn't connect|Couldn't reach", result.stderr
             ), result.stderr
-            assert "--demo" in result.stderr and len(result.stderr.splitlines()) == 1
+            assert len(result.stderr.splitlines()) == 1
 
 
 # ------------------------------------------------------------------ interruption, faults, bad input
@@ -1576,7 +1590,7 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(
             assert sgo_sae.main(argv + ["--resume"] * (n > 0)) == 128 + number
         assert "the same command with --resume goes on" in capsys.readouterr().err
     assert not list((tmp_path / "run").rglob("sae_weights.safetensors"))
-    assert "--resume continues one that was stopped" in refused(argv, capsys)
+    assert "checkpoint.pt: --resume continues it" in refused(argv, capsys)
     assert sgo_sae.main([*argv, "--resume"]) == 0
     assert not list((tmp_path / "run").rglob("checkpoint*"))
     files = [p for p in (tmp_path / "whole").rglob("*") if p.suffix in (".safetensors", ".jsonl")]
@@ -1618,7 +1632,11 @@ def test_resume_of_another_run_is_refused_by_name(train_argv, tmp_path, monkeypa
     line = refused(
         [*argv, "--resume", "--lr", "0.01", "--alpha", "0.2", "--log-every", "1"], capsys
     )
-    assert line.endswith("another value of alpha, lr")
+    assert line.endswith(
+        "checkpoint.pt was written with --alpha 0.075, not 0.2; --lr 0.0003, not 0.01"
+    )
+    line = refused([*argv, "--resume", "--alpha", "0.075", "0.2"], capsys)
+    assert line.endswith("checkpoint.pt is of 1 autoencoders, and the command of 2")
     for content in (
         b"",
         kept[: len(kept) // 2],
@@ -1626,7 +1644,10 @@ def test_resume_of_another_run_is_refused_by_name(train_argv, tmp_path, monkeypa
         pickle.dumps({"settings": Path("x")}, protocol=2),
     ):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
-        assert "checkpoint.pt can't be loaded" in refused([*argv, "--resume"], capsys)
+        line = refused([*argv, "--resume"], capsys)
+        assert (
+            "checkpoint.pt is empty" if content == b"" else "checkpoint.pt can't be loaded"
+        ) in line
     assert not Path("pwned").exists()
 
 
@@ -1749,7 +1770,8 @@ def test_damaged_autoencoders_are_refused_in_one_line(model, tmp_path, capsys, c
 
 
 def test_out_of_memory_names_the_size_and_the_flags(train_argv, capsys):
-    line = refused(train_argv(batch=10**12, tokens=10**12), capsys)
+    assert sgo_sae.main(train_argv(batch=10**12, tokens=10**12)) == 2
+    line = last_line(capsys)
     assert (
         "out of memory" in line
         and "--batch" in line
@@ -1799,6 +1821,601 @@ def test_memory_is_flat(tmp_path):
     assert process.returncode == 0, process.stderr.read()
     middle = {part: statistics.median(pages) for part, pages in resident.items()}
     assert middle[5] == pytest.approx(middle[1], rel=0.12), middle
+
+
+# --------------------------------------------------------------------- the world's files and models
+
+
+def texts_of(path, **settings):
+    """The texts that training reads of a path, in the order of reading."""
+    cfg = sgo_sae.Config(dataset=str(path), **settings)
+    with sgo_sae.loading(str(path)):
+        rows = list(sgo_sae.open_dataset(cfg, (cfg.text_column,)))
+    return [row[cfg.text_column] for row in rows if sgo_sae.is_text(row.get(cfg.text_column))]
+
+
+def test_only_the_text_column_matters(tmp_path, capsys):
+    """Columns that come, go or change their type, rows that are none, and bad lines cost nothing
+    else.
+    """
+    rows = [{"text": f"a{i}", "meta": None} for i in range(300)]
+    rows += [{"meta": {"deep": [i]}, "text": f"b{i}", "more": 1.5} for i in range(300)]
+    rows += [{"text": f"c{i}", "meta": "now a string"} for i in range(300)]
+    lines = [json.dumps(row) for row in rows]
+    expected = [row["text"] for row in rows]
+    odd = ['{"text": "half', "17", '["listed"]', "", '{"text": ' + "[" * 10**5, '{"other": 1}']
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:600], *odd, *lines[600:]]))
+    assert texts_of(tmp_path / "a.jsonl") == expected[:600] + ["listed"] + expected[600:]
+    assert capsys.readouterr().err.count("a.jsonl: line 601 and others like it are left out") == 1
+    other = {"text": [f"d{i}" for i in range(9)], "score": range(9)}
+    pandas.DataFrame(other).to_parquet(tmp_path / "1.parquet")
+    other = {"score": [str(i) for i in range(9)], "text": [f"e{i}" for i in range(9)]}
+    pandas.DataFrame(other).to_parquet(tmp_path / "2.parquet")
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.jsonl.bak")
+    assert texts_of(tmp_path) == [f"{x}{i}" for x in "de" for i in range(9)]
+    ragged = 'id,text\n1,x\n2\n3,y,z\n"4","a ""b""\nc"\n'
+    (tmp_path / "ragged.csv").write_text(ragged)
+    assert texts_of(tmp_path / "ragged.csv") == ["x", "y", 'a "b"\nc']
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    written = [
+        "NA",
+        "None",
+        "null",
+        "nan",
+        "007",
+        "1e5",
+        "true",
+        "#N/A",
+        " n/a ",
+        "-",
+        "2020-01-01",
+    ]
+    lines = ["text,label", *[f"{text},{text}" for text in written]]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    (tmp_path / "a.txt").write_text("\n\n".join(written))
+    write_rows(tmp_path / "a.jsonl", [{"text": text, "label": text} for text in written])
+    for name in ("a.csv", "a.txt", "a.jsonl"):
+        assert texts_of(tmp_path / name) == written
+    for name in ("a.csv", "a.jsonl"):
+        frame = eval_sae.file_frame(str(tmp_path / name))
+        assert frame["label"].tolist() == written
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "a"},\n {"text": "b"}]',
+        '[{"text": "a"}, {"text": "b"}]\n',
+        '["a", "b"]',
+        '{\n "text": "a"\n}\n{\n "text": "b"\n}',
+        '\n{"text": "a"}{"text": "b"}\n',
+        '{"text": "a"}\r\n\r\n{"text": "b"}\r\n',
+    ],
+)
+def test_json_of_any_layout_is_read(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content.encode())
+    assert texts_of(tmp_path / "a.json") == ["a", "b"]
+
+
+def test_files_that_are_not_the_data_are_left_out(tmp_path, capsys):
+    for name in ("train-0.jsonl", "more/b.jsonl", "test.jsonl", "dev/c.jsonl", "x.jsonl.bak"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / name, [{"text": name}])
+    for name in (".hidden.jsonl", ".cache/d.jsonl", "__MACOSX/e.jsonl", "~$f.jsonl", "g.jsonl~"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / name, [{"text": name}])
+    for name in ("README.txt", "LICENSE.txt", "dataset_infos.json", "notes.md"):
+        (tmp_path / name).write_text("no data")
+    assert sorted(texts_of(tmp_path)) == ["more/b.jsonl", "train-0.jsonl"]
+    said = capsys.readouterr().err
+    assert "files are read, more/b.jsonl, train-0.jsonl" in said
+    assert texts_of(tmp_path, split="test") == ["test.jsonl"]
+    assert texts_of(tmp_path, split="validation") == ["dev/c.jsonl"]
+    assert texts_of(tmp_path / "test.jsonl") == ["test.jsonl"]  # what is named is read
+    with pytest.raises(InputError, match="no files of the split other: --split test or train or"):
+        texts_of(tmp_path, split="other")
+    (tmp_path / "latest.csv").write_text("text\na")
+    with pytest.raises(InputError, match=re.escape("and it has .csv and .jsonl")):
+        texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("spaces", [True, False])
+def test_a_document_of_any_length_is_read_in_pieces(model, tmp_path, monkeypatch, spaces):
+    """No piece is longer than LONGEST, none is lost, and none is cut within a word that fits."""
+    monkeypatch.setattr(sgo_sae, "LONGEST", 1000)
+    text = "".join(f"word{i}" + (" \n"[i % 2] if spaces else "") for i in range(2000))
+    parts = list(sgo_sae.pieces(text))
+    assert "".join(parts) == text and max(map(len, parts)) <= 1000
+    if spaces:
+        assert all(part[0] in " \n" for part in parts[1:])
+    (tmp_path / "a.txt").write_text(f"first\n\n{text}\n\nlast")
+    read = texts_of(tmp_path / "a.txt")
+    assert "".join(read) == f"first{text}last" and max(map(len, read)) <= 2000
+    ids = model[2](TEXT * 50, add_special_tokens=False).input_ids  # one text over several pieces
+    contexts = list(sgo_sae.token_contexts([TEXT * 50], model[2], 11))
+    assert [i for context in contexts for i in context[1:]] == [*ids, model[2].eos_token_id][
+        : 10 * len(contexts)
+    ]
+
+
+def test_encodings_are_known_or_told(tmp_path, capsys):
+    text = "naïve café → 漢字"
+    for encoding in ("utf-16", "utf-32", "utf-8-sig"):
+        row = json.dumps({"text": text}, ensure_ascii=False)
+        (tmp_path / f"{encoding}.jsonl").write_bytes(f"{row}\n{row}\n".encode(encoding))
+        assert texts_of(tmp_path / f"{encoding}.jsonl") == [text, text]
+        told = capsys.readouterr().err
+        assert told.count("byte order mark") == (encoding != "utf-8-sig")
+    (tmp_path / "latin.txt").write_bytes("première\n\ndéjà vu\n\nplain".encode("latin-1"))
+    assert texts_of(tmp_path / "latin.txt") == ["premi�re", "d�j� vu", "plain"]
+    assert capsys.readouterr().err.count("latin.txt is not all UTF-8") == 1
+    (tmp_path / "half.jsonl").write_text('{"text": "a \\ud83d b"}\n')  # half of a surrogate pair
+    assert texts_of(tmp_path / "half.jsonl") == ["a � b"]
+
+
+def little_tokenizer(kind):
+    """A tokenizer that knows the words "some" and "text", or the letters of them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = {}
+    if kind == "words":
+        unknown = {"unk_token": "[UNK]"}
+        tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "some": 1, "text": 2}, **unknown))
+    else:
+        tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("sometx")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **unknown)
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("words", " are kept, too few for a batch of 64"),
+        ("letters", "the tokenizer makes no token of 10,000 texts in a row"),
+    ],
+)
+def test_text_that_gives_no_batch_ends_the_run(train_argv, tmp_path, capsys, kind, words):
+    make_model(tmp_path / "lm")
+    little_tokenizer(kind).save_pretrained(tmp_path / "lm")
+    write_rows(tmp_path / "t.jsonl", [{"text": "\u044f \u0436 \u0436\u044f" * 9}] * 30)
+    assert sgo_sae.main(train_argv(model=tmp_path / "lm", dataset=tmp_path / "t.jsonl")) == 2
+    assert words in last_line(capsys)
+
+
+def tiny(kind):
+    """A small model of another family, of four layers, or more where the number must be larger."""
+    import transformers as t
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes |= {
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 40,
+        **ends,
+    }
+    grouped = {**sizes, "num_key_value_heads": 1, "head_dim": 16}
+    attends = ["sliding_attention", "sliding_attention", "full_attention"] * 4
+    if kind == "minicpm3":  # scales its branches by the number of layers
+        lora = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        return t.MiniCPM3ForCausalLM(
+            t.MiniCPM3Config(v_head_dim=8, num_key_value_heads=2, **lora, **sizes)
+        )
+    if kind == "gemma4":  # later layers share keys and values; one tensor is as long as all layers
+        own = {"num_hidden_layers": 12, "num_kv_shared_layers": 5, "layer_types": attends}
+        own |= {
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 300,
+            "sliding_window": 4,
+        }
+        return t.Gemma4ForCausalLM(t.Gemma4TextConfig(global_head_dim=16, **grouped | own))
+    if kind == "esm":  # a head over the attention of all layers
+        return t.EsmForMaskedLM(
+            t.EsmConfig(mask_token_id=3, position_embedding_type="rotary", **sizes)
+        )
+    if kind == "nemotron_h":  # the number of layers is the length of a list
+        own = {"layers_block_type": ["mamba", "attention", "mlp", "mamba"], "n_groups": 1}
+        own |= {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8}
+        grouped.pop("num_hidden_layers")
+        return t.NemotronHForCausalLM(t.NemotronHConfig(**grouped, **own))
+    if kind == "gpt1":  # a layer's output is a list
+        own = {"n_embd": 32, "n_layer": 4, "n_head": 2, "n_positions": 40, "vocab_size": 300}
+        return t.OpenAIGPTLMHeadModel(t.OpenAIGPTConfig(**own))
+    if kind == "ettin":  # what it calls its decoder is its head
+        return t.ModernBertDecoderForCausalLM(
+            t.ModernBertDecoderConfig(cls_token_id=1, sep_token_id=2, **sizes)
+        )
+    if kind == "opt":  # a table of positions
+        return t.OPTForCausalLM(t.OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **sizes))
+    if kind == "qwen3":
+        return t.Qwen3ForCausalLM(t.Qwen3Config(**grouped))
+    if kind == "t5":
+        return t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=64, num_layers=4, num_heads=2)
+        )
+    if kind == "albert":  # one layer, used four times
+        return t.AlbertForMaskedLM(t.AlbertConfig(embedding_size=16, **sizes))
+    if kind == "xlm":  # its layers are rows of several lists
+        return t.XLMWithLMHeadModel(t.XLMConfig(vocab_size=300, emb_dim=32, n_layers=4, n_heads=2))
+    return t.RobertaForMaskedLM(t.RobertaConfig(**sizes))  # its first position is never used
+
+
+def saved(kind, model, folder):
+    torch.manual_seed(0)
+    lm = tiny(kind).eval()
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.15)  # layers that change their input visibly
+    lm.save_pretrained(folder)
+    model[2].save_pretrained(folder)
+    return lm
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize(
+    "kind", ["minicpm3", "gemma4", "esm", "nemotron_h", "gpt1", "ettin", "opt", "qwen3"]
+)
+def test_layers_are_those_of_the_whole_model_bit_for_bit(model, tmp_path, kind, layer):
+    """Also where a model's layers depend on how many there are. The later ones are not loaded."""
+    whole = saved(kind, model, tmp_path)
+    ids_BL = torch.randint(3, 80, (3, 12))
+    outputs = []
+    paths = [
+        p
+        for p, m in whole.named_modules()
+        if re.fullmatch(rf"(\w+\.)*(layers|layer|h)\.{layer}", p)
+    ]
+    path = min(paths, key=len)
+    whole.get_submodule(path).register_forward_hook(lambda m, args, output: outputs.append(output))
+    with torch.inference_mode():
+        whole(ids_BL)
+    expected = outputs[0] if torch.is_tensor(outputs[0]) else outputs[0][0]
+    lm, module = loaded((tmp_path,), layer)
+    assert torch.equal(sgo_sae.layer_output(lm, module, ids_BL), expected)
+    if kind != "esm":  # which has no causal model
+        part, *_ = sgo_sae.load_lm(tmp_path, layer, CPU, torch.float32, whole=True)
+        assert torch.equal(sgo_sae.layer_output(part, part.get_submodule(path), ids_BL), expected)
+    n_layers = 12 if kind == "gemma4" else 4
+    assert not any(
+        re.fullmatch(rf"(\w+\.)*(layers|layer|h)\.{n_layers - 1}", p) for p, _ in lm.named_modules()
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("t5", "is an encoder with a decoder, which can't be read"),
+        ("albert", "its 4 layers are not in one list"),
+        ("xlm", "its 4 layers are not in one list"),
+    ],
+)
+def test_models_that_can_not_be_read_are_refused(train_argv, model, tmp_path, capsys, kind, words):
+    saved(kind, model, tmp_path / "lm")
+    assert words in refused(train_argv(model=tmp_path / "lm"), capsys)
+
+
+@pytest.mark.parametrize("kind, most", [("opt", 40), ("roberta", 39), ("gpt1", 40)])
+def test_positions_that_a_model_has_not_are_refused(
+    train_argv, model, texts, tmp_path, capsys, kind, most
+):
+    saved(kind, model, tmp_path / "lm")
+    assert sgo_sae.main(train_argv(model=tmp_path / "lm", ctx=most)) == 0
+    capsys.readouterr()
+    words = f"--ctx {most + 1}: {tmp_path / 'lm'} can't read as many tokens"
+    assert words in refused(
+        train_argv(model=tmp_path / "lm", ctx=most + 1, out=tmp_path / "b"), capsys
+    )
+    argv = [
+        tmp_path / "run",
+        "--text",
+        texts,
+        "--contexts",
+        9,
+        "--metrics",
+        "core",
+        "--ctx",
+        most + 1,
+    ]
+    evaluated(argv)
+    assert words in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------- nothing is lost
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])
+def test_an_output_of_few_characters_loses_no_autoencoder(train_argv, tmp_path, encoding):
+    result = python(SCRIPT, *train_argv(), "--alpha", "0", "0.05", PYTHONIOENCODING=encoding)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "run").glob("*/sae_weights.safetensors"))) == 2
+    assert r"\u03a9" in result.stdout and "EV 0." in result.stdout
+
+
+def test_an_output_that_nobody_reads_ends_no_run(train_argv, tmp_path):
+    """Both pipes are closed before anything is written; a closed stderr is None to Python."""
+    for n, closed in enumerate(["2>&1 | true", "| true", ">&- 2>&-", "> /dev/full 2>&1"]):
+        argv = train_argv(out=tmp_path / str(n))
+        command = " ".join(map(str, [sys.executable, SCRIPT, *argv, closed]))
+        process = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False)
+        assert process.returncode == 0, closed
+        assert (tmp_path / str(n) / "cfg.json").exists()
+
+
+def test_one_autoencoder_that_can_not_be_written_costs_no_other(
+    train_argv, tmp_path, monkeypatch, capsys
+):
+    """The others are saved, and --resume saves it when there is room again."""
+    real = sgo_sae.save_sae
+
+    def save(sae, cfg, folder, *rest):
+        if "a0-" in folder:
+            raise OSError(28, "No space left on device")
+        real(sae, cfg, folder, *rest)
+
+    argv = [*train_argv(), "--alpha", "0", "0.05"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sgo_sae, "save_sae", save)
+        assert sgo_sae.main(argv) == 2
+    assert "No space left on device" in last_line(capsys)
+    assert [path.parent.name for path in (tmp_path / "run").glob("*/cfg.json")] == [
+        "topk-n64-k4-a0.05-s0"
+    ]
+    assert sgo_sae.main([*argv, "--resume"]) == 0
+    assert sgo_sae.main(train_argv(out=tmp_path / "alone", alpha=0)) == 0
+    assert weights_of(tmp_path / "alone") == weights_of(tmp_path / "run" / "topk-n64-k4-a0-s0")
+
+
+def test_a_file_is_put_in_place_whole(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("before")
+
+    def fails(aside):
+        aside.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        sgo_sae.write_whole(path, fails)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    sgo_sae.write_whole(path, lambda aside: aside.write_text("after"))
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
+def signal_in_pass(monkeypatch, n, number):
+    """Sends this process a signal during the n-th pass of the language model from now on."""
+    real = sgo_sae.layer_output
+    passes = []
+
+    def read_and_signal(*args):
+        passes.append(1)
+        if len(passes) == n:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(sgo_sae, "layer_output", read_and_signal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_the_run_in_a_line(
+    train_argv, tmp_path, monkeypatch, capsys, number
+):
+    signal_in_pass(monkeypatch, 3, number)
+    assert sgo_sae.main(train_argv()) == 128 + number
+    assert last_line(capsys) == "sgo_sae.py: stopped"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_a_batch_is_read_stops_at_once(
+    train_argv, tmp_path, monkeypatch, capsys, whole
+):
+    """Two passes try the model's positions, a round has four, and 86 rounds are read before the
+    first step.
+    """
+    argv = train_argv(**LONG)
+    with monkeypatch.context() as patch:
+        passes = []
+        real = sgo_sae.layer_output
+
+        def noted(*args):
+            passes.append(1)
+            return real(*args)
+
+        patch.setattr(sgo_sae, "layer_output", noted)
+        signal_in_pass(patch, 2 + 4 * 100 + 2, signal.SIGTERM)
+        assert sgo_sae.main(argv) == 143
+        assert len(passes) == 2 + 4 * 100 + 1  # the pass that the signal came in is not made
+    assert "the same command with --resume goes on" in last_line(capsys)
+    assert sgo_sae.main([*argv, "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == weights_of(whole)
+
+
+def test_a_short_run_reads_no_more_than_it_needs(train_argv, monkeypatch):
+    """12 steps of 64 tokens; a context has 15 tokens beside its BOS, of which some are EOS."""
+    contexts = []
+    real = sgo_sae.layer_output
+
+    def noted(lm, layer, ids_BL):
+        if len(ids_BL[0].unique()) > 1:  # else it tries the model's positions
+            contexts.append(int(sgo_sae.kept_tokens(ids_BL, tokenizer).sum()))
+        return real(lm, layer, ids_BL)
+
+    argv = train_argv(buffer=2048, lm_batch=1)
+    tokenizer = sgo_sae.load_lm(argv[1], 0, CPU, torch.float32)[2]
+    monkeypatch.setattr(sgo_sae, "layer_output", noted)
+    assert sgo_sae.main(argv) == 0
+    assert 12 * 64 <= sum(contexts) < 12 * 64 + 15
+
+
+def test_a_folder_is_one_runs_alone(train_argv, tmp_path, capsys):
+    """From the first moment; and a folder that holds runs is no folder for another."""
+    with sgo_sae.taken(tmp_path / "run"):
+        assert "another run is under way in this folder" in refused(train_argv(), capsys)
+        assert "another run is under way" in refused([*train_argv(), "--resume"], capsys)
+    assert not (tmp_path / "run").exists()
+    grid = train_argv(out=tmp_path / "runs" / "grid") + ["--alpha", "0", "0.05"]
+    assert sgo_sae.main(grid) == 0
+    capsys.readouterr()
+    for out in ("runs/grid", "runs"):
+        line = refused(train_argv(out=tmp_path / out), capsys)
+        assert "holds a run, " in line and "choose another --out" in line
+    assert sgo_sae.main(train_argv(out=tmp_path / "runs" / "other")) == 0
+    capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        assert str(tmp_path / "file") in refused(
+            train_argv(out=tmp_path / out, model="not/asked"), capsys
+        )
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_kept_and_resumed(train_argv, tmp_path, capsys):
+    assert sgo_sae.main(train_argv()) == 0
+    whole = weights_of(tmp_path / "run")
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    capsys.readouterr()
+    assert "metrics.jsonl: choose another --out" in refused(train_argv(), capsys)
+    assert sgo_sae.main([*train_argv(), "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == whole
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [5, 10, 12]
+
+
+def test_metrics_are_appended(tmp_path):
+    """What stands in the file is not written again."""
+    run = sgo_sae.Run(sgo_sae.Config(d_sae=20, k=4, out=str(tmp_path)), 6, CPU)
+    sgo_sae.prepare_folder(run)
+    x_BD = torch.randn(50, 6)
+    run.log(x_BD, 1, 1.0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    run.log(x_BD, 2, 1.0)
+    assert [row["step"] for row in metrics_of(tmp_path)] == [0, 2]
+    sgo_sae.prepare_folder(run)  # after a resume
+    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2]
+
+
+def test_the_schedule_belongs_to_the_run(train_argv, tmp_path, capsys):
+    """α is reached in a run of any length, and starts at the share of it that the paper's does."""
+    cfg = sgo_sae.Config()
+    steps = cfg.tokens // cfg.batch
+    for step in (0, 1, 500, 999, 1000, 4881):
+        assert sgo_sae.scheduled_alpha(cfg, step, steps) == sgo_sae.alpha_at(step)
+    assert sgo_sae.main(train_argv(alpha=3, tokens=64 * 50, log_every=1)) == 0
+    alphas = [row["alpha"] for row in metrics_of(tmp_path / "run")]
+    rise = [3 * (2 / 15 + 13 / 15 * min(1, step / 10)) for step in range(50)]
+    assert alphas == pytest.approx(rise)
+    assert "α rises" not in capsys.readouterr().err
+    assert sgo_sae.main(train_argv(alpha=3, alpha_warmup=1, out=tmp_path / "b")) == 0
+    last = metrics_of(tmp_path / "b")[-1]["alpha"]
+    assert last < 3 and f"α rises to {last:.4g} and not to 3" in capsys.readouterr().err
+    assert sgo_sae.main(train_argv(alpha=3, alpha_start=1, log_every=1, out=tmp_path / "c")) == 0
+    assert metrics_of(tmp_path / "c")[0]["alpha"] == 1
+
+
+@pytest.mark.parametrize(
+    "environment, code, words",
+    [
+        ({"WORLD_SIZE": "1"}, 0, "saved in"),
+        ({"WORLD_SIZE": "2"}, 2, "several processes are started by torchrun"),
+        ({"WORLD_SIZE": "many"}, 2, "several processes are started by torchrun"),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, 2, "several processes are started by torchrun"),
+    ],
+)
+def test_what_a_cluster_sets_is_understood_or_told(train_argv, environment, code, words):
+    result = python(SCRIPT, *train_argv(), **environment)
+    assert result.returncode == code and words in result.stdout + result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_advice_on_a_gradient_that_is_not_finite_blames_no_alpha_that_is_small():
+    x_BD = torch.randn(50, 6)
+    cfg = sgo_sae.Config(alpha=0.0)
+    assert sgo_sae.failure_of(cfg, x_BD) == "use a smaller --lr"
+    strong = sgo_sae.Config(alpha=1e4)
+    paper = f"the paper's strength is α {0.075 * 21000 / x_BD.square().sum(1).mean():.2g} here"
+    assert sgo_sae.failure_of(strong, x_BD) == f"use a smaller --alpha or --normalize ({paper})"
+    strong.normalize = True
+    assert sgo_sae.failure_of(strong, x_BD) == f"use a smaller --alpha ({paper})"
+    assert "activations are not finite" in sgo_sae.failure_of(strong, x_BD * math.inf)
+
+
+# ---------------------------------------------------------------------- other people's autoencoders
+
+
+def test_an_autoencoder_is_computed_in_float32_whatever_its_file_has(tmp_path):
+    weights, x_BD = foreign_weights()
+    weights = {name: (tensor * 20).bfloat16() for name, tensor in weights.items()}
+    write_foreign(tmp_path, weights, architecture="standard", apply_b_dec_to_input=False)
+    exact = {name: tensor.double() for name, tensor in weights.items()}
+    f_BN = (x_BD.double() @ exact["W_enc"] + exact["b_enc"]).relu()
+    found_BN = sgo_sae.load_sae(tmp_path).encode(x_BD)
+    assert ((found_BN > 0) == (f_BN > 0)).all()
+    assert torch.allclose(found_BN.double(), f_BN, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "att", "transcoders"])
+def test_gemma_scopes_autoencoders_of_other_activations_are_refused(tmp_path, kind):
+    file = tmp_path / f"gemma-scope-2b-pt-{kind}" / "layer_1" / "width_16k" / "params.npz"
+    gemma_scope(file.parent)
+    with pytest.raises(InputError, match=f"is of Gemma Scope's {kind}"):
+        eval_sae.open_sae(str(file), "cpu")
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"])
+def test_old_folders_of_saelens_name_their_hook_otherwise(tmp_path, hook):
+    """Before version 6: no architecture, and hook_point beside the settings."""
+    old = {"model_name": "some/model", "context_size": 16, "metadata": None, "hook_point": hook}
+    write_foreign(tmp_path, foreign_weights()[0], **old)
+    subject = eval_sae.Subject(str(tmp_path), "cpu")
+    with pytest.raises(InputError, match=f"is for {hook}, and only a layer's output is measured"):
+        subject.layer()
+    write_foreign(
+        tmp_path, foreign_weights()[0], **old | {"hook_point": "blocks.1.hook_resid_post"}
+    )
+    assert eval_sae.Subject(str(tmp_path), "cpu").layer() == 1
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"k": True},
+        {"k": 4.5},
+        {"apply_b_dec_to_input": "false"},
+        {"rescale_acts_by_decoder_norm": 1},
+        {"normalize_activations": "layer_norm"},
+        {"architecture": None},
+        {"architecture": ["topk"]},
+    ],
+)
+def test_odd_values_are_refused_by_name(tmp_path, cfg):
+    write_foreign(tmp_path, foreign_weights()[0], **{"architecture": "topk", "k": 4} | cfg)
+    with pytest.raises(InputError, match=next(iter(cfg))):
+        sgo_sae.load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("none", [False, None, "none"])
+def test_values_that_mean_none_are_none(tmp_path, none):
+    cfg = {"architecture": "topk", "k": 4, "normalize_activations": none}
+    write_foreign(tmp_path, foreign_weights()[0], **cfg)
+    assert sgo_sae.load_sae(tmp_path).k == 4
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        (["ae.pt", "config.json"], "dictionary_learning's format"),
+        (["cfg.json", "sae.safetensors"], "sparsify's format"),
+        (["config.json", "params.safetensors"], "Gemma Scope 2's format"),
+        (["hyperparams.json"], "hyperparams.json, which is an unknown format"),
+        ([], "there is no such folder, or it is empty"),
+    ],
+)
+def test_folders_of_other_formats_are_named(tmp_path, files, words):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=words):
+        sgo_sae.load_sae(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -2242,8 +2859,8 @@ def test_texts_that_are_none_are_left_out(tmp_path):
     rows.append({"text": "three", "label": None})
     write_rows(tmp_path / "rows.jsonl", rows)
     assert eval_sae.file_frame(str(tmp_path / "rows.jsonl"))["text"].tolist() == ["one", "two"]
-    (tmp_path / "numbers.csv").write_text("text,label\n1,2\n3,4\n")
-    assert len(eval_sae.file_frame(str(tmp_path / "numbers.csv"))) == 0
+    write_rows(tmp_path / "numbers.jsonl", [{"text": 1, "label": 2}, {"text": 3, "label": 4}])
+    assert len(eval_sae.file_frame(str(tmp_path / "numbers.jsonl"))) == 0
 
 
 def test_mean_latents_do_not_depend_on_batch_size_or_padding(reader):
@@ -2569,7 +3186,7 @@ def test_what_the_user_names_first_is_compared_with(run):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["/nowhere"], "No such file or directory"),
+        (["/nowhere"], "/nowhere: there is no such file or folder"),
         (["RUN", "--metrics", "core", "beauty"], "invalid choice"),
         (["RUN", "--metrics", "core", "--text", "TEXTS", "--model", "/nowhere"], "/nowhere"),
         (["RUN", "--metrics", "core", "--text", "TEXTS", "--layer", "9"], "are 0 to 3"),
