@@ -714,7 +714,7 @@ class LanguageModel:
             saved_as = str(AutoConfig.from_pretrained(name).architectures)
         self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
         loaded = sgo_sae.load_lm(name, layer, device, dtype, ctx, whole=self.has_head)
-        self.lm, self.layer, self.tokenizer = loaded
+        self.lm, self.layer, self.tokenizer, _ = loaded
         self.width = self.lm.config.get_text_config().hidden_size
         self.bos = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
 
@@ -1571,7 +1571,7 @@ def new_parser():
     add(
         "--dtype",
         default="auto",
-        choices=sgo_sae.CHOICES["dtype"],
+        choices=sgo_sae.DTYPES,
         help="the model's; auto is bfloat16 on cuda",
     )
     return parser

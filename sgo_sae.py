@@ -14,7 +14,7 @@ The sections, in this order:
 
     settings       what can be chosen; the defaults are the paper's run 4
     method         the paper: the model, Eq. 2 and 3, one update, the schedules; needs torch alone
-    fast           the same to rounding in less time; if the two ever differ, `method` is right
+    fast           the same results up to rounding, faster; if they ever differ, `method` is right
     baselines      batchtopk, relu and jumprelu
     processes      all that torchrun changes
     activations    from text to batches of activations; which tokens are left out; resuming
@@ -24,9 +24,13 @@ The sections, in this order:
     main           from the command line to a run
 
 Shapes are in the names: x_BD is an array of B by D. B are the tokens of a batch, L the positions of
-a context, D the hidden size, N the latents (d_sae), K the active latents of a token, E = B K the
-entries of a (B, K) array and P some of them, I, J and T some of the latents, R the contexts and C
-the tokens of a round. λ is `lam`, and Ω is `omega`.
+a context, D the hidden size, N the latents (d_sae) and K the active latents of a token. Other
+letters are told where they are used. λ is `lam`, and Ω is `omega`.
+
+What this file does not do: it has no auxiliary loss against dead latents, as the paper has none,
+but `Run.step` says where one would go. It trains on one layer, and on the GPUs of one machine, each
+of which must hold the language model. It logs to a file, not to a service. Its figures are of
+training batches; eval_sae.py measures held-out text.
 """
 
 import argparse
@@ -43,11 +47,13 @@ import os
 import re
 import signal
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,20 +71,21 @@ class Config:
 
     # The autoencoder. The settings marked "list" take several values, and every combination is
     # trained.
-    arch: str = "topk"  # architecture: topk, batchtopk, relu or jumprelu (list)
+    arch: str = "topk"  # architecture (list)
     d_sae: int = 18432  # number of latents N (list)
     k: int = 320  # active latents of a token; on average where --arch is not topk (list)
     seed: int = 0  # seed of the initial weights (list)
     # The loss, Eq. 2
-    alpha: float = 0.075  # weight of the SGO penalty; 0 trains without it (list)
+    alpha: float = 0.075  # weight of the SGO penalty, in any --arch; 0 trains without it (list)
     alpha_start: float = None  # weight at step 0, from where it rises (default: 0.01/0.075 alpha)
     alpha_warmup: float = 0.205  # share of the steps until alpha is reached: 1,000 of 4,882
-    lam: float = 0.04  # lambda, the weight of the sparsity term; relu and jumprelu adjust it
+    lam: float = 0.04  # lambda, the weight of the sparsity term; relu and jumprelu start with it
     # Training
     tokens: int = 10_000_000  # tokens to train on
     batch: int = 2048  # tokens in a training step, over all processes
     lr: float = 3e-4  # learning rate of Adam
     decay_start: float = 0.875  # share of the steps after which the learning rate falls to 0
+    clip: float = 1.0  # norm to which larger gradients are scaled, most of them are; 0 does not
     normalize: bool = False  # scale activations to a mean squared norm of D; undone when saved
     plain: bool = False  # train by the section `method` alone, slowly, to check the fast way
     # The activations
@@ -89,12 +96,13 @@ class Config:
     split: str = "train"  # split of a Hugging Face dataset
     text_column: str = "text"  # column that holds the text
     ctx: int = 128  # tokens in a context, BOS included, as many as the model has positions at most
-    lm_batch: int = 32  # contexts in a forward pass of the language model
+    lm_batch: int = None  # contexts in a pass of the language model (default: 128 on cuda, or 32)
     buffer: int = 2048  # contexts whose activations are shuffled together
     data_seed: int = 0  # seed of the order of the data
+    max_norm: float = 10.0  # times the median norm; tokens over it are left out; 0 keeps all
     # The run
     device: str = "auto"  # cuda, cuda:1, cpu or mps; auto is cuda where there is one, else cpu
-    dtype: str = "auto"  # the model's: float32, bfloat16, float16; auto is bfloat16 on cuda
+    dtype: str = "auto"  # the model's; with bfloat16, auto on cuda, the SAE has mixed precision
     out: str = None  # new folder of the result, or of all (default: runs/MODEL-lLAYER-ARCH-...)
     log_every: int = 50  # steps between lines of metrics.jsonl
     save_every: int = 500  # steps between checkpoints; 0 writes one only when stopped
@@ -104,10 +112,7 @@ class Config:
 
 FLAGS = {"d_sae": "--dict", "lam": "--sparsity"}  # the other flags are the names of their settings
 LISTS = ("arch", "d_sae", "k", "alpha", "seed")
-CHOICES = {
-    "arch": ("topk", "batchtopk", "relu", "jumprelu"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 AT_LEAST = {  # the others may be 0
     "d_sae": 1,
     "k": 1,
@@ -145,8 +150,8 @@ class InputError(Exception):
 # ------------------------------------------------------------------------------------------- method
 # The paper in its own order, dense and plain. "Ours" marks what it leaves open. The terms of the
 # loss have the units x², x and x⁴, so what α weighs depends on the scale of the activations x.
-# `Run.step` switches on mixed precision (5.1). Gradient checkpointing (5.1) would save nothing
-# here.
+# `Run.step` switches on mixed precision (5.1). Gradient checkpointing (5.1) is not used: there is
+# one layer, and the latents f are needed again at once.
 class SAE(nn.Module):
     """Top-k autoencoder (4.2): f = TopK(ReLU((x - b_dec) W_enc + b_enc)), x̂ = f W_dec + b_dec."""
 
@@ -160,15 +165,24 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))  # `begin` sets it to the geometric median
 
     def pre_activations(self, x):
-        return (x - self.b_dec) @ self.W_enc + self.b_enc  # ours: b_dec is subtracted first
+        """(x - b_dec) W_enc + b_enc, (..., N). Ours: b_dec is subtracted first."""
+        return F.linear(x - self.b_dec, self.W_enc.T, self.b_enc)
+
+    def select(self, pre):
+        """ReLU and the k largest of a token (4.2), in either order.
+
+        Returns their values, at least 0, and the numbers of their latents, (..., K) each.
+        """
+        vals, idx = pre.topk(self.k, dim=-1, sorted=False)
+        return vals.relu(), idx
 
     def activate(self, pre):
-        """ReLU and the k largest of a token (4.2), in either order; `SparseEncode` repeats it."""
-        vals, idx = pre.topk(self.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, idx, vals.relu())
+        """Latents f (..., N): those selected, and 0 elsewhere. Another activation overrides this."""
+        vals, idx = self.select(pre)
+        return torch.zeros_like(pre).scatter(-1, idx, vals)
 
     def sparsity(self, pre_BN, f_BN):
-        """‖f‖₁ of Eq. 1 and 2, unit x. Ours: the mean over tokens."""
+        """‖f‖₁ of Eq. 1 and 2, unit x. Ours: the mean over tokens. (JumpReLU needs pre_BN.)"""
         return f_BN.sum(1).mean()
 
     def encode(self, x):
@@ -201,50 +215,72 @@ def orthogonality(f_BN):
     return (w_NN * gram_NN**2).sum()
 
 
+class Terms(NamedTuple):
+    """The terms of Eq. 2 for a batch, and by-products of them, which have no gradient."""
+
+    reconstruction: torch.Tensor  # ‖x - x̂‖², unit x²: the sum over D. Ours: the mean over tokens.
+    sparsity: torch.Tensor  # ‖f‖₁, unit x
+    omega: torch.Tensor  # Ω, unit x⁴
+    xhat_BD: torch.Tensor
+    fired_N: torch.Tensor  # which latents are active on a token of the batch
+    f_BN: torch.Tensor = None  # the latents, where they were computed as such an array
+
+
 def loss_terms(sae, x_BD, penalty=orthogonality):
-    """The terms of Eq. 2 for a batch; f, and which latents fired. penalty: Ω of f (B, N)."""
+    """The `Terms` of a batch x (B, D). `penalty` computes Ω of latents f (B, N)."""
     pre_BN = sae.pre_activations(x_BD)
     f_BN = sae.activate(pre_BN)
-    return {
-        # ‖x - x̂‖², unit x²: a sum over D. Ours: the mean over tokens.
-        "reconstruction": (x_BD - sae.decode(f_BN)).square().sum(1).mean(),
-        "sparsity": sae.sparsity(pre_BN, f_BN),
-        "omega": penalty(f_BN),
-        "f_BN": f_BN.detach(),
-        "fired_N": (f_BN > 0).any(0),
-    }
+    xhat_BD = sae.decode(f_BN)
+    return Terms(
+        reconstruction=(x_BD - xhat_BD).square().sum(1).mean(),
+        sparsity=sae.sparsity(pre_BN, f_BN),
+        omega=penalty(f_BN),
+        xhat_BD=xhat_BD.detach(),
+        fired_N=(f_BN > 0).any(0),
+        f_BN=f_BN.detach(),
+    )
 
 
 def total_loss(terms, lam=0.04, alpha=0.075):
     """Eq. 2."""
-    return terms["reconstruction"] + lam * terms["sparsity"] + alpha * terms["omega"]
+    return terms.reconstruction + lam * terms.sparsity + alpha * terms.omega
 
 
 @torch.no_grad()
-def update(sae, adam, loss, lr):
-    """One update by Adam with β 0.9, 0.999 (4.2, 5.1). False if a gradient is not finite."""
-    loss.backward()
+def update(sae, adam, loss, lr, clip=1.0):
+    """One update by Adam with β 0.9, 0.999 (4.2, 5.1).
+
+    Returns the norm of the gradient before it is clipped. Where it is not finite, nothing changes.
+    """
+    loss.backward()  # no_grad does not forbid it
     W_ND = sae.W_dec
-    W_ND.grad -= torch.einsum("nd,nd->n", W_ND.grad, W_ND)[:, None] * W_ND  # none along a row
-    norm = nn.utils.clip_grad_norm_(sae.parameters(), 1.0)  # ours: the paper does not clip
-    finite = bool(norm.isfinite())
-    if finite:
+    along_N = torch.einsum("nd,nd->n", W_ND.grad, W_ND)
+    W_ND.grad -= along_N[:, None] * W_ND  # Removes the gradient's component along each row.
+    # Ours: the paper does not clip. The loss is a sum over D, so that the norm stays far above 1,
+    # and nearly every gradient is scaled to norm 1.
+    largest = clip if clip > 0 else float("inf")
+    norm = nn.utils.clip_grad_norm_(sae.parameters(), largest).item()  # This waits for a GPU.
+    if norm < float("inf"):
         adam.param_groups[0]["lr"] = lr
         adam.step()
         W_ND /= W_ND.norm(dim=1, keepdim=True)  # rows back to unit length
     adam.zero_grad()
-    return finite
+    return norm
 
 
 def alpha_at(step, alpha=0.075, start=0.01, warmup=1000):
     """Weight of Ω at a step: linear from `start` to `alpha` over `warmup` steps (4.2)."""
+    if step >= warmup:
+        return alpha
     start = min(start, alpha)  # ours: an alpha under `start` is constant
-    return start + (alpha - start) * min(1.0, step / warmup) if warmup > 0 else alpha
+    return start + (alpha - start) * (step / warmup)
 
 
 def lr_at(step, steps=4882, lr=3e-4, decay_start=0.875):
-    """Learning rate at a step: constant up to a share of the steps, in the paper 4,271 (5.1)."""
-    # Ours: then linear to 0.
+    """Learning rate at a step: constant up to a share of the steps, in the paper 4,271 (5.1).
+
+    Ours: then linear to 0. It has no warm-up.
+    """
     return lr * min(1.0, (steps - step) / max(1, steps - int(decay_start * steps)))
 
 
@@ -258,177 +294,279 @@ def geometric_median(x_BD, iterations=100):
 
 
 # --------------------------------------------------------------------------------------------- fast
-# The same as `method`, to rounding, in less time and memory. A GPU trains by `method` itself, with
-# Ω by tiles. A CPU trains a top-k autoencoder by `sparse_loss_terms`. The update is the same.
-class SparseEncode(torch.autograd.Function):
-    """`SAE.encode` as the values and the latents, (B, K) each, of a token's K active latents.
+# The same results as `method`, up to rounding, in less time and memory. `Run.terms` chooses:
+#
+#     a top-k autoencoder    `topk_loss_terms`, with Ω by `sgo_penalty`
+#     the baselines          `loss_terms`, with Ω by `sgo_penalty_dense`
+#     --plain                `loss_terms`, with Ω by `orthogonality`
+#
+# First comes Ω, whose gradient is computed in one of two ways: by tiles of dense products, or pair
+# by pair. The update is that of `method`.
+def product(a, b):
+    """a @ b. The operands keep their precision; sums are in float32 at least.
 
-    Only those have a gradient, so the weights' gradients are sums over B K entries. A dense
-    backward pass, whose products are over B N, multiplies mostly zeros. x gets no gradient, as none
-    is needed.
+    bfloat16 itself does not count above 256.
     """
-
-    @staticmethod
-    def forward(ctx, x_BD, W_enc_DN, b_enc_N, b_dec_D, k):
-        assert not ctx.needs_input_grad[0], "x gets no gradient here"
-        x_BD = x_BD - b_dec_D
-        vals_BK, idx_BK = torch.addmm(b_enc_N, x_BD, W_enc_DN).topk(k, dim=1, sorted=False)
-        vals_BK = vals_BK.relu().to(x_BD.dtype)
-        ctx.save_for_backward(x_BD, W_enc_DN, vals_BK, idx_BK)
-        ctx.mark_non_differentiable(idx_BK)
-        return vals_BK, idx_BK
-
-    @staticmethod
-    def backward(ctx, gradient_BK, _):
-        x_BD, W_enc_DN, vals_BK, idx_BK = ctx.saved_tensors
-        gradient_E = (gradient_BK * (vals_BK > 0)).flatten()  # of the pre-activations
-        # Sorted, the entries of a latent are neighbours; those of latent n begin at first_N[n].
-        latent_E, entry_E = idx_BK.flatten().sort(stable=True)
-        first_N = torch.searchsorted(latent_E, torch.arange(W_enc_DN.shape[1]))
-        # b_enc gets the sum of each latent's entries.
-        b_enc_N = torch.zeros_like(W_enc_DN[0]).scatter_add_(0, idx_BK.flatten(), gradient_E)
-        # W_enc gets, for each latent, the sum of its tokens' x, weighted by the entries.
-        token_E = entry_E // idx_BK.shape[1]
-        W_enc_ND = F.embedding_bag(
-            token_E, x_BD, first_N, per_sample_weights=gradient_E[entry_E], mode="sum"
-        )
-        # b_dec is subtracted from x before the product with W_enc.
-        return None, W_enc_ND.T, b_enc_N, -(W_enc_DN @ b_enc_N), None
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def sparse_loss_terms(sae, x_BD, penalty):
-    """`loss_terms` of a top-k autoencoder, on a CPU; the penalty is a function like `sgo_penalty`.
-
-    Only K latents of a token are not 0, so its reconstruction is a weighted sum of K rows of W_dec.
-    """
-    N = len(sae.b_enc)
-    vals_BK, idx_BK = SparseEncode.apply(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, sae.k)
-    xhat_BD = F.embedding_bag(idx_BK, sae.W_dec, per_sample_weights=vals_BK, mode="sum") + sae.b_dec
-    return {
-        "reconstruction": (x_BD - xhat_BD).square().sum(1).mean(),
-        "sparsity": vals_BK.sum(1).mean(),
-        "omega": penalty(vals_BK, idx_BK, N),
-        "fired_N": torch.bincount(idx_BK[vals_BK > 0], minlength=N) > 0,
-    }
-
-
-def gradient_by_tiles(f_BN, tile=256):
-    """∂Ω/∂f (B, N) by dense products: O(B N²) time, but no N × N array.
+def gradient_by_tiles(f_BN, tile=None):
+    """∂Ω/∂f (B, N) of latents f by dense products: O(B N²) time, but no N × N array.
 
     ∂Ω/∂f_bi = (4/B) Σ_j w_ij ⟨f_i, f_j⟩ f_bj: the square gives 2, and so do a pair's two orders.
-    This is f times a symmetric matrix (N, N). Its rows are made by tiles of latents T, with the
-    columns J from the tile's first one on. Right of the tile's own columns, an element stands for
-    (i, j) and, transposed, for (j, i).
+    So it is f times a matrix (N, N), of which a tile has some rows T. The matrix is symmetric, and
+    a tile makes only the columns J from its first row on. It adds them to the gradient of T and,
+    transposed, those to the right of T's own columns to the gradient of their latents.
+
+    A (B, A) array has the latents that are active on some token; the others have w = 0. Of latents
+    in bfloat16, counts and ⟨f_i, f_j⟩ are summed from exact products. Only w_ij ⟨f_i, f_j⟩ is then
+    rounded to bfloat16, for the last product: by 1.7e-4 of the gradient.
     """
-    active_BN = (f_BN > 0).to(f_BN.dtype)
-    size_N = active_BN.sum(0).clamp(min=1)  # |M_i|
-    gradient_BN = torch.zeros_like(f_BN)
-    for start in range(0, f_BN.shape[1], tile):
+    tile = tile or (2048 if f_BN.is_cuda else 256)
+    size_N = (f_BN > 0).sum(0)  # |M_i|
+    latent_A = size_N.nonzero()[:, 0]  # This waits for a GPU.
+    B, N = f_BN.shape
+    f_BA = f_BN[:, latent_A]
+    del f_BN  # 0.08 GB in run 4, which nobody else holds there
+    active_BA = (f_BA > 0).to(f_BA.dtype)
+    sums = torch.promote_types(f_BA.dtype, torch.float32)
+    size_A = size_N[latent_A].to(sums)
+    gradient_BA = torch.zeros_like(f_BA, dtype=sums)
+    for start in range(0, len(latent_A), tile):
         end = start + tile
-        f_BT = f_BN[:, start:end]
-        f_BJ = f_BN[:, start:]
-        both_TJ = active_BN[:, start:end].T @ active_BN[:, start:]  # |M_i ∩ M_j|
-        w_TJ = both_TJ.div_(torch.minimum(size_N[start:end, None], size_N[start:]))  # Eq. 3
-        matrix_TJ = w_TJ.mul_(f_BT.T @ f_BJ).fill_diagonal_(0)  # w_ij B ⟨f_i, f_j⟩, 0 for i = j
-        gradient_BN[:, start:end].addmm_(f_BJ, matrix_TJ.T)
-        gradient_BN[:, end:].addmm_(f_BT, matrix_TJ[:, tile:])
-    return gradient_BN.mul_(4 / len(f_BN) ** 2)
+        f_BT, f_BJ = f_BA[:, start:end], f_BA[:, start:]
+        matrix_TJ = product(active_BA[:, start:end].T, active_BA[:, start:])  # |M_i ∩ M_j|
+        matrix_TJ /= torch.minimum(size_A[start:end, None], size_A[start:])  # Eq. 3
+        matrix_TJ *= product(f_BT.T, f_BJ)  # B ⟨f_i, f_j⟩
+        matrix_TJ = matrix_TJ.fill_diagonal_(0).to(f_BA.dtype)  # 0 for i = j
+        gradient_BA[:, start:end] += product(f_BJ, matrix_TJ.T)
+        gradient_BA[:, end:] += product(f_BT, matrix_TJ[:, tile:])
+    gradient_BN = torch.zeros(B, N, dtype=sums, device=f_BA.device)
+    return gradient_BN.index_copy_(1, latent_A, gradient_BA.mul_(4 / B**2))
 
 
-def gradient_by_pairs(vals_BK, idx_BK, d_sae, cells=1 << 18):
-    """∂Ω/∂f of the entries (B, K), pair by co-active pair: O(B K²) time and a pass over N² cells.
+def gradient_by_pairs(vals_BK, idx_BK, d_sae):
+    """∂Ω/∂f of the entries (B, K), from the P = K (K - 1) / 2 pairs of latents of each token.
 
     The formula is that of `gradient_by_tiles`. A token counts in |M_i ∩ M_j| and ⟨f_i, f_j⟩ only
-    where i and j are both among its K entries. So its K² pairs of entries are added to the cells
-    (i, j) of two tables, and an entry's gradient is summed over the K cells of its own pairs.
-
-    Blocks of latents i are independent of one another. Each thread has blocks of its own and works
-    on them alone: if all threads shared each small operation, all would wait whenever one lost its
-    core.
+    where i and j are both among its K entries. So this takes O(B K²) time, as the paper says, and
+    memory for U, the different pairs of latents of a batch; a million latents cost no more than
+    ten thousand.
     """
     B, K = vals_BK.shape
-    width = d_sae + 1
-    rows = max(1, cells // width)  # latents of a block, whose tables stay in a core's cache
-    f_E = vals_BK.flatten()
-    idx_BK = torch.where(vals_BK > 0, idx_BK, d_sae)  # an entry of 0 is in an extra, last column
-    latent_E = idx_BK.flatten()
-    size_N = torch.bincount(latent_E, minlength=width).clamp(min=1).to(f_E.dtype)  # |M_i|
-    gradient_E = torch.zeros_like(f_E)
+    vals_BK = vals_BK.to(torch.promote_types(vals_BK.dtype, torch.float32))
+    idx_BK, order_BK = idx_BK.sort(dim=1)  # so that a pair (i, j) has i < j
+    vals_BK = vals_BK.gather(1, order_BK)
+    active_BK = (vals_BK > 0).to(vals_BK.dtype)
+    size_N = vals_BK.new_zeros(d_sae).index_add_(0, idx_BK.flatten(), active_BK.flatten())  # |M_i|
+    i_P, j_P = torch.triu_indices(K, K, 1, device=idx_BK.device)
+    pair_BP = idx_BK[:, i_P] * d_sae + idx_BK[:, j_P]  # the number of a pair of latents
+    pair_U, place_BP = torch.unique(pair_BP, return_inverse=True)  # This waits for a GPU.
 
-    def of_block(entry_P):
-        """What the P entries of a block's latents T get."""
-        token_P = entry_P // K
-        f_PK = vals_BK[token_P]  # the values of their tokens
-        first = int(latent_E[entry_P[0]]) // rows * rows
-        cell_PK = width * (latent_E[entry_P] - first)[:, None] + idx_BK[token_P]
-        product_PK = f_E[entry_P, None] * f_PK
-        size_T = size_N[first : first + rows]
-        both_TN = f_E.new_zeros(len(size_T), width)
-        gram_TN = torch.zeros_like(both_TN)
-        both_TN.view(-1).scatter_add_(0, cell_PK.flatten(), torch.ones_like(f_PK).flatten())
-        gram_TN.view(-1).scatter_add_(0, cell_PK.flatten(), product_PK.flatten())
-        both_TN.diagonal(first).zero_()  # i = j
-        w_TN = both_TN.div_(torch.minimum(size_T[:, None], size_N))  # Eq. 3
-        return torch.linalg.vecdot(w_TN.mul_(gram_TN).take(cell_PK), f_PK)
+    def sum_over_tokens(x_BP):
+        return x_BP.new_zeros(len(pair_U)).index_add_(0, place_BP.flatten(), x_BP.flatten())
 
-    entries = latent_E.argsort(stable=True)[: (f_E > 0).sum()]  # those of 0 come last
-    sizes = torch.bincount(latent_E[entries] // rows)
-    # The pool's initializer makes each worker compute with a single thread, its own.
-    with ThreadPoolExecutor(torch.get_num_threads(), "", torch.set_num_threads, (1,)) as pool:
-        parts = pool.map(of_block, entries.split(sizes[sizes > 0].tolist()))
-    gradient_E[entries] = torch.cat([f_E[:0], *parts])
-    return gradient_E.view(B, K) * (4 / B**2)
+    both_U = sum_over_tokens(active_BK[:, i_P] * active_BK[:, j_P])  # |M_i ∩ M_j|
+    gram_U = sum_over_tokens(vals_BK[:, i_P] * vals_BK[:, j_P])  # B ⟨f_i, f_j⟩
+    smaller_U = torch.minimum(size_N[pair_U // d_sae], size_N[pair_U % d_sae])
+    w_U = both_U / smaller_U.clamp(min=1)  # Eq. 3
+    matrix_BP = (w_U * gram_U)[place_BP]
+    gradient_BK = torch.zeros_like(vals_BK)
+    gradient_BK.index_add_(1, i_P, matrix_BP * vals_BK[:, j_P])
+    gradient_BK.index_add_(1, j_P, matrix_BP * vals_BK[:, i_P])
+    gradient_BK *= active_BK * (4 / B**2)
+    return torch.zeros_like(vals_BK).scatter(1, order_BK, gradient_BK)
 
 
-def penalty_from(gradient_of, f, *sizes):
-    """Ω of f, to be differentiated once, from a function that gives ∂Ω/∂f.
+def penalty_from(gradient_of, f, *others):
+    """Ω of f, to be differentiated once, from a function that gives ∂Ω/∂f of f and what it needs.
 
-    Ω has degree 4 in f, so Σ f ∂Ω/∂f = 4 Ω (Euler). All of it is in float32 at least, whatever the
-    autocast of the caller, since bfloat16 does not count above 256.
+    Ω has degree 4 in f, so Σ f ∂Ω/∂f = 4 Ω (Euler). Of `inner` = 4 Ω, in which ∂Ω/∂f is a constant,
+    the gradient is ∂Ω/∂f itself, and the value becomes 4 Ω - 3 Ω. The caller's autocast does not
+    act here.
     """
     with torch.autocast(f.device.type, enabled=False):
-        f = f.to(torch.promote_types(f.dtype, torch.float32))
-        gradient = gradient_of(f.detach(), *sizes)
-        inner = torch.dot(f.flatten(), gradient.flatten())  # 4 Ω, with the gradient of Ω
+        gradient = gradient_of(f.detach(), *others)
+        inner = torch.dot(f.flatten().to(gradient.dtype), gradient.flatten())
         return inner - 0.75 * inner.detach()
 
 
-PAIR_COST = 225  # a pair takes as long as so many products of the tiles, measured on a CPU
+# Tiles take B N² multiply-adds for each product, pairs B K². A pair takes as long as 127² multiply-
+# adds of the tiles on an H200, and 15² on a CPU. So pairs are faster where N is over so many K.
+PAIRS_PAY = {"cuda": 127, "cpu": 15}
 
 
 def sgo_penalty(vals_BK, idx_BK, d_sae):
-    """`orthogonality` of sparse latents: of each token the values, at least 0, of the latents idx.
+    """`orthogonality` of a token's K selected latents: their values, at least 0, and numbers idx.
 
-    All active latents of a token must be among its K, none twice. Values of 0 get no gradient.
+    All active latents of a token must be among its K, each once. Values of 0 get no gradient, as
+    ReLU's derivative is 0 there.
     """
-    B, K = vals_BK.shape
-    pairs = (vals_BK > 0).sum() * K
-    if vals_BK.is_cpu and B * d_sae**2 > PAIR_COST * pairs:
-        return penalty_from(gradient_by_pairs, vals_BK, idx_BK, d_sae)
-    # The derivative of relu at 0 is 0.
-    f_BN = vals_BK.new_zeros(B, d_sae).scatter(1, idx_BK, vals_BK.relu())
-    return penalty_from(gradient_by_tiles, f_BN)
+    K = vals_BK.shape[1]
+    if d_sae <= PAIRS_PAY.get(vals_BK.device.type, 127) * K:
+        return penalty_from(tiles_of_selected, vals_BK, idx_BK, d_sae)
+    by_pairs = gradient_by_blocks if vals_BK.is_cpu else gradient_by_pairs
+    return penalty_from(by_pairs, vals_BK, idx_BK, d_sae)
+
+
+def tiles_of_selected(vals_BK, idx_BK, d_sae):
+    """∂Ω/∂f of the entries (B, K), by tiles."""
+    gradient_BN = gradient_by_tiles(dense(vals_BK, idx_BK, d_sae))
+    return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
 
 
 def sgo_penalty_dense(f_BN):
-    """`orthogonality` of dense latents, at least 0.
+    """`orthogonality` of latents f (B, N), at least 0.
 
-    Latents that are not active have a gradient too. Top-k and ReLU drop it, but JumpReLU passes it
+    Latents that are not active have a gradient too. ReLU and top-k drop it, but JumpReLU passes it
     on to its thresholds.
     """
-    if f_BN.is_cpu and not f_BN.requires_grad:  # the value alone needs the active ones alone
+    if f_BN.is_cpu and not f_BN.requires_grad:  # Without a gradient only active latents matter.
         most = max(1, int((f_BN > 0).sum(1).max()))
         return sgo_penalty(*f_BN.topk(most, dim=1, sorted=False), f_BN.shape[1])
     return penalty_from(gradient_by_tiles, f_BN)
 
 
+def dense(vals_BK, idx_BK, d_sae):
+    """Latents f (B, N) that have these values at these numbers, and are 0 elsewhere."""
+    return vals_BK.new_zeros(len(vals_BK), d_sae).scatter(1, idx_BK, vals_BK)
+
+
+def encode(sae, x_BD, select):
+    """Values and numbers of the latents that `select` takes of the pre-activations, (B, K) each."""
+    if x_BD.is_cpu:
+        return SparseEncode.apply(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, sae, select)
+    return select(sae.pre_activations(x_BD))
+
+
+def decode(sae, vals_BK, idx_BK):
+    """Their weighted sum (B, D) of rows of W_dec, without b_dec."""
+    if vals_BK.is_cpu:
+        return F.embedding_bag(idx_BK, sae.W_dec, per_sample_weights=vals_BK, mode="sum")
+    return dense(vals_BK, idx_BK, len(sae.b_enc)) @ sae.W_dec
+
+
+def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
+    """`loss_terms` of a top-k autoencoder, which passes on the K latents of each token.
+
+    `penalty` is a function like `sgo_penalty`.
+    """
+    N = len(sae.b_enc)
+    vals_BK, idx_BK = encode(sae, x_BD, sae.select)
+    xhat_BD = decode(sae, vals_BK, idx_BK) + sae.b_dec
+    active_BK = torch.where(vals_BK > 0, idx_BK, N)  # an entry of 0 is at the extra place N
+    fired = torch.zeros(N + 1, dtype=torch.bool, device=x_BD.device)
+    return Terms(
+        reconstruction=(x_BD - xhat_BD).square().sum(1).mean(),
+        sparsity=vals_BK.sum(1).mean(),
+        omega=penalty(vals_BK, idx_BK, N),
+        xhat_BD=xhat_BD.detach(),
+        fired_N=fired.scatter_(0, active_BK.flatten(), True)[:N],
+    )
+
+
+# What a CPU does otherwise; skip it on a first reading. Its dense products are slow, so that only
+# the K selected latents of a token take part in the gradient, and pairs are counted in its caches.
+class SparseEncode(torch.autograd.Function):
+    """`encode`, with a gradient that is a sum over the B K entries of its results.
+
+    A dense backward pass, whose products are over B N, would multiply mostly zeros. x gets none.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BD, W_enc_DN, b_enc_N, b_dec_D, sae, select):
+        if x_BD.requires_grad:
+            raise ValueError("x gets no gradient here")
+        vals_BK, idx_BK = select(sae.pre_activations(x_BD))
+        vals_BK = vals_BK.to(x_BD.dtype)  # a caller's autocast computes them in bfloat16
+        ctx.save_for_backward(x_BD - b_dec_D, W_enc_DN, vals_BK, idx_BK)
+        ctx.mark_non_differentiable(idx_BK)
+        return vals_BK, idx_BK
+
+    @staticmethod
+    def backward(ctx, d_vals_BK, _):
+        """The gradients d_… of the weights, from that of the values. E are the B K entries."""
+        x_BD, W_enc_DN, vals_BK, idx_BK = ctx.saved_tensors
+        d_pre_E = (d_vals_BK * (vals_BK > 0)).flatten()  # ReLU's derivative is 0 at 0
+        # Sorted, the entries of a latent are neighbours; those of latent n begin at first_N[n].
+        latent_E, entry_E = idx_BK.flatten().sort(stable=True)
+        first_N = torch.searchsorted(latent_E, torch.arange(W_enc_DN.shape[1]))
+        # b_enc gets the sum of each latent's entries.
+        d_b_enc_N = torch.zeros_like(W_enc_DN[0]).scatter_add_(0, idx_BK.flatten(), d_pre_E)
+        # W_enc gets, for each latent, the sum of its tokens' x, weighted by its entries.
+        token_E = entry_E // idx_BK.shape[1]
+        d_W_enc_ND = F.embedding_bag(
+            token_E, x_BD, first_N, per_sample_weights=d_pre_E[entry_E], mode="sum"
+        )
+        # b_dec is subtracted from x before the product with W_enc.
+        d_b_dec_D = -(W_enc_DN @ d_b_enc_N)
+        return None, d_W_enc_ND.T, d_b_enc_N, d_b_dec_D, None, None
+
+
+def gradient_by_blocks(vals_BK, idx_BK, d_sae, cells=1 << 18):
+    """`gradient_by_pairs` without sorting the pairs: O(B K²) time and a pass over N² cells.
+
+    A token's K² pairs of entries are added to the cells (i, j) of two tables, and an entry's
+    gradient is summed over the K cells of its own pairs. The tables are made by blocks of latents
+    i, small enough for a core's cache. Each thread has blocks of its own and works on them alone:
+    if all threads shared each small operation, all would wait whenever one lost its core.
+    """
+    B, K = vals_BK.shape
+    width = d_sae + 1  # Entries of 0 are in an extra, last column.
+    rows = max(1, cells // width)  # latents of a block
+    f_E = vals_BK.flatten()
+    idx_BK = torch.where(vals_BK > 0, idx_BK, d_sae)
+    latent_E = idx_BK.flatten()
+    size_N = torch.bincount(latent_E, minlength=width).clamp(min=1).to(f_E.dtype)  # |M_i|
+    # The entries by latent, those of 0 left out, and cut between blocks.
+    entry_E = latent_E.argsort(stable=True)[: (f_E > 0).sum()]
+    entries_of_blocks = torch.bincount(latent_E[entry_E] // rows)
+    blocks = entry_E.split(entries_of_blocks[entries_of_blocks > 0].tolist())
+
+    def gradient_of(entry_S):
+        """The gradient of the S entries of a block, which are of its latents T."""
+        token_S = entry_S // K
+        f_SK = vals_BK[token_S]  # the values of their tokens
+        first = int(latent_E[entry_S[0]]) // rows * rows  # the block's first latent
+        cell_SK = width * (latent_E[entry_S] - first)[:, None] + idx_BK[token_S]
+        product_SK = f_E[entry_S, None] * f_SK
+        size_T = size_N[first : first + rows]
+        both_TN = f_E.new_zeros(len(size_T), width)
+        gram_TN = torch.zeros_like(both_TN)
+        both_TN.view(-1).scatter_add_(0, cell_SK.flatten(), torch.ones_like(f_SK).flatten())
+        gram_TN.view(-1).scatter_add_(0, cell_SK.flatten(), product_SK.flatten())
+        both_TN.diagonal(first).zero_()  # i = j
+        w_TN = both_TN.div_(torch.minimum(size_T[:, None], size_N))  # Eq. 3
+        return torch.linalg.vecdot(w_TN.mul_(gram_TN).take(cell_SK), f_SK)
+
+    threads = torch.get_num_threads()
+    workers = {"initializer": torch.set_num_threads, "initargs": (1,)}  # each computes alone
+    with ThreadPoolExecutor(threads, **workers) as pool:
+        parts = list(pool.map(gradient_of, blocks))
+    torch.set_num_threads(threads)  # The workers changed the default of threads to come.
+    gradient_E = torch.zeros_like(f_E)
+    gradient_E[entry_E] = torch.cat([f_E[:0], *parts])
+    return gradient_E.view(B, K) * (4 / B**2)
+
+
 # ---------------------------------------------------------------------------------------- baselines
-# The architectures that the paper compares with. A latent is active above a threshold θ of its own,
-# not among the k largest of its token. Each class has its activation function, its sparsity term,
-# where it starts, and what it adjusts after an update so that k latents of a token are active on
-# average.
+# The architectures that the paper compares with. Where a top-k autoencoder takes the k largest
+# latents of a token, these take those above a threshold θ. Each is one class, which has
+#
+#     activate       the latents while it is trained, from the pre-activations
+#     encode         the latents afterwards, by θ
+#     sparsity       the term that λ weighs
+#     start          what is set before training, from a sample of the activations
+#     adjust         what is set after a step, so that k latents of a token are active on average
+#     saelens_name   what SAELens calls it
+#
+# Ours: they train with Ω, too, unless --alpha is 0; the paper's baselines have none.
 class ThresholdSAE(SAE):
     """f = pre where pre > θ ≥ 0, else 0. Any trained baseline is loaded as this class."""
+
+    saelens_name = "jumprelu"
 
     def __init__(self, d_in, d_sae, k):
         super().__init__(d_in, d_sae, k)
@@ -442,7 +580,7 @@ class ThresholdSAE(SAE):
         return pre * (pre > self.threshold())
 
     def start(self, x_BD, lam):
-        """Sets what is to be set from a sample x and λ before training."""
+        """Sets what a sample x and λ decide before training."""
 
 
 class BatchTopK(ThresholdSAE):
@@ -452,16 +590,25 @@ class BatchTopK(ThresholdSAE):
         vals, cells = pre_BN.relu().flatten().topk(len(pre_BN) * self.k, sorted=False)
         return torch.zeros_like(pre_BN).flatten().scatter(0, cells, vals).view_as(pre_BN)
 
+    def sparsity(self, pre_BN, f_BN):
+        """Bussmann et al. have no sparsity term."""
+        return f_BN.new_zeros(())
+
     def adjust(self, lam, f_BN, l0, lr):
-        """Moves θ, which is used after training: a running mean of each batch's least active value,
-        over some 20 batches. Returns the next step's λ."""
-        least = f_BN.masked_fill(f_BN <= 0, math.inf).min().nan_to_num(posinf=0.0)
+        """Moves θ, one for all latents: a running mean, over some 20 batches, of the least active
+        value of a batch. Returns λ for the next step."""
+        least = f_BN.masked_fill(f_BN <= 0, math.inf).min().to(self.theta.dtype)
+        least = torch.where(least < math.inf, least, 0)  # 0 where nothing is active
         self.theta.copy_(torch.where(self.theta > 0, self.theta.lerp(least, 0.05), least))
         return lam
 
 
 class ReLU(ThresholdSAE):
     """Eq. 1: θ is 0, and λ is adjusted until k latents of a token are active on average."""
+
+    saelens_name = "standard"
+    INTEGRAL = 100  # of the control of λ in `adjust`
+    PROPORTIONAL = 4
 
     def __init__(self, d_in, d_sae, k):
         super().__init__(d_in, d_sae, k)
@@ -471,6 +618,7 @@ class ReLU(ThresholdSAE):
         return pre_BN.relu()
 
     def first_threshold(self, pre_BN, cut):
+        """θ before training, where `cut` would leave k latents of a token active."""
         return 0.0
 
     @torch.no_grad()
@@ -480,17 +628,18 @@ class ReLU(ThresholdSAE):
         x_BD = x_BD[: 2**26 // len(self.b_enc)]  # 2²⁶ pre-activations, 0.3 GB, are sample enough
         pre_BN = self.pre_activations(x_BD)
         cut = pre_BN.flatten().topk(len(x_BD) * self.k, sorted=False).values.min()
-        self.b_enc.add_(self.first_threshold(pre_BN, cut) - cut)
+        self.b_enc.add_(self.first_threshold(pre_BN, cut) - cut)  # moves the cut to θ
 
     def adjust(self, lam, f_BN, l0, lr):
         """PI control of log(L0 / k): both parts are factors of λ.
 
         The integral moves by at most exp(100 lr) in a step, no faster than Adam moves the weights.
-        The proportional part, a 4th power, acts at once and keeps L0 from swinging.
+        The proportional part, a 4th power, acts at once and keeps L0 from swinging. Both numbers
+        are ours, tried on the demo.
         """
         excess = (l0 / self.k).clamp(1 / math.e, math.e)
-        self.lam_integral *= excess ** (100 * lr)
-        return self.lam_integral * excess**4
+        self.lam_integral *= excess ** (self.INTEGRAL * lr)
+        return self.lam_integral * excess**self.PROPORTIONAL
 
 
 class Jump(torch.autograd.Function):
@@ -510,15 +659,17 @@ class Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx, f_gradient_BN, active_gradient_BN):
         z_BN, theta_N = ctx.saved_tensors
-        near_BN = ((z_BN - theta_N).abs() < theta_N / 2) / theta_N
-        theta_gradient_BN = -near_BN * (theta_N * f_gradient_BN + active_gradient_BN)
+        is_near_BN = (z_BN - theta_N).abs() < theta_N / 2
+        rectangle_BN = is_near_BN / theta_N
+        theta_gradient_BN = -rectangle_BN * (theta_N * f_gradient_BN + active_gradient_BN)
         return f_gradient_BN * (z_BN > theta_N), theta_gradient_BN.sum(0)
 
 
 class JumpReLU(ReLU):
     """θ is learned, and the sparsity term is L0 in place of L1."""
 
-    SPEED = 30  # as λ is adjusted fast, θ at Adam's common rate would lag many steps behind
+    saelens_name = "jumprelu"
+    SPEED = 30  # θ moves so many times Adam's rate, or it would lag many steps behind λ; ours
 
     def __init__(self, d_in, d_sae, k):
         super().__init__(d_in, d_sae, k)
@@ -543,7 +694,7 @@ ARCHITECTURES = {"topk": SAE, "batchtopk": BatchTopK, "relu": ReLU, "jumprelu": 
 
 
 # ---------------------------------------------------------------------------------------- processes
-# All that torchrun changes. Each process has a GPU and its part of every batch's tokens, and all
+# All that torchrun changes. Each process has a GPU, or some cores, and its part of every batch's tokens, and all
 # hold the same weights. Two terms of the loss are means over tokens, so the gradient of the whole
 # batch is the mean of the processes' gradients, which `average_gradients` takes. Ω is no mean: its
 # counts and products need all tokens of the batch. So each process gathers the latents of all,
@@ -655,8 +806,17 @@ def check_name(name):
         raise InputError(f"{name}: there is no such file or folder")
 
 
+class Reader(NamedTuple):
+    """A language model that is read at one of its layers."""
+
+    lm: nn.Module
+    layer: nn.Module
+    tokenizer: object
+    hook_name: str  # of the layer, in the language model with its head
+
+
 def load_lm(name, layer, device, dtype, ctx=2, whole=False):
-    """The language model up to a layer, or whole and with its head; that layer; the tokenizer.
+    """The `Reader` of a language model: up to a layer, or whole and with its head for eval_sae.py.
 
     ctx is the length of the longest context that it is going to read, in tokens.
     """
@@ -692,13 +852,15 @@ def load_lm(name, layer, device, dtype, ctx=2, whole=False):
     if missing:
         raise InputError(f"{name}: its files lack tensors, {missing[0]} among them")
     lm.eval()
-    reader = lm.get_submodule(reader_path)
+    reader = lm.get_submodule(reader_path)  # of a multimodal model, the part that reads text
     layers = lm.get_submodule(layers_path)
     check_positions(reader, layers[0], ids[0], ctx, name)
     most = getattr(text_config, "max_position_embeddings", None) or ctx
     if ctx > most:
         say(f"--ctx {ctx}: {name} reads so many tokens, but was made for {most}")
-    return (lm if whole else reader).to(device), layers[layer], tokenizer
+    prefix = "" if whole else f"{lm.base_model_prefix}."
+    hook_name = f"{prefix}{layers_path}.{layer}"
+    return Reader((lm if whole else reader).to(device), layers[layer], tokenizer, hook_name)
 
 
 def up_to_layer(model_class, layer, layers_path):
@@ -1061,23 +1223,53 @@ def progress_bar(work, **options):
 
 
 def harvest(lm, layer, tokenizer, ids_RL, x_CD, lm_batch):
-    """Fills x (C, D) from the front with the layer's activations at the kept tokens of contexts."""
+    """Fills x (C, D) from the front with the layer's activations at the kept tokens of R contexts.
+
+    Returns their number.
+    """
     filled = 0
     parts = ids_RL.split(lm_batch)
     for ids_BL in progress_bar(parts, desc="activations", leave=False, disable=rank() > 0):
         ids_BL = ids_BL.to(lm.device)
-        x_TD = layer_output(lm, layer, ids_BL)[kept_tokens(ids_BL, tokenizer)]
-        if not x_TD.isfinite().all():
+        found_CD = layer_output(lm, layer, ids_BL)[kept_tokens(ids_BL, tokenizer)]
+        if not found_CD.isfinite().all():
             raise InputError("the model's activations are not finite; try --dtype float32")
-        x_CD[filled : filled + len(x_TD)] = x_TD
-        filled += len(x_TD)
+        x_CD[filled : filled + len(found_CD)] = found_CD
+        filled += len(found_CD)
+    return filled
+
+
+def replace_outliers(x_CD, max_norm, generator):
+    """Puts other tokens in the place of those whose norm is over max_norm times the median norm.
+
+    Returns their number. Ours. Ω grows with the 4th power of the norm: one token of 100 times the
+    usual norm in a batch of 2,048 multiplies it by 18,600, and misleads --normalize. Some models
+    have such tokens within a text, Qwen for one; Gemma's is BOS, which is not kept. That as many
+    tokens stay keeps the number of a round's batches, by which a run is resumed.
+    """
+    norm_C = torch.linalg.vector_norm(x_CD, dim=1, dtype=torch.float32)
+    is_outlier_C = norm_C > max_norm * norm_C.median()
+    n_outliers = int(is_outlier_C.sum())
+    if n_outliers:
+        others = (~is_outlier_C).nonzero()[:, 0]
+        chosen = torch.randint(len(others), (n_outliers,), generator=generator)
+        x_CD[is_outlier_C] = x_CD[others[chosen.to(others.device)]]
+    return n_outliers
+
+
+class Batch(NamedTuple):
+    """A batch of activations, and what is known of its round."""
+
+    x_BD: torch.Tensor  # in the model's dtype
+    outliers: int  # tokens of this process that were left out of the round for their norm
+    seconds: float  # that reading the round took, for each of its batches
 
 
 def batches(cfg, rows, lm, layer, tokenizer, skip=0):
-    """Batches x_BD of activations, in the model's dtype, without end, after the first `skip`.
+    """A `Batch` after another, without end, from the one after the first `skip` on.
 
     They come in rounds. A round reads R contexts for each process: context c goes to process c
-    modulo their number. It shuffles the activations of the kept tokens, serves whole batches and
+    modulo their number. It shuffles the activations of the C kept tokens, serves whole batches and
     drops the rest. A run that is shorter than a round reads no more than it needs. The data,
     data_seed and the number of the round fix all of it, so to resume a run is to count batches:
     rounds that are over are read again, and the language model does not run on them.
@@ -1087,11 +1279,14 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
     two_batches = 2 * math.ceil(B / (cfg.ctx - 1))  # for half of the tokens may be EOS
     R = max(cfg.buffer // world, two_batches)
     steps = cfg.tokens // cfg.batch
+    lm_batch = cfg.lm_batch or (128 if lm.device.type == "cuda" else 32)
+    told = False
     contexts = token_contexts(read_texts(rows, cfg), tokenizer, cfg.ctx)
     # The activations of a round, in the model's dtype: 1.2 GB in run 4.
     x_CD = torch.empty(R * (cfg.ctx - 1), lm.config.hidden_size, dtype=lm.dtype, device=lm.device)
     n_tokens = lm.get_input_embeddings().num_embeddings
     for number in itertools.count():
+        started = time.monotonic()
         ids_RL = torch.tensor(list(itertools.islice(contexts, R * world)))
         if ids_RL.max() >= n_tokens:
             raise InputError(
@@ -1111,16 +1306,26 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
         if skip >= n_batches:
             skip -= n_batches
             continue
-        harvest(lm, layer, tokenizer, ids_RL[rank() :: world], x_CD, cfg.lm_batch)
+        filled = harvest(lm, layer, tokenizer, ids_RL[rank() :: world], x_CD, lm_batch)
         generator = torch.Generator().manual_seed((cfg.data_seed << 20) + number)
         order_C = torch.randperm(n_batches * B, generator=generator).to(lm.device)
+        outliers = 0
+        if cfg.max_norm > 0:
+            outliers = replace_outliers(x_CD[:filled], cfg.max_norm, generator)
+        if outliers and not told:
+            say(
+                f"\n{outliers:,} of {filled:,} tokens have over {cfg.max_norm:g} times the median "
+                "norm; other tokens take their places (--max-norm)"
+            )
+            told = True
+        seconds = (time.monotonic() - started) / n_batches
         for rows_B in order_C.split(B)[skip:]:
-            yield x_CD[rows_B]
+            yield Batch(x_CD[rows_B], outliers, seconds)
         skip = 0
 
 
 # ----------------------------------------------------------------------------------------- training
-DEAD_AFTER = 200  # a latent that was active on no token of so many steps counts as dead
+DEAD_AFTER = 200  # steps: a latent that was active on no token of so many is dead
 SAMPLE = 16384  # tokens from which the scale, the geometric median and the thresholds are taken
 
 
@@ -1148,19 +1353,6 @@ def failure_of(cfg, x_BD):
     return alpha_advice(cfg, x_BD) if cfg.alpha > paper_alpha(x_BD) else "use a smaller --lr"
 
 
-def terms_function(cfg, device):
-    """The function (sae, x_BD) -> terms of Eq. 2 by which a run is trained."""
-    if cfg.plain:
-        return partial(loss_terms, penalty=lambda f: orthogonality(gather_tokens(f)))
-    if device.type == "cpu" and cfg.arch == "topk":
-        terms = sparse_loss_terms
-        penalty = lambda f, idx, N: sgo_penalty(gather_tokens(f), gather_tokens(idx), N)
-    else:
-        terms = loss_terms
-        penalty = lambda f: sgo_penalty_dense(gather_tokens(f))
-    return partial(terms, penalty=penalty if cfg.alpha > 0 else lambda *latents: 0.0)
-
-
 def scheduled_alpha(cfg, step, steps):
     """Weight of Ω at a step of a run.
 
@@ -1171,6 +1363,25 @@ def scheduled_alpha(cfg, step, steps):
     return alpha_at(step, cfg.alpha, start, int(cfg.alpha_warmup * steps))
 
 
+def omega_of_selected(vals_BK, idx_BK, d_sae):
+    """Ω over the tokens of all processes."""
+    return sgo_penalty(gather_tokens(vals_BK), gather_tokens(idx_BK), d_sae)
+
+
+def omega_of_dense(f_BN):
+    """Ω over the tokens of all processes."""
+    return sgo_penalty_dense(gather_tokens(f_BN))
+
+
+def plain_omega(f_BN):
+    """Ω over the tokens of all processes."""
+    return orthogonality(gather_tokens(f_BN))
+
+
+def no_omega(*latents):
+    return 0.0
+
+
 class Run:
     """An autoencoder in training, its settings, optimiser, α and λ, and what was logged of it."""
 
@@ -1179,50 +1390,84 @@ class Run:
         self.cfg = cfg
         self.sae = ARCHITECTURES[cfg.arch](d_in, cfg.d_sae, cfg.k).to(device)
         self.adam = torch.optim.Adam(self.sae.parameters(), betas=(0.9, 0.999), fused=True)
-        self.terms_of = terms_function(cfg, device)
         self.mixed_precision = mixed_precision and not cfg.plain
         self.alpha = 0.0
         self.lam = torch.tensor(cfg.lam, device=device)
-        # For each latent, how many steps were done when it was last active.
-        self.last_fired_N = torch.full((cfg.d_sae,), 0, device=device)
+        self.gradient_norm = 0.0
+        # For each latent, how many steps were done when it was last active; at first, 0.
+        self.last_fired_N = torch.zeros(cfg.d_sae, dtype=torch.long, device=device)
         self.history = []  # the lines of metrics.jsonl
         self.failure = None
         if torchrun():
             average_gradients(self.sae)
 
+    def terms(self, x_BD):
+        """The `Terms` of Eq. 2; the section `fast` tells which way trains what."""
+        sae = self.sae
+        penalized = self.cfg.alpha > 0
+        if self.cfg.plain:
+            return loss_terms(sae, x_BD, plain_omega if penalized else no_omega)
+        if type(sae).activate is SAE.activate:
+            return topk_loss_terms(sae, x_BD, omega_of_selected if penalized else no_omega)
+        return loss_terms(sae, x_BD, omega_of_dense if penalized else no_omega)
+
     def step(self, x_BD, step, steps):
-        """One training step. A gradient that is not finite ends this run, and others go on."""
+        """One training step, which takes these five things in this order:
+
+        1. α and the learning rate of the step;
+        2. the terms of Eq. 2, in mixed precision where the language model runs in bfloat16;
+        3. the loss;
+        4. λ and θ of a baseline;
+        5. the update: the gradient, its mean over processes (`average_gradients`), the projection
+           of W_dec's gradient, clipping, Adam, unit rows.
+
+        A gradient that is not finite ends this run, and others go on.
+        """
         if self.failure:
             return
         cfg = self.cfg
+        # 1.
         self.alpha = scheduled_alpha(cfg, step, steps)
         lr = lr_at(step, steps, cfg.lr, cfg.decay_start)
-        with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):  # 5.1
-            terms = self.terms_of(self.sae, x_BD)
+        # 2.
+        with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):
+            terms = self.terms(x_BD)
+        # 3. Ω is that of all processes' tokens, and its gradient is averaged like the others.
         loss = total_loss(terms, self.lam, self.alpha * n_processes())
-        # An auxiliary loss would be added here: the latents to revive are those where
-        # step - self.last_fired_N > DEAD_AFTER.
-        self.last_fired_N.masked_fill_(terms["fired_N"], step + 1)
+        # An auxiliary loss would be added here. AuxK (Gao et al. 2024), for example, lets the dead
+        # latents reconstruct what is left of x, on any device:
+        #     dead_N = step - self.last_fired_N >= DEAD_AFTER
+        #     def select(pre_BN):
+        #         vals_BK, idx_BK = pre_BN.masked_fill(~dead_N, -math.inf).topk(x_BD.shape[1] // 2)
+        #         return vals_BK.relu(), idx_BK
+        #     aux_BD = decode(self.sae, *encode(self.sae, x_BD, select))
+        #     loss += (x_BD - terms.xhat_BD - aux_BD).square().sum(1).mean() / 32
+        fired_N = all_reduce_(terms.fired_N.int(), "MAX") > 0
+        self.last_fired_N.masked_fill_(fired_N, step + 1)
+        # 4.
         if isinstance(self.sae, ThresholdSAE):
-            f_BN = terms["f_BN"]
-            l0 = all_reduce_((f_BN > 0).sum() / len(f_BN)) / n_processes()
-            self.lam = self.sae.adjust(self.lam, f_BN, l0, lr)
-        del terms  # f, 0.15 GB in run 4, is not needed in the backward pass
-        if not update(self.sae, self.adam, loss, lr):
+            l0 = (terms.f_BN > 0).sum() / len(x_BD)
+            l0 = all_reduce_(l0) / n_processes()
+            self.lam = self.sae.adjust(self.lam, terms.f_BN, l0, lr)
+        # 5.
+        self.gradient_norm = update(self.sae, self.adam, loss, lr, cfg.clip)
+        if not math.isfinite(self.gradient_norm):
             why = failure_of(cfg, x_BD)
             self.failure = f"{cfg.out}: gradient not finite at step {step}; {why}"
 
-    def log(self, x_BD, done, scale):
+    def log(self, x_BD, done, scale, **more):
         """Adds a line to metrics.jsonl, and says once if Ω outweighs the reconstruction."""
-        last_fired_N = all_reduce_(self.last_fired_N.clone(), "MAX")
+        dead = int((done - self.last_fired_N >= DEAD_AFTER).sum())
         m = {
             "step": done,
             "tokens": done * self.cfg.batch,
             "lr": self.adam.param_groups[0]["lr"],
             "alpha": self.alpha,
             "activation_scale": scale,
-            "dead": int((last_fired_N <= max(0, done - DEAD_AFTER)).sum()),
+            "gradient_norm": self.gradient_norm,
+            "dead": dead if done >= DEAD_AFTER else None,  # earlier, none can be
             **figures_of(self.sae, gather_tokens(x_BD), self.lam, self.alpha, scale),
+            **more,
         }
         if m["penalty_share"] > 1 and all(past["penalty_share"] <= 1 for past in self.history):
             weighs = f"the penalty weighs {m['penalty_share']:.3g} times the reconstruction"
@@ -1240,9 +1485,10 @@ class Run:
     def figures(self):
         """The last figures in a line."""
         m = self.history[-1]
+        dead = "unknown" if m["dead"] is None else f"{m['dead'] / self.cfg.d_sae:.2%}"
         return (
             f"EV {m['explained_variance']:.4f}  MSE {m['mse']:<6.4g}  cosine {m['cosine']:.4f}  "
-            f"L0 {m['l0']:.1f}  dead {m['dead'] / self.cfg.d_sae:.2%}  "
+            f"L0 {m['l0']:.1f}  dead {dead}  "
             f"Ω {m['omega']:<6.4g}  αΩ/rec {m['penalty_share']:.2%}"
         )
 
@@ -1252,19 +1498,18 @@ def figures_of(sae, x_BD, lam, alpha, scale):
     """Figures of a batch after its update. The terms of the loss are in the units of training, in
     which activations are `scale` times those of the model; `mse` is in the model's."""
     terms = loss_terms(sae, x_BD, sgo_penalty_dense)
-    f_BN = terms["f_BN"]
-    error = terms["reconstruction"]
+    error = terms.reconstruction
     figures = {
         "loss": total_loss(terms, lam, alpha),
         "reconstruction": error,
-        "sparsity": terms["sparsity"],
-        "omega": terms["omega"],
+        "sparsity": terms.sparsity,
+        "omega": terms.omega,
         "lambda": lam,
-        "penalty_share": alpha * terms["omega"] / error,
+        "penalty_share": alpha * terms.omega / error,
         "mse": error / x_BD.shape[1] / scale**2,  # per element
         "explained_variance": 1 - error / (x_BD - x_BD.mean(0)).square().sum(1).mean(),
-        "cosine": F.cosine_similarity(x_BD, sae.decode(f_BN), dim=1).mean(),
-        "l0": (f_BN > 0).sum(1).float().mean(),
+        "cosine": F.cosine_similarity(x_BD, terms.xhat_BD, dim=1).mean(),
+        "l0": (terms.f_BN > 0).sum(1).float().mean(),
     }
     return {name: figure.item() for name, figure in figures.items()}
 
@@ -1276,7 +1521,7 @@ def begin(runs, data, steps):
     """
     cfg = runs[0].cfg
     first = list(itertools.islice(data, min(steps, math.ceil(SAMPLE / cfg.batch))))
-    sample_BD = gather_tokens(torch.cat(first).float())
+    sample_BD = gather_tokens(torch.cat([batch.x_BD for batch in first]).float())
     scale = 1.0
     if cfg.normalize:
         scale = (sample_BD.shape[1] / sample_BD.square().sum(1).mean()).sqrt().item()
@@ -1291,8 +1536,10 @@ def begin(runs, data, steps):
 
 def json_line(figures):
     """A line of metrics.jsonl. JSON has no infinite numbers: in their place stands null."""
-    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-    return json.dumps(finite) + "\n"
+    known = {}
+    for name, value in figures.items():
+        known[name] = value if value is not None and math.isfinite(value) else None
+    return json.dumps(known) + "\n"
 
 
 class Interrupted(BaseException):
@@ -1322,11 +1569,13 @@ def train(cfgs, folder, device, dtype):
     Their settings differ in those of LISTS and in `out` alone.
     """
     cfg = cfgs[0]
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # float32 products of a GPU are in TF32
     steps = cfg.tokens // cfg.batch
     rows = load_texts(cfg)
-    lm, layer, tokenizer = load_lm(cfg.model, cfg.layer, device, dtype, cfg.ctx)
-    runs = [Run(c, lm.config.hidden_size, device, dtype == torch.bfloat16) for c in cfgs]
+    reader = load_lm(cfg.model, cfg.layer, device, dtype, cfg.ctx)
+    # The language model's dtype decides whether the autoencoder has mixed precision (5.1).
+    mixed = dtype == torch.bfloat16
+    runs = [Run(c, reader.lm.config.hidden_size, device, mixed) for c in cfgs]
     checkpoint = folder / "checkpoint.pt"
     done = 0
     scale = None
@@ -1337,7 +1586,7 @@ def train(cfgs, folder, device, dtype):
         most = scheduled_alpha(c, steps - 1, steps)
         if most < c.alpha:
             say(f"{c.out}: α rises to {most:.4g} and not to {c.alpha:g}, since the run ends before")
-    data = batches(cfg, rows, lm, layer, tokenizer, done)
+    data = batches(cfg, rows, reader.lm, reader.layer, reader.tokenizer, done)
     if scale is None:
         scale, data = begin(runs, data, steps)
     for run in runs:
@@ -1351,20 +1600,26 @@ def train(cfgs, folder, device, dtype):
     # A signal ends the reading of a batch at once. Several processes must end in the same step.
     while_reading = wait if torchrun() else interrupt
     bar = progress_bar(range(done, steps), initial=done, total=steps, disable=rank() > 0)
+    pace = Pace(steps, device)
     try:
         for step in bar:
             with handling_signals(while_reading):
-                x_BD = next(data).float() * scale
+                batch = next(data)
+                x_BD = batch.x_BD.float() * scale
             with handling_signals(wait):
+                started = time.monotonic()
                 for run in runs:
                     run.step(x_BD, step, steps)
+                pace.add(time.monotonic() - started, batch.seconds)
                 done = step + 1
                 live = [run for run in runs if not run.failure]
                 if not live:
                     raise InputError(f"{runs[0].failure}; the last checkpoint, if any, stays")
                 if done % cfg.log_every == 0 or done == steps:
+                    more = {"outliers": batch.outliers, **pace.figures(cfg.batch)}
                     for run in live:
-                        run.log(x_BD, done, scale)
+                        run.log(x_BD, done, scale, **more)
+                    pace.tell_once(done)
                     bar.set_postfix_str(live[-1].short_figures(), refresh=False)
                 stop = int(all_reduce_(torch.tensor(max(caught, default=0)), "MAX"))
                 if cfg.save_every and done % cfg.save_every == 0 and not stop:
@@ -1377,11 +1632,66 @@ def train(cfgs, folder, device, dtype):
             say(f"stopped after step {done:,}; the same command with --resume goes on")
         raise SystemExit(128 + interrupted.args[0]) from None
     with handling_signals(wait):
-        has_bos = bool(first_id(tokenizer.bos_token_id, tokenizer.cls_token_id))
-        save_all(runs, folder, done, scale, has_bos)
+        save_all(runs, folder, done, scale, reader)
 
 
-def save_all(runs, folder, done, scale, has_bos):
+class Pace:
+    """How long steps take, and how much memory."""
+
+    def __init__(self, steps, device):
+        self.steps = steps
+        self.device = device
+        self.timed = 0  # steps
+        self.training = 0.0  # seconds
+        self.reading = 0.0
+        self.told = False
+
+    def add(self, training, reading):
+        """Counts a step, and the seconds that its training and the reading of its batch took."""
+        self.timed += 1
+        if self.timed == 1:
+            return  # A first step also loads the device's libraries.
+        self.training += training
+        self.reading += reading
+
+    def figures(self, batch):
+        """For metrics.jsonl: tokens a second, reading and training, and the peak of memory."""
+        seconds = self.training + self.reading
+        speed = batch * (self.timed - 1) / seconds if seconds else None
+        return {"tokens_per_second": speed, "peak_memory_gb": peak_memory(self.device)[0]}
+
+    def tell_once(self, done):
+        """One line after the first steps: how fast it goes, when it ends and what it needs."""
+        if self.told or self.timed < 2:
+            return
+        self.told = True
+        training = self.training / (self.timed - 1)
+        reading = self.reading / (self.timed - 1)
+        end = time.localtime(time.time() + (self.steps - done) * (training + reading))
+        used, there_is = peak_memory(self.device)
+        memory = f"; peak memory {used:.1f} of {there_is:.0f} GB" if used else ""
+        say(
+            f"\n{self.steps - done:,} steps to go, of {1000 * training:.3g} ms, and "
+            f"{1000 * reading:.3g} ms for reading; done at about "
+            f"{time.strftime('%a %H:%M', end)}{memory}"
+        )
+
+
+def peak_memory(device):
+    """The peak of the memory used, and how much there is, in GB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device) / 1e9, total / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows does not tell it so
+        return None, None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return used / 1e9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def save_all(runs, folder, done, scale, reader):
     """Saves the autoencoders that did not fail, and then prints their last figures.
 
     The checkpoint goes last, and where one can't be saved it stays, so that nothing is lost.
@@ -1392,7 +1702,7 @@ def save_all(runs, folder, done, scale, has_bos):
     for run in runs:
         if not run.failure and rank() == 0:
             try:
-                save_sae(run.sae, run.cfg, run.cfg.out, scale, has_bos)
+                save_sae(run.sae, run.cfg, run.cfg.out, scale, about(run, reader))
                 saved.append(run)
             except (OSError, RuntimeError) as error:  # as safetensors makes of a disk's error
                 unsaved.append(f"{run.cfg.out} can't be written: {error}")
@@ -1409,6 +1719,18 @@ def save_all(runs, folder, done, scale, has_bos):
 
 
 # ------------------------------------------------------------------------------------------ files
+def about(run, reader):
+    """What cfg.json says of a run beside its settings."""
+    last = run.history[-1]
+    tokenizer = reader.tokenizer
+    return {
+        "hf_hook_name": reader.hook_name,
+        "prepend_bos": bool(first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)),
+        "l0": last["l0"],
+        "dead_latents": last["dead"],
+    }
+
+
 def write_whole(path, write):
     """Lets `write` make a file, given the path, beside its place, and puts it there when it is
     whole. So a crash or a full disk leaves the file that was there before."""
@@ -1465,7 +1787,6 @@ def save_checkpoint(path, runs, done, scale):
     """
     content = {"done": done, "scale": scale, "settings": settings_of(runs), "runs": []}
     for run in runs:
-        all_reduce_(run.last_fired_N, "MAX")  # each process has seen its own tokens
         state = {name: getattr(run, name) for name in ("lam", "last_fired_N", "history", "failure")}
         state.update(sae=run.sae.state_dict(), adam=run.adam.state_dict())
         content["runs"].append(state)
@@ -1497,17 +1818,11 @@ def load_checkpoint(path, runs):
         return saved["scale"], saved["done"]
 
 
-SAELENS_NAMES = {
-    "topk": "topk",
-    "batchtopk": "jumprelu",
-    "relu": "standard",
-    "jumprelu": "jumprelu",
-}
-
-
 @torch.no_grad()
-def save_sae(sae, cfg, folder, scale=1.0, has_bos=True):
+def save_sae(sae, cfg, folder, scale=1.0, more=()):
     """Writes a folder that SAELens loads: cfg.json, and sae_weights.safetensors in float32.
+
+    `more` is what its metadata has beside the settings.
 
     In training, activations were multiplied by `scale`. Dividing biases and thresholds by it gives
     the autoencoder of the model's own activations: f(s x) = s ReLU((x - b_dec/s) W_enc + b_enc/s),
@@ -1522,7 +1837,7 @@ def save_sae(sae, cfg, folder, scale=1.0, has_bos=True):
         "b_dec": sae.b_dec / scale,
     }
     content = {
-        "architecture": SAELENS_NAMES[cfg.arch],
+        "architecture": getattr(sae, "saelens_name", "topk"),
         "d_in": len(sae.b_dec),
         "d_sae": len(sae.b_enc),
         "dtype": "float32",
@@ -1534,14 +1849,15 @@ def save_sae(sae, cfg, folder, scale=1.0, has_bos=True):
             "hook_layer": cfg.layer,
             "dataset_path": cfg.dataset,
             "context_size": cfg.ctx,
-            "prepend_bos": has_bos,
+            "prepend_bos": True,
             "activation_scale": scale,
             "sae_lens_version": "6.0.0",  # whose format this is; SAELens drops metadata without it
             "settings": vars(cfg),
             "torch_version": torch.__version__,
+            **dict(more),
         },
     }
-    if cfg.arch == "topk":
+    if content["architecture"] == "topk":
         content["k"] = sae.k
         content["rescale_acts_by_decoder_norm"] = False
     if content["architecture"] == "jumprelu":
@@ -1690,15 +2006,15 @@ def train_demo_lm(texts, folder, steps=1000, batch=8, ctx=128):
         sliding_window=ctx,
     )
     lm = Gemma2ForCausalLM(config)
-    ids_NL = torch.tensor(list(token_contexts(texts, tokenizer, ctx)))
+    ids_RL = torch.tensor(list(token_contexts(texts, tokenizer, ctx)))
     adam = torch.optim.AdamW(
         lm.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    order = torch.randperm(len(ids_NL))[: steps * batch].split(batch)
+    order = torch.randperm(len(ids_RL))[: steps * batch].split(batch)
     for step, rows in enumerate(progress_bar(order, desc="demo language model", unit="step")):
         decay = 0.02 + 1.2 * (1 - step / steps)
         adam.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, decay)
-        loss = lm(input_ids=ids_NL[rows], labels=ids_NL[rows]).loss
+        loss = lm(input_ids=ids_RL[rows], labels=ids_RL[rows]).loss
         adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
@@ -1738,6 +2054,7 @@ def parse_args(argv):
     parser = new_parser("sgo_sae.py [--flag VALUE ...]", __doc__.splitlines()[0])
     comment = re.compile(r"^    (\w+): .+  # (.+)$", re.MULTILINE)
     comments = dict(comment.findall(Path(__file__).read_text(encoding="utf-8")))
+    choices = {"arch": tuple(ARCHITECTURES), "dtype": DTYPES}
     for field in dataclasses.fields(Config):
         options = {"dest": field.name, "default": field.default, "help": comments[field.name]}
         if "(default" in comments[field.name]:
@@ -1746,7 +2063,7 @@ def parse_args(argv):
             options["action"] = "store_true"
         else:
             options["type"] = field.type
-            options["choices"] = CHOICES.get(field.name)
+            options["choices"] = choices.get(field.name)
         if field.name in LISTS:
             options["nargs"] = "+"
             options["default"] = [field.default]

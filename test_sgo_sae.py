@@ -8,6 +8,7 @@ import html
 import html.parser
 import http.server
 import importlib.util
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial, reduce
 from itertools import combinations, count, islice, product
 from pathlib import Path
@@ -30,6 +32,9 @@ from pathlib import Path
 # As main() sets them, but earlier.
 os.environ.update(TRANSFORMERS_VERBOSITY="critical", HF_HUB_VERBOSITY="critical")
 os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+# The arrays of the tests are small, so that threads would mostly wait for each other.
+if __name__ != "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import operator
 
@@ -52,7 +57,7 @@ from sgo_sae import (
     orthogonality,
     sgo_penalty,
     sgo_penalty_dense,
-    sparse_loss_terms,
+    topk_loss_terms,
     total_loss,
     update,
 )
@@ -60,11 +65,19 @@ from sgo_sae import (
 HERE = Path(__file__).parent
 SCRIPT = HERE / "sgo_sae.py"
 CPU = torch.device("cpu")
+HAS_GPU = torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(monkeypatch):
+    """Each test starts with the same random numbers, and sees no GPU unless it asks for it."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def real_gpu(seeded, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 def python(*argv, **environment):
@@ -76,7 +89,7 @@ def python(*argv, **environment):
         capture_output=True,
         text=True,
         timeout=900,
-        env=env | {"PYTHONPATH": str(HERE)} | environment,
+        env=env | {"PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""} | environment,
     )
 
 
@@ -85,7 +98,12 @@ def write_rows(path, rows):
 
 
 def metrics_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, without what depends on the machine."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for name in ("tokens_per_second", "peak_memory_gb"):
+            row.pop(name, None)
+    return rows
 
 
 def last_line(capsys):
@@ -152,24 +170,28 @@ def test_weights_of_a_case_worked_by_hand():
     assert orthogonality(f_BN).item() == pytest.approx(2 * (1 * 0.75**2 + 0.5 * 0.75**2))
 
 
+WAYS = ["tiles", "pairs", "blocks"]
+
+
 def take(way, monkeypatch, **sizes):
-    """Makes sgo_penalty compute its gradient in one way, whatever the sizes: by
-    pairs or by tiles."""
+    """Makes sgo_penalty compute its gradient in one way, whatever the sizes: by tiles, by sorted
+    pairs, or by the blocks of pairs of a CPU.
+    """
+    pay = math.inf if way == "tiles" else 0
+    monkeypatch.setattr(sgo_sae, "PAIRS_PAY", {"cpu": pay, "cuda": pay})
     if way == "pairs":
-        by_pairs = partial(sgo_sae.gradient_by_pairs, **sizes)
-        monkeypatch.setattr(sgo_sae, "PAIR_COST", 0)
-        monkeypatch.setattr(sgo_sae, "gradient_by_pairs", by_pairs)
-    else:
-        by_tiles = partial(sgo_sae.gradient_by_tiles, **sizes)
-        monkeypatch.setattr(sgo_sae, "PAIR_COST", math.inf)
-        monkeypatch.setattr(sgo_sae, "gradient_by_tiles", by_tiles)
+        monkeypatch.setattr(sgo_sae, "gradient_by_blocks", sgo_sae.gradient_by_pairs)
+    elif sizes:
+        name = f"gradient_by_{way}"
+        monkeypatch.setattr(sgo_sae, name, partial(getattr(sgo_sae, name), **sizes))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-@pytest.mark.parametrize("way", ["pairs", "tiles"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("B, N, K", SHAPES)
 def test_penalty_and_gradient_match_the_definition(B, N, K, way, rows, monkeypatch):
-    take(way, monkeypatch, **({"cells": rows * (N + 1)} if way == "pairs" else {"tile": rows}))
+    sizes = {"tiles": {"tile": rows}, "blocks": {"cells": rows * (N + 1)}, "pairs": {}}
+    take(way, monkeypatch, **sizes[way])
     vals_BK, idx_BK = sparse_latents(B, N, K)
     f_BN = dense(vals_BK, idx_BK, N).requires_grad_()
     omega, _, grad_BN = definition(f_BN.detach())
@@ -192,35 +214,40 @@ def adam_of(sae, lr=1e-3):
 
 def step_of(sae, adam, x_BD, alpha, lr, lam=0.04, penalty=sgo_penalty):
     """One step as a CPU takes it; its loss."""
-    loss = total_loss(sparse_loss_terms(sae, x_BD, penalty), lam, alpha)
-    assert update(sae, adam, loss, lr)
+    loss = total_loss(topk_loss_terms(sae, x_BD, penalty), lam, alpha)
+    assert 0 < update(sae, adam, loss, lr) < math.inf
     return loss.item()
 
 
-@pytest.mark.parametrize("way", ["pairs", "tiles"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("arch", sgo_sae.ARCHITECTURES)
-def test_thirty_steps_by_the_fast_way_are_those_by_the_plain_one(arch, way, monkeypatch):
-    """JumpReLU's thresholds get a gradient of Ω from latents that are not active, too."""
+def test_thirty_steps_by_the_fast_way_are_those_by_the_plain_one(arch, way, monkeypatch, patch_gpu):
+    """On a CPU, and as on a GPU. JumpReLU's thresholds get a gradient of Ω from latents that are
+    not active, too.
+    """
     take(way, monkeypatch)
     batches = torch.randn(30, 256, 16, dtype=torch.float64) * 2
     trained = []
-    for device, plain in (("cpu", True), ("cpu", False), ("cuda", False)):
-        cfg = sgo_sae.Config(
-            arch=arch, d_sae=64, k=8, lr=5e-3, alpha=0.5, alpha_warmup=10, plain=plain
-        )
-        run = sgo_sae.Run(cfg, 16, torch.device("cpu"))
+
+    def train(device, plain):
+        cfg = sgo_sae.Config(arch=arch, d_sae=64, k=8, lr=5e-3, alpha=0.5, plain=plain)
+        run = sgo_sae.Run(cfg, 16, device)
         run.sae.double()
-        run.terms_of = sgo_sae.terms_function(cfg, torch.device(device))  # of a GPU, run on a CPU
         if arch != "topk":
-            run.sae.start(batches[0], cfg.lam)
+            run.sae.start(batches[0].to(device), cfg.lam)
         for step, x_BD in enumerate(batches):
-            run.step(x_BD, step, 30)
-        trained.append(run.sae.state_dict())
+            run.step(x_BD.to(device), step, 30)
+        trained.append({name: tensor.cpu() for name, tensor in run.sae.state_dict().items()})
+
+    train(CPU, True)
+    train(CPU, False)
+    with patch_gpu():
+        train(CUDA, False)
     plain, *fast = trained
     for state in fast:
         for name, tensor in state.items():
             assert (tensor - plain[name]).abs().max() < 1e-12
-    start = sgo_sae.Run(cfg, 16, torch.device("cpu")).sae
+    start = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=64, k=8), 16, CPU).sae
     assert (plain["W_dec"] - start.W_dec).abs().max() > 0.1  # it did train
 
 
@@ -274,11 +301,11 @@ def test_sae_and_its_gradients_match_a_dense_one():
     inputs = list(sae.parameters())
     expected = (f_BN @ sae.W_dec + sae.b_dec - x_BD).square().sum(1).mean() + f_BN.sum(1).mean()
     expected = [expected, *torch.autograd.grad(expected, inputs)]
-    for terms in (loss_terms(sae, x_BD), sparse_loss_terms(sae, x_BD, sgo_penalty)):
+    for terms in (loss_terms(sae, x_BD), topk_loss_terms(sae, x_BD, sgo_penalty)):
         loss = total_loss(terms, 1.0, 0.0)
         found = [loss, *torch.autograd.grad(loss, inputs)]
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
-        assert torch.equal(terms["fired_N"], (f_BN > 0).any(0))
+        assert torch.equal(terms.fired_N, (f_BN > 0).any(0))
 
 
 ARCHS = ("topk", "batchtopk", "relu", "jumprelu")
@@ -296,7 +323,7 @@ def test_other_architectures_and_their_gradients_match_the_formulas(arch):
     for p in weights:
         p.data += 0.1 * torch.randn_like(p)
     terms = loss_terms(sae, x_BD, lambda f_BN: 0.0)
-    loss = terms["reconstruction"] + 0.3 * terms["sparsity"]
+    loss = terms.reconstruction + 0.3 * terms.sparsity
 
     theta_N = sae.threshold().detach()
     pre_BN = (x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc
@@ -304,21 +331,21 @@ def test_other_architectures_and_their_gradients_match_the_formulas(arch):
         f_BN = torch.where(
             pre_BN >= pre_BN.flatten().sort(descending=True).values[50 * 4 - 1], pre_BN, 0
         )
-        assert (terms["f_BN"] > 0).sum() == 50 * 4
-        sae.adjust(0.04, terms["f_BN"], terms["f_BN"], 1e-3)
+        assert (terms.f_BN > 0).sum() == 50 * 4
+        sae.adjust(0.04, terms.f_BN, terms.f_BN, 1e-3)
         assert sae.threshold().unique() == pytest.approx(f_BN[f_BN > 0].min().item())
     else:
         f_BN = torch.where(pre_BN > theta_N, pre_BN, 0)
-    assert torch.allclose(terms["f_BN"], f_BN, atol=1e-14)
+    assert torch.allclose(terms.f_BN, f_BN, atol=1e-14)
     f_BN.retain_grad()
     expected = (sae.decode(f_BN) - x_BD).square().sum(1).mean()
-    if arch != "jumprelu":
+    if arch == "relu":  # batchtopk has no sparsity term
         expected = expected + 0.3 * f_BN.sum(1).mean()
     grads = torch.autograd.grad(expected, [*weights, f_BN])
     ours = torch.autograd.grad(loss, weights + ([sae.theta_raw] if arch == "jumprelu" else []))
     assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(ours[:4], grads[:4], strict=True))
     if arch == "jumprelu":
-        assert terms["sparsity"] == (f_BN > 0).sum(1).double().mean()
+        assert terms.sparsity == (f_BN > 0).sum(1).double().mean()
         near_BN = ((pre_BN - theta_N).abs() < theta_N / 2).double() / theta_N
         assert 10 < (near_BN > 0).sum() < 400
         expected_N = (
@@ -374,7 +401,7 @@ def test_logged_figures_are_those_of_the_definitions(arch, plain, tmp_path):
     error_BD = (x_BD - run.sae.decode(f_BN)).detach()
     omega = definition(f_BN)[0]
     l0 = (f_BN > 0).sum(1).float().mean().item()
-    sparsity = l0 if arch == "jumprelu" else f_BN.sum(1).mean().item()
+    sparsity = {"jumprelu": l0, "batchtopk": 0}.get(arch, f_BN.sum(1).mean().item())
     reconstruction = error_BD.square().sum(1).mean().item()
     variance = (x_BD - x_BD.mean(0)).square().sum(1).mean().item()
     expected = {
@@ -486,6 +513,7 @@ def test_method_section_stands_alone(tmp_path):
 import sys
 for name in ("transformers", "datasets", "numpy", "tqdm", "safetensors", "tokenizers", "resource"):
     sys.modules[name] = None  # Windows has no resource
+from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -498,11 +526,11 @@ adam = torch.optim.Adam(sae.parameters())
 losses = []
 for step in range(50):
     loss = total_loss(loss_terms(sae, x_BD), alpha=alpha_at(step))
-    assert update(sae, adam, loss, lr_at(step, 50, 1e-2))
+    assert 0 < update(sae, adam, loss, lr_at(step, 50, 1e-2)) < float('inf')
     losses.append(loss.item())
 assert losses[-1] < 0.7 * losses[0]
 import sgo_sae
-sgo_sae.total_loss(sgo_sae.sparse_loss_terms(sae, x_BD, sgo_sae.sgo_penalty)).backward()
+sgo_sae.total_loss(sgo_sae.topk_loss_terms(sae, x_BD)).backward()
 """
     result = python("-W", "ignore", "-c", use.replace("METHOD", section))
     assert result.returncode == 0, result.stderr
@@ -588,7 +616,7 @@ def train_argv(model, texts, tmp_path):
 
 def loaded(model, layer):
     """The language model up to a layer, and that layer."""
-    lm, module, _ = sgo_sae.load_lm(model[0], layer, CPU, torch.float32)
+    lm, module, *_ = sgo_sae.load_lm(model[0], layer, CPU, torch.float32)
     return lm, module
 
 
@@ -675,9 +703,10 @@ def test_packing_without_bos(tmp_path):
 
 
 def data_of(cfg, skip=0):
-    """The batches of a configuration, without the autoencoders."""
-    lm, layer, tokenizer = sgo_sae.load_lm(cfg.model, cfg.layer, CPU, torch.float32)
-    return sgo_sae.batches(cfg, sgo_sae.load_texts(cfg), lm, layer, tokenizer, skip)
+    """The batches x_BD of a configuration, without the autoencoders."""
+    lm, layer, tokenizer, _ = sgo_sae.load_lm(cfg.model, cfg.layer, CPU, torch.float32)
+    found = sgo_sae.batches(cfg, sgo_sae.load_texts(cfg), lm, layer, tokenizer, skip)
+    return (batch.x_BD for batch in found)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -690,7 +719,7 @@ def test_special_tokens_and_the_first_one_never_reach_the_autoencoder(tmp_path, 
     write_rows(tmp_path / "t.jsonl", [{"text": text}] * 20)
     settings = {"model": str(tmp_path), "dataset": str(tmp_path / "t.jsonl"), "layer": 1}
     cfg = sgo_sae.Config(**settings, ctx=8, batch=4, buffer=10, lm_batch=3)
-    lm, layer, tokenizer = sgo_sae.load_lm(cfg.model, 1, CPU, torch.float32)
+    lm, layer, tokenizer, _ = sgo_sae.load_lm(cfg.model, 1, CPU, torch.float32)
     contexts = list(islice(sgo_sae.token_contexts([text] * 20, tokenizer, 8), 10))
     ids_TL = torch.tensor(contexts)
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id] if bos else []
@@ -805,15 +834,17 @@ def test_run_is_complete_and_repeatable(train_argv, tmp_path, capsys):
         assert word in captured.out
     rows = metrics_of(tmp_path / "a")
     assert [row["step"] for row in rows] == [5, 10, 12]
+    assert rows[0].pop("dead") is None  # as none can be before 200 steps
     assert all(math.isfinite(value) for value in rows[0].values())
     keys = [
+        "outliers",
+        "gradient_norm",
         "loss",
         "sparsity",
         "omega",
         "explained_variance",
         "cosine",
         "l0",
-        "dead",
         "lr",
         "lambda",
         "tokens",
@@ -1073,7 +1104,7 @@ TWO_PROCESSES = """
 import math, os, sys, torch, sgo_sae
 import torch.distributed as dist
 torch.set_num_threads(1)
-sgo_sae.PAIR_COST = 0 if sys.argv[1] == "pairs" else math.inf
+sgo_sae.PAIRS_PAY = {"cpu": 0 if sys.argv[1] == "pairs" else math.inf}
 real = dist.all_reduce
 def all_reduce(tensor, *args):  # as ProcessGroupNCCL's check_gpu_single_tensor
     if not tensor.is_contiguous():
@@ -1103,7 +1134,7 @@ for arch in ("topk", "batchtopk", "relu", "jumprelu"):
                 run.step(x_BD, step, steps)
             assert run.failure is None
             run.log(x_BD, steps, 1.0)
-            figures = {k: torch.tensor(v) for k, v in run.history[-1].items()}
+            figures = {k: torch.tensor(v or 0.0) for k, v in run.history[-1].items()}
             found.append(run.sae.state_dict() | figures)
         sgo_sae.torchrun = together
         ours, alone = found
@@ -1133,17 +1164,26 @@ def test_two_processes_train_as_one_does_under_the_rule_of_nccl(tmp_path, way):
 
 def held_bytes(cfgs, monkeypatch, d_in=2304):
     """Bytes at the peak of two training steps of a GPU, counted on tensors that have sizes and no
-    content.
+    content. Every latent counts as active.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: True)
+    def all_places(t):
+        return torch.arange(t.numel())[:, None]
+
+    def product(a, b):  # with sums in float32, as CUDA has it
+        return torch.empty(a.shape[0], b.shape[1])
+
+    monkeypatch.setattr(torch.Tensor, "nonzero", all_places)
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: 1.0)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args: self)
+    monkeypatch.setattr(sgo_sae, "PAIRS_PAY", {"cpu": sgo_sae.PAIRS_PAY["cuda"]})
+    monkeypatch.setattr(sgo_sae, "product", product)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        runs = [sgo_sae.Run(cfg, d_in, torch.device("cpu"), mixed_precision=True) for cfg in cfgs]
-        for run in runs:
-            run.terms_of = sgo_sae.terms_function(run.cfg, torch.device("cuda"))
+        runs = [sgo_sae.Run(cfg, d_in, CPU, mixed_precision=True) for cfg in cfgs]
         x_BD = torch.empty(cfgs[0].batch, d_in)
         tracker = MemTracker()
         tracker.track_external(*[run.sae for run in runs], *[run.adam for run in runs], x_BD)
@@ -1238,6 +1278,8 @@ class PretendedGPU(TorchFunctionMode):
         if gpu and not crosses and any(not isinstance(a, OnGPU) and a.dim() > 0 for a in tensors):
             raise RuntimeError(f"{name}: operands on cuda:0 and on the CPU")
         with torch._C.DisableTorchFunctionSubclass():
+            if kwargs.pop("out_dtype", None):  # which only CUDA has
+                args = [a.float() for a in args]
             result = func(*args, **kwargs)
         kind, other = (OnGPU, torch.Tensor) if gpu else (torch.Tensor, OnGPU)
         return tree_map(lambda a: a.as_subclass(kind) if type(a) is other else a, result)
@@ -1261,18 +1303,29 @@ def moved(module, *args, **kwargs):
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch):
-    real = torch.autocast
-    monkeypatch.setattr(
-        torch, "autocast", lambda device, *args, **kwargs: real("cpu", *args, **kwargs)
-    )
-    monkeypatch.setattr(torch.nn.Module, "to", moved)
-    with PretendedGPU() as mode:
+def patch_gpu(monkeypatch):
+    """A context manager within which there is a pretended GPU."""
+
+    @contextmanager
+    def pretending():
+        real = torch.autocast
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "autocast", lambda device, *a, **k: real("cpu", *a, **k))
+            patch.setattr(torch.nn.Module, "to", moved)
+            with PretendedGPU() as mode:
+                yield mode
+
+    return pretending
+
+
+@pytest.fixture
+def pretended_gpu(patch_gpu):
+    with patch_gpu() as mode:
         yield mode
 
 
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "relu"])
-def test_a_step_on_a_pretended_gpu_waits_for_it_once(arch, pretended_gpu):
+def test_a_step_on_a_pretended_gpu_waits_for_it_twice(arch, pretended_gpu):
     run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=64, k=4), 16, CUDA, mixed_precision=True)
     x_BD = torch.randn(128, 16).to("cuda")
     if arch != "topk":
@@ -1280,9 +1333,8 @@ def test_a_step_on_a_pretended_gpu_waits_for_it_once(arch, pretended_gpu):
     for step in range(3):
         pretended_gpu.syncs.clear()
         run.step(x_BD, step, 10)
-        assert run.failure is None and pretended_gpu.syncs == [
-            "__bool__"
-        ]  # is the gradient finite?
+        # Which latents are active, and is the gradient finite?
+        assert run.failure is None and pretended_gpu.syncs == ["nonzero", "item"]
         assert run.sae.W_dec.is_cuda and run.last_fired_N.is_cuda
 
 
@@ -1292,7 +1344,11 @@ def test_training_and_evaluation_on_a_pretended_gpu(
     argv = train_argv(device="cuda", dtype="bfloat16") + ["--arch", "topk", "relu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3e9)
+        card = argparse.Namespace(total_memory=80e9)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: card)
         assert sgo_sae.main(argv) == 0
+    assert "peak memory 3.0 of 80 GB" in capsys.readouterr().err
     settings = ["--device", "cuda", "--contexts", "8", "--train", "40", "--test", "20"]
     assert evaluated([tmp_path / "run", *settings, "--text", texts, "--probe", probe_file]) == 0
     table = capsys.readouterr().out
@@ -1597,7 +1653,10 @@ def test_stopped_and_resumed_is_the_run_that_never_stopped(
     assert len(files) == (16 if "--arch" in options else 2)
     for file in files:
         same = tmp_path / "run" / file.relative_to(tmp_path / "whole")
-        assert same.read_bytes() == file.read_bytes()
+        if file.suffix == ".jsonl":
+            assert metrics_of(same.parent) == metrics_of(file.parent)
+        else:
+            assert same.read_bytes() == file.read_bytes()
 
 
 @slow
@@ -1851,8 +1910,13 @@ def test_only_the_text_column_matters(tmp_path, capsys):
     pandas.DataFrame(other).to_parquet(tmp_path / "1.parquet")
     other = {"score": [str(i) for i in range(9)], "text": [f"e{i}" for i in range(9)]}
     pandas.DataFrame(other).to_parquet(tmp_path / "2.parquet")
+    rows = sgo_sae.rows_of([tmp_path / "1.parquet", tmp_path / "2.parquet"], ("text",))
+    assert all(list(row) == ["text"] for row in rows)
     (tmp_path / "a.jsonl").rename(tmp_path / "a.jsonl.bak")
     assert texts_of(tmp_path) == [f"{x}{i}" for x in "de" for i in range(9)]
+    long = "many words " * 20_000
+    (tmp_path / "long.csv").write_text(f"text\n{long}\nshort\n")
+    assert texts_of(tmp_path / "long.csv") == [long, "short"]
     ragged = 'id,text\n1,x\n2\n3,y,z\n"4","a ""b""\nc"\n'
     (tmp_path / "ragged.csv").write_text(ragged)
     assert texts_of(tmp_path / "ragged.csv") == ["x", "y", 'a "b"\nc']
@@ -1919,6 +1983,17 @@ def test_files_that_are_not_the_data_are_left_out(tmp_path, capsys):
     (tmp_path / "latest.csv").write_text("text\na")
     with pytest.raises(InputError, match=re.escape("and it has .csv and .jsonl")):
         texts_of(tmp_path)
+
+
+def test_a_file_that_loses_its_text_ends_the_reading(tmp_path):
+    """Else it would be read for ever."""
+    write_rows(tmp_path / "a.jsonl", [{"text": "one"}])
+    cfg = sgo_sae.Config(dataset=str(tmp_path / "a.jsonl"))
+    texts = sgo_sae.read_texts(sgo_sae.load_texts(cfg), cfg)
+    assert [next(texts), next(texts)] == ["one", "one"]
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds no text any more"):
+        next(texts)
 
 
 @pytest.mark.parametrize("spaces", [True, False])
@@ -2127,7 +2202,7 @@ def test_positions_that_a_model_has_not_are_refused(
 # ---------------------------------------------------------------------------------- nothing is lost
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_an_output_of_few_characters_loses_no_autoencoder(train_argv, tmp_path, encoding):
     result = python(SCRIPT, *train_argv(), "--alpha", "0", "0.05", PYTHONIOENCODING=encoding)
     assert result.returncode == 0, result.stderr
@@ -2137,7 +2212,7 @@ def test_an_output_of_few_characters_loses_no_autoencoder(train_argv, tmp_path, 
 
 def test_an_output_that_nobody_reads_ends_no_run(train_argv, tmp_path):
     """Both pipes are closed before anything is written; a closed stderr is None to Python."""
-    for n, closed in enumerate(["2>&1 | true", "| true", ">&- 2>&-", "> /dev/full 2>&1"]):
+    for n, closed in enumerate(["2>&1 | true", ">&- 2>&-", "> /dev/full 2>&1"]):
         argv = train_argv(out=tmp_path / str(n))
         command = " ".join(map(str, [sys.executable, SCRIPT, *argv, closed]))
         process = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False)
@@ -2243,7 +2318,7 @@ def test_a_short_run_reads_no_more_than_it_needs(train_argv, monkeypatch):
         return real(lm, layer, ids_BL)
 
     argv = train_argv(buffer=2048, lm_batch=1)
-    tokenizer = sgo_sae.load_lm(argv[1], 0, CPU, torch.float32)[2]
+    tokenizer = sgo_sae.load_lm(argv[1], 0, CPU, torch.float32).tokenizer
     monkeypatch.setattr(sgo_sae, "layer_output", noted)
     assert sgo_sae.main(argv) == 0
     assert 12 * 64 <= sum(contexts) < 12 * 64 + 15
@@ -2416,6 +2491,357 @@ def test_folders_of_other_formats_are_named(tmp_path, files, words):
         (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match=words):
         sgo_sae.load_sae(tmp_path)
+
+
+# ----------------------------------------------------------------------------- Ω on a GPU and by pairs
+
+
+def skewed_latents(B=2048, N=300, K=12, dtype=torch.float32):
+    """Latents of unequal rates without ties; many are never active."""
+    pre_BN = torch.randn(B, N, dtype=dtype) - 3 * torch.linspace(0, 1, N, dtype=dtype)
+    vals_BK, idx_BK = pre_BN.topk(K, dim=1)
+    return vals_BK.relu(), idx_BK
+
+
+def fast_definition(f_BN):
+    """`definition` by matrices, in float64."""
+    f_BN = f_BN.double()
+    omega = orthogonality(f_BN).item()
+    w_NN = coactivation_weights(f_BN).fill_diagonal_(0)
+    return omega, w_NN, 4 / len(f_BN) * f_BN @ (w_NN * (f_BN.T @ f_BN / len(f_BN)))
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "dtype, most", [(torch.bfloat16, 1e-3), (torch.float16, 2e-4), (torch.float32, 1e-6)]
+)
+def test_the_gradient_of_half_precision_latents_is_nearly_that_of_the_definition(way, dtype, most):
+    """Of the rounded latents: counts over 256 are exact, and sums are not in their precision."""
+    vals_BK, idx_BK = skewed_latents()
+    vals_BK = vals_BK.to(dtype)
+    f_BN = dense(vals_BK, idx_BK, 300)
+    _, _, expected_BN = fast_definition(f_BN)
+    expected_BK = expected_BN.gather(1, idx_BK) * (vals_BK > 0)
+    assert (f_BN > 0).sum(0).max() > 256 and (f_BN > 0).sum(0).min() == 0
+    gradient_of = {
+        "tiles": sgo_sae.tiles_of_selected,
+        "pairs": sgo_sae.gradient_by_pairs,
+        "blocks": sgo_sae.gradient_by_blocks,
+    }[way]
+    found_BK = gradient_of(vals_BK.float() if way == "blocks" else vals_BK, idx_BK, 300)
+    assert found_BK.dtype == torch.float32
+    assert relative_error(found_BK, expected_BK) < most
+
+
+def test_products_of_half_precision_are_summed_in_float32():
+    ones = torch.ones(1, 3001, dtype=torch.bfloat16)  # bfloat16 has no 3001
+    assert sgo_sae.product(ones, ones.T).item() == 3001
+    for dtype in (torch.float32, torch.float64):
+        assert sgo_sae.product(ones.to(dtype), ones.T.to(dtype)).dtype == dtype
+
+
+def test_pairs_cost_nothing_by_the_number_of_latents():
+    """A million latents: an array of N² would have a terabyte or more, one of B N 0.3 GB."""
+    vals_BK, idx_BK = skewed_latents(64, 300, 6, torch.float64)
+    few_BK = sgo_sae.gradient_by_pairs(vals_BK, idx_BK, 300)
+    many_BK = sgo_sae.gradient_by_pairs(vals_BK, idx_BK * 3495, 300 * 3495)
+    assert torch.equal(few_BK, many_BK)
+
+
+@pytest.mark.parametrize("device, ratio", sgo_sae.PAIRS_PAY.items())
+def test_the_way_is_chosen_by_cost(device, ratio, monkeypatch, patch_gpu):
+    taken = []
+    for name in ("tiles_of_selected", "gradient_by_pairs", "gradient_by_blocks"):
+        real = getattr(sgo_sae, name)
+        monkeypatch.setattr(
+            sgo_sae, name, lambda *a, n=name, real=real: taken.append(n) or real(*a)
+        )
+    with patch_gpu():
+        for N in (2 * ratio, 2 * ratio + 1):
+            vals_BK = torch.rand(5, 2).to(device)
+            idx_BK = torch.arange(10).view(5, 2).to(device)
+            sgo_penalty(vals_BK, idx_BK, N)
+    assert taken == [
+        "tiles_of_selected",
+        "gradient_by_blocks" if device == "cpu" else "gradient_by_pairs",
+    ]
+
+
+def test_what_a_cpu_trains_is_what_select_says(monkeypatch):
+    """There is no second definition of the encoder: whoever edits `select` changes both."""
+    x_BD = torch.randn(40, 6)
+    sae = SAE(6, 20, 4)
+    before = topk_loss_terms(sae, x_BD).reconstruction
+
+    def select(self, pre):
+        vals, idx = pre.topk(2, dim=-1)
+        return vals.relu() * 3, idx
+
+    monkeypatch.setattr(SAE, "select", select)
+    after = topk_loss_terms(sae, x_BD)
+    assert torch.allclose(after.reconstruction, loss_terms(sae, x_BD).reconstruction)
+    assert abs(after.reconstruction - before) > 0.1
+    assert torch.allclose(after.sparsity, sae.encode(x_BD).sum(1).mean())
+
+
+class Squares(sgo_sae.ThresholdSAE):
+    """An architecture of one's own."""
+
+    def activate(self, pre):
+        return pre.relu().square()
+
+    def adjust(self, lam, f_BN, l0, lr):
+        return lam
+
+
+def test_an_architecture_of_ones_own_is_one_class_and_one_name(train_argv, tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "squares", Squares)
+    run = sgo_sae.Run(sgo_sae.Config(arch="squares", d_sae=20, k=4, alpha=0.0), 6, CPU)
+    x_BD = torch.randn(40, 6)
+    f_BN = run.sae.pre_activations(x_BD).relu() ** 2
+    assert torch.equal(run.terms(x_BD).f_BN, f_BN)
+    assert sgo_sae.main(train_argv(arch="squares")) == 0
+    assert json.loads((tmp_path / "run" / "cfg.json").read_text())["architecture"] == "jumprelu"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_an_auxiliary_loss_has_what_it_needs(on_gpu, patch_gpu):
+    """AuxK as the comment in `Run.step` has it, against a dense one by autograd."""
+    sae = SAE(6, 40, 4).double()
+    x_BD = torch.randn(50, 6, dtype=torch.float64)
+    dead_N = torch.arange(40) % 2 == 0
+
+    def select(pre_BN):
+        vals_BK, idx_BK = pre_BN.masked_fill(~dead_N.to(pre_BN.device), -math.inf).topk(3)
+        return vals_BK.relu(), idx_BK
+
+    pre_BN = sae.pre_activations(x_BD)
+    rest_BD = (x_BD - sae(x_BD)).detach()
+    f_BN = sae.activate(pre_BN)
+    vals_BK, idx_BK = pre_BN[:, dead_N].topk(3)
+    aux_BD = (dense(vals_BK.relu(), 2 * idx_BK, 40)) @ sae.W_dec
+    expected = (x_BD - sae.decode(f_BN)).square().sum(1).mean()
+    expected = expected + (rest_BD - aux_BD).square().sum(1).mean() / 32
+    weights = list(sae.parameters())
+    expected = torch.autograd.grad(expected, weights)
+
+    def found():
+        x = x_BD.to("cuda") if on_gpu else x_BD
+        module = sae.to("cuda") if on_gpu else sae
+        terms = topk_loss_terms(module, x, sgo_sae.no_omega)
+        aux = sgo_sae.decode(module, *sgo_sae.encode(module, x, select))
+        loss = terms.reconstruction + (x - terms.xhat_BD - aux).square().sum(1).mean() / 32
+        return torch.autograd.grad(loss, list(module.parameters()))
+
+    if on_gpu:
+        with patch_gpu():
+            gradients = [gradient.cpu() for gradient in found()]
+    else:
+        gradients = found()
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, expected, strict=True))
+
+
+def test_dead_is_one_thing():
+    """A latent that was active on no token of the last 200 steps, never-active ones among them."""
+    run = sgo_sae.Run(sgo_sae.Config(d_sae=3, k=1, alpha=0.0, lr=0.0, out="."), 2, CPU)
+    run.sae.W_enc.data = torch.tensor([[1.0, 0, -1], [0, 1, 0]])
+    first, second = torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 1]])
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", lambda *args: io.StringIO())
+        for step in range(300):
+            run.step(second if step == 50 else first, step, 300)
+            run.log(first, step + 1, 1.0)
+            found[step + 1] = run.history[-1]["dead"]
+    assert found[199] is None and "dead unknown" not in run.figures()
+    # The third one is never active, and the second one last in step 50, after which 51 are done.
+    assert (found[200], found[250], found[251], found[300]) == (1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("clip, most", [(1.0, 1.0), (0.25, 0.25), (0.0, math.inf)])
+def test_gradients_are_clipped_to_the_norm_that_is_set(clip, most, monkeypatch):
+    sae = SAE(6, 20, 4)
+    x_BD = torch.randn(50, 6) * 10
+    norms = []
+
+    class Adam:
+        param_groups = ({},)
+
+        def step(self):
+            norms.append(math.sqrt(sum(p.grad.square().sum() for p in sae.parameters())))
+
+        def zero_grad(self):
+            pass
+
+    norm = update(sae, Adam(), total_loss(topk_loss_terms(sae, x_BD)), 0.1, clip)
+    assert norm > 1 and norms == [pytest.approx(min(norm, most), rel=1e-4)]
+
+
+# ------------------------------------------------------------------------------ outliers, and figures
+
+
+def with_outliers(monkeypatch, share=0.01, times=100):
+    """Lets some tokens within the texts have a norm of many times the others'."""
+    real = sgo_sae.layer_output
+
+    def output(lm, layer, ids_BL):
+        x_BLD = real(lm, layer, ids_BL).clone()
+        generator = torch.Generator().manual_seed(int(ids_BL.sum()))
+        x_BLD[torch.rand(ids_BL.shape, generator=generator) < share] *= times
+        return x_BLD
+
+    monkeypatch.setattr(sgo_sae, "layer_output", output)
+
+
+def test_outliers_give_their_places_to_other_tokens(model, texts, monkeypatch):
+    settings = {"model": model[0], "dataset": texts, "layer": 1, "ctx": 16, "buffer": 200}
+    cfg = sgo_sae.Config(**settings, batch=16)
+    usual = torch.cat(list(islice(data_of(cfg), 300)))
+    with_outliers(monkeypatch)
+    cfg.max_norm = 0.0
+    all_of_them = torch.cat(list(islice(data_of(cfg), 300)))
+    cfg.max_norm = 10.0
+    without = torch.cat(list(islice(data_of(cfg), 300)))
+    norm_T = all_of_them.norm(dim=1)
+    is_outlier_T = norm_T > 10 * norm_T.median()
+    assert 20 < is_outlier_T.sum() < 100
+    # The others stay where they are, and each outlier becomes one of them.
+    assert torch.equal(without[~is_outlier_T], usual[~is_outlier_T])
+    assert without.norm(dim=1).max() < 10 * norm_T.median()
+    places = without[is_outlier_T][:, None] == usual
+    assert places.all(2).any(1).all()
+
+
+def test_outliers_are_logged_told_once_and_leave_resuming_exact(
+    train_argv, tmp_path, monkeypatch, capsys
+):
+    with_outliers(monkeypatch)
+    argv = train_argv(**LONG)
+    assert sgo_sae.main(train_argv(out=tmp_path / "whole", **LONG)) == 0
+    assert capsys.readouterr().err.count("tokens have over 10 times the median norm") == 1
+    counts = [row["outliers"] for row in metrics_of(tmp_path / "whole")]
+    assert max(counts) > 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 333)
+        assert sgo_sae.main(argv) == 143
+    assert sgo_sae.main([*argv, "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+def test_the_pace_is_told_once_after_the_first_steps(train_argv, tmp_path, capsys):
+    assert sgo_sae.main(train_argv()) == 0
+    told = capsys.readouterr().err
+    line = (
+        r"7 steps to go, of [\d.e+]+ ms, and [\d.e+]+ ms for reading; done at about \w+ \d\d:\d\d; "
+    )
+    assert len(re.findall(line + r"peak memory \d+\.\d of \d+ GB", told)) == 1
+    rows = [
+        json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert all(row["tokens_per_second"] > 0 and 0.1 < row["peak_memory_gb"] < 100 for row in rows)
+
+
+def test_the_pace_is_what_was_measured(capsys):
+    pace = sgo_sae.Pace(100, CPU)
+    pace.add(50.0, 50.0)  # a first step, which is left out
+    assert pace.figures(2048)["tokens_per_second"] is None
+    pace.add(0.3, 0.1)
+    pace.add(0.5, 0.1)
+    assert pace.figures(2048)["tokens_per_second"] == pytest.approx(2048 * 2 / 1.0)
+    pace.tell_once(3)
+    assert "97 steps to go, of 400 ms, and 100 ms for reading" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "opt", "gpt1", "qwen3"])
+def test_cfg_names_the_module_in_the_model_with_its_head(train_argv, model, tmp_path, kind):
+    import transformers
+
+    folder = model[0]
+    if kind != "gemma2":
+        folder = tmp_path / "lm"
+        saved(kind, model, folder)
+    assert sgo_sae.main(train_argv(model=folder)) == 0
+    metadata = json.loads((tmp_path / "run" / "cfg.json").read_text())["metadata"]
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    module = whole.get_submodule(metadata["hf_hook_name"])
+    last = metrics_of(tmp_path / "run")[-1]
+    assert metadata["l0"] == last["l0"] and metadata["dead_latents"] == last["dead"]
+    ids_BL = torch.randint(3, 80, (2, 9))
+    reader = sgo_sae.load_lm(folder, 1, CPU, torch.float32)
+    expected = sgo_sae.layer_output(reader.lm, reader.layer, ids_BL)
+    assert torch.equal(sgo_sae.layer_output(whole.eval(), module, ids_BL), expected)
+
+
+# ------------------------------------------------------------------------------- where there is a GPU
+
+on_a_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("way", ["tiles", "pairs"])
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 1e-3), (torch.float32, 1e-3)])
+def test_gpu_both_ways_of_omega_are_the_definition(way, dtype, most, monkeypatch, real_gpu):
+    """float32 is TF32 there."""
+    torch.set_float32_matmul_precision("high")
+    take(way, monkeypatch)
+    vals_BK, idx_BK = skewed_latents(2048, 3000, 40)
+    vals_BK = vals_BK.to(dtype)
+    omega, _, expected_BN = fast_definition(dense(vals_BK, idx_BK, 3000))
+    leaf_BK = vals_BK.cuda().requires_grad_()
+    found = sgo_penalty(leaf_BK, idx_BK.cuda(), 3000)
+    (found_BK,) = torch.autograd.grad(found, leaf_BK)
+    assert found.item() == pytest.approx(omega, rel=most)
+    expected_BK = expected_BN.gather(1, idx_BK) * (vals_BK > 0)
+    assert relative_error(found_BK.cpu(), expected_BK) < (4e-3 if dtype == torch.bfloat16 else most)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gpu_trains_as_a_cpu_does(arch, real_gpu):
+    torch.set_float32_matmul_precision("highest")
+    batches = torch.randn(30, 256, 64) * 2
+    ends = []
+    for device in (CPU, torch.device("cuda")):
+        run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=1024, k=6, lr=5e-3), 64, device)
+        if arch != "topk":
+            run.sae.start(batches[0].to(device), 0.04)
+        for step, x_BD in enumerate(batches):
+            run.step(x_BD.to(device), step, 30)
+        x_BD = batches[-1].to(device)
+        ends.append((x_BD - run.sae(x_BD)).square().sum().item())
+    assert ends[1] == pytest.approx(ends[0], rel=1e-2)
+
+
+@on_a_gpu
+def test_gpu_run_is_stopped_resumed_and_evaluated(
+    train_argv, texts, tmp_path, monkeypatch, capsys, real_gpu
+):
+    argv = train_argv(device="cuda", **LONG)
+    stop_at(monkeypatch, 113)
+    assert sgo_sae.main(argv) == 143
+    assert sgo_sae.main([*argv, "--resume"]) == 0
+    assert evaluated([tmp_path / "run", "--text", texts, "--contexts", 8, "--metrics", "core"]) == 0
+    assert "explained variance" in capsys.readouterr().out
+
+
+@on_a_gpu
+def test_gpu_memory_of_run_4_is_that_of_the_account(monkeypatch, real_gpu):
+    """Of the autoencoder alone: what is allocated at the peak of three steps."""
+    with monkeypatch.context() as patch:
+        counted = held_bytes([config_of("topk", 18432)], patch)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run = sgo_sae.Run(config_of("topk", 18432), 2304, torch.device("cuda"), mixed_precision=True)
+    for step in range(3):
+        run.step(torch.randn(2048, 2304, device="cuda") * 3, step, 4882)
+    measured = torch.cuda.max_memory_allocated() - before
+    print(f"run 4: {measured / 1e9:.2f} GB measured, {counted / 1e9:.2f} GB counted")
+    assert measured < 1.1 * counted
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -2876,6 +3302,28 @@ def test_mean_latents_do_not_depend_on_batch_size_or_padding(reader):
     assert torch.allclose(x_TD[3], alone.mean(0), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["roberta", "qwen3"])
+def test_the_filling_of_a_batch_changes_nothing(model, tmp_path, kind):
+    """Nor where each token sees all others."""
+    saved(kind, model, tmp_path)
+    reader = eval_sae.LanguageModel(str(tmp_path), 1, CPU, torch.float32)
+    alone = eval_sae.mean_latents(reader, [], [TEXT[:20]], "x", 30)[0]
+    beside = eval_sae.mean_latents(reader, [], [TEXT[:20], TEXT], "x", 30)[0]
+    assert torch.allclose(beside[:1], alone, atol=1e-5)
+
+
+def test_an_evaluation_of_activations_that_are_not_finite_is_none(run, texts, monkeypatch, capsys):
+    real = sgo_sae.layer_output
+    monkeypatch.setattr(
+        sgo_sae, "layer_output", lambda *args, **more: real(*args, **more) * math.inf
+    )
+    argv = [run / "s0", "--text", texts, "--contexts", "9", "--metrics", "core", "competition"]
+    evaluated(argv)
+    printed = capsys.readouterr().out
+    assert printed.count("not measured, the model's activations are not finite") == 2
+    assert "mse" not in printed
+
+
 def test_words_are_read_after_ten_examples(reader, monkeypatch):
     """The prompts, as text: ten lines with the right letters, then the word, and
     other ones anew."""
@@ -3036,6 +3484,16 @@ def test_probing_takes_several_files(run, probe_file, tmp_path, capsys):
     for family in ("probe", "scr"):
         figures = found[family]["figures"]
         assert found[family]["parts"] == {"words, seed 0": figures, "other, seed 0": figures}
+
+
+def test_two_files_of_one_name_are_two_tasks(run, probe_file, tmp_path):
+    (tmp_path / "other").mkdir()
+    same_name = tmp_path / "other" / Path(probe_file).name
+    shutil.copy(probe_file, same_name)
+    args = eval_sae.new_parser().parse_args(["x", "--probe", str(probe_file), str(same_name)])
+    args.train, args.test = 40, 20
+    names = {name for name, _, _ in eval_sae.load_tasks("probe", args, False, [])}
+    assert names == {str(probe_file), str(same_name)}
 
 
 def test_figures_are_meaned_over_seeds(run, probe_file):
@@ -3483,7 +3941,7 @@ def test_other_trainers_dictionary_learning(model, run, texts, probe_file, tmp_p
     training = pytest.importorskip("dictionary_learning.training", reason=reason)
     names = run_of(DICTIONARY_LEARNING, tmp_path)
     cfg = sgo_sae.Config(model=model[0], dataset=texts, layer=1, ctx=16, batch=256, buffer=64)
-    lm, layer, tokenizer = sgo_sae.load_lm(model[0], 1, CPU, torch.float32)
+    lm, layer, tokenizer, _ = sgo_sae.load_lm(model[0], 1, CPU, torch.float32)
     data = sgo_sae.batches(cfg, sgo_sae.load_texts(cfg), lm, layer, tokenizer)
     settings = {
         "trainer": names["SGOTopKTrainer"],
@@ -3608,7 +4066,7 @@ def test_demo_language_model_learns(tmp_path):
     from transformers import AutoModelForCausalLM
 
     sgo_sae.train_demo_lm([TEXT * 30 for _ in range(20)], tmp_path, steps=40, batch=4)
-    lm, _, tokenizer = sgo_sae.load_lm(str(tmp_path), 1, CPU, torch.float32)
+    lm, _, tokenizer, _ = sgo_sae.load_lm(str(tmp_path), 1, CPU, torch.float32)
     assert lm.config.hidden_size == 128 and len(lm.layers) == 2
     ids_BL = torch.tensor([[tokenizer.bos_token_id] + tokenizer(TEXT * 5)["input_ids"][:100]])
     with torch.inference_mode():
