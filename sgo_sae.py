@@ -17,7 +17,8 @@ The sections, in this order:
     fast           the same results up to rounding, faster; if they ever differ, `method` is right
     baselines      batchtopk, relu and jumprelu
     processes      all that torchrun changes
-    activations    from text to batches of activations; which tokens are left out; resuming
+    texts          from local files and the Hub to documents; skip it on a first reading
+    activations    from documents to batches of activations; which tokens are left out; resuming
     training       `Run.step` is one training step, `train` the loop
     files          checkpoints, and results in SAELens's format
     demo           a small language model and its text
@@ -77,17 +78,17 @@ class Config:
     seed: int = 0  # seed of the initial weights (list)
     # The loss, Eq. 2
     alpha: float = 0.075  # weight of the SGO penalty, in any --arch; 0 trains without it (list)
-    alpha_start: float = None  # weight at step 0, from where it rises (default: 0.01/0.075 alpha)
+    alpha_start: float = None  # weight at step 0, then rising (default: alpha · 0.01 / 0.075)
     alpha_warmup: float = 0.205  # share of the steps until alpha is reached: 1,000 of 4,882
-    lam: float = 0.04  # lambda, the weight of the sparsity term; relu and jumprelu start with it
+    lam: float = 0.04  # lambda, the weight of the sparsity term; relu and jumprelu change it
     # Training
     tokens: int = 10_000_000  # tokens to train on
     batch: int = 2048  # tokens in a training step, over all processes
     lr: float = 3e-4  # learning rate of Adam
     decay_start: float = 0.875  # share of the steps after which the learning rate falls to 0
-    clip: float = 1.0  # norm to which larger gradients are scaled, most of them are; 0 does not
+    clip: float = 1.0  # norm to which larger gradients are scaled, as nearly all are; 0: none
     normalize: bool = False  # scale activations to a mean squared norm of D; undone when saved
-    plain: bool = False  # train by the section `method` alone, slowly, to check the fast way
+    plain: bool = False  # train by the section `method` alone, in float32, to check the others
     # The activations
     model: str = "google/gemma-2-2b"  # language model: Hugging Face id or local folder
     layer: int = 12  # layer whose output is used, from 0
@@ -99,10 +100,10 @@ class Config:
     lm_batch: int = None  # contexts in a pass of the language model (default: 128 on cuda, or 32)
     buffer: int = 2048  # contexts whose activations are shuffled together
     data_seed: int = 0  # seed of the order of the data
-    max_norm: float = 10.0  # times the median norm; tokens over it are left out; 0 keeps all
+    max_norm: float = 10.0  # times the median norm; tokens over it give way to others; 0: none
     # The run
     device: str = "auto"  # cuda, cuda:1, cpu or mps; auto is cuda where there is one, else cpu
-    dtype: str = "auto"  # the model's; with bfloat16, auto on cuda, the SAE has mixed precision
+    dtype: str = "auto"  # of the model; bfloat16 gives the SAE mixed precision; auto: that on cuda
     out: str = None  # new folder of the result, or of all (default: runs/MODEL-lLAYER-ARCH-...)
     log_every: int = 50  # steps between lines of metrics.jsonl
     save_every: int = 500  # steps between checkpoints; 0 writes one only when stopped
@@ -123,7 +124,7 @@ AT_LEAST = {  # the others may be 0
     "buffer": 1,
     "log_every": 1,
 }
-AT_MOST = {  # what the generators of random numbers take
+AT_MOST = {  # shares, and numbers that the generators of random numbers take
     "seed": 2**63 - 1,
     "data_seed": 2**40,
     "decay_start": 1,
@@ -177,7 +178,7 @@ class SAE(nn.Module):
         return vals.relu(), idx
 
     def activate(self, pre):
-        """Latents f (..., N): those selected, and 0 elsewhere. Another activation overrides this."""
+        """Latents f (..., N): those selected, and 0 elsewhere. Other classes override this."""
         vals, idx = self.select(pre)
         return torch.zeros_like(pre).scatter(-1, idx, vals)
 
@@ -296,12 +297,14 @@ def geometric_median(x_BD, iterations=100):
 # --------------------------------------------------------------------------------------------- fast
 # The same results as `method`, up to rounding, in less time and memory. `Run.terms` chooses:
 #
-#     a top-k autoencoder    `topk_loss_terms`, with Ω by `sgo_penalty`
+#     an `SAE`               `topk_loss_terms`, with Ω by `sgo_penalty`
 #     the baselines          `loss_terms`, with Ω by `sgo_penalty_dense`
 #     --plain                `loss_terms`, with Ω by `orthogonality`
 #
+# They take the formulas of `SAE` as they stand, and `select` as the one definition of which latents
+# are active. A class derived from it is trained by `loss_terms`. The update is that of `method`.
 # First comes Ω, whose gradient is computed in one of two ways: by tiles of dense products, or pair
-# by pair. The update is that of `method`.
+# by pair.
 def product(a, b):
     """a @ b. The operands keep their precision; sums are in float32 at least.
 
@@ -316,24 +319,24 @@ def gradient_by_tiles(f_BN, tile=None):
     """∂Ω/∂f (B, N) of latents f by dense products: O(B N²) time, but no N × N array.
 
     ∂Ω/∂f_bi = (4/B) Σ_j w_ij ⟨f_i, f_j⟩ f_bj: the square gives 2, and so do a pair's two orders.
-    So it is f times a matrix (N, N), of which a tile has some rows T. The matrix is symmetric, and
-    a tile makes only the columns J from its first row on. It adds them to the gradient of T and,
-    transposed, those to the right of T's own columns to the gradient of their latents.
+    That is (4/B) f M, where M_ij = w_ij ⟨f_i, f_j⟩ is symmetric, and 0 for i = j. A tile is M_TJ: T
+    is a block of rows, J are the columns from T's first row on. The gradient of T gets f_J M_TJᵀ.
+    The columns right of T get f_T M_TJ, which stands for the block of M below its diagonal.
 
-    A (B, A) array has the latents that are active on some token; the others have w = 0. Of latents
-    in bfloat16, counts and ⟨f_i, f_j⟩ are summed from exact products. Only w_ij ⟨f_i, f_j⟩ is then
-    rounded to bfloat16, for the last product: by 1.7e-4 of the gradient.
+    Only the A latents that are active on some token are computed; the others have w = 0. Of latents
+    in bfloat16, counts and ⟨f_i, f_j⟩ are summed from exact products. Only M is then rounded to
+    bfloat16, for the last product, which changes the gradient by 1.7e-4 of its norm.
     """
     tile = tile or (2048 if f_BN.is_cuda else 256)
     size_N = (f_BN > 0).sum(0)  # |M_i|
     latent_A = size_N.nonzero()[:, 0]  # This waits for a GPU.
     B, N = f_BN.shape
     f_BA = f_BN[:, latent_A]
-    del f_BN  # 0.08 GB in run 4, which nobody else holds there
+    del f_BN  # This frees 0.08 GB in run 4, where the caller keeps no reference.
     active_BA = (f_BA > 0).to(f_BA.dtype)
-    sums = torch.promote_types(f_BA.dtype, torch.float32)
-    size_A = size_N[latent_A].to(sums)
-    gradient_BA = torch.zeros_like(f_BA, dtype=sums)
+    dtype = torch.promote_types(f_BA.dtype, torch.float32)
+    size_A = size_N[latent_A].to(dtype)
+    gradient_BA = torch.zeros_like(f_BA, dtype=dtype)
     for start in range(0, len(latent_A), tile):
         end = start + tile
         f_BT, f_BJ = f_BA[:, start:end], f_BA[:, start:]
@@ -343,7 +346,7 @@ def gradient_by_tiles(f_BN, tile=None):
         matrix_TJ = matrix_TJ.fill_diagonal_(0).to(f_BA.dtype)  # 0 for i = j
         gradient_BA[:, start:end] += product(f_BJ, matrix_TJ.T)
         gradient_BA[:, end:] += product(f_BT, matrix_TJ[:, tile:])
-    gradient_BN = torch.zeros(B, N, dtype=sums, device=f_BA.device)
+    gradient_BN = torch.zeros(B, N, dtype=dtype, device=f_BA.device)
     return gradient_BN.index_copy_(1, latent_A, gradient_BA.mul_(4 / B**2))
 
 
@@ -351,9 +354,9 @@ def gradient_by_pairs(vals_BK, idx_BK, d_sae):
     """∂Ω/∂f of the entries (B, K), from the P = K (K - 1) / 2 pairs of latents of each token.
 
     The formula is that of `gradient_by_tiles`. A token counts in |M_i ∩ M_j| and ⟨f_i, f_j⟩ only
-    where i and j are both among its K entries. So this takes O(B K²) time, as the paper says, and
-    memory for U, the different pairs of latents of a batch; a million latents cost no more than
-    ten thousand.
+    where i and j are both among its K entries. So B P pairs are sorted into U different ones and
+    summed, which takes the time and the memory of O(B K²) entries, as the paper says. A million
+    latents cost no more than ten thousand.
     """
     B, K = vals_BK.shape
     vals_BK = vals_BK.to(torch.promote_types(vals_BK.dtype, torch.float32))
@@ -383,9 +386,9 @@ def gradient_by_pairs(vals_BK, idx_BK, d_sae):
 def penalty_from(gradient_of, f, *others):
     """Ω of f, to be differentiated once, from a function that gives ∂Ω/∂f of f and what it needs.
 
-    Ω has degree 4 in f, so Σ f ∂Ω/∂f = 4 Ω (Euler). Of `inner` = 4 Ω, in which ∂Ω/∂f is a constant,
-    the gradient is ∂Ω/∂f itself, and the value becomes 4 Ω - 3 Ω. The caller's autocast does not
-    act here.
+    Ω has degree 4 in f, so Σ f ∂Ω/∂f = 4 Ω (Euler); this is `inner`. As ∂Ω/∂f is a constant in it,
+    its gradient is ∂Ω/∂f. Subtracting 3 Ω, detached, corrects the value and leaves the gradient.
+    The caller's autocast does not act here.
     """
     with torch.autocast(f.device.type, enabled=False):
         gradient = gradient_of(f.detach(), *others)
@@ -393,8 +396,8 @@ def penalty_from(gradient_of, f, *others):
         return inner - 0.75 * inner.detach()
 
 
-# Tiles take B N² multiply-adds for each product, pairs B K². A pair takes as long as 127² multiply-
-# adds of the tiles on an H200, and 15² on a CPU. So pairs are faster where N is over so many K.
+# Pairs are faster where N > PAIRS_PAY · K. Tiles take B N² multiply-adds for each product, pairs
+# B K² entries, and an entry takes as long as 127² multiply-adds on an H200, and 15² on a CPU.
 PAIRS_PAY = {"cuda": 127, "cpu": 15}
 
 
@@ -434,15 +437,15 @@ def dense(vals_BK, idx_BK, d_sae):
     return vals_BK.new_zeros(len(vals_BK), d_sae).scatter(1, idx_BK, vals_BK)
 
 
-def encode(sae, x_BD, select):
+def encode_selected(sae, x_BD, select):
     """Values and numbers of the latents that `select` takes of the pre-activations, (B, K) each."""
     if x_BD.is_cpu:
         return SparseEncode.apply(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, sae, select)
     return select(sae.pre_activations(x_BD))
 
 
-def decode(sae, vals_BK, idx_BK):
-    """Their weighted sum (B, D) of rows of W_dec, without b_dec."""
+def decode_selected(sae, vals_BK, idx_BK):
+    """The weighted sum (B, D) of the K selected rows of W_dec, without b_dec."""
     if vals_BK.is_cpu:
         return F.embedding_bag(idx_BK, sae.W_dec, per_sample_weights=vals_BK, mode="sum")
     return dense(vals_BK, idx_BK, len(sae.b_enc)) @ sae.W_dec
@@ -454,23 +457,24 @@ def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
     `penalty` is a function like `sgo_penalty`.
     """
     N = len(sae.b_enc)
-    vals_BK, idx_BK = encode(sae, x_BD, sae.select)
-    xhat_BD = decode(sae, vals_BK, idx_BK) + sae.b_dec
-    active_BK = torch.where(vals_BK > 0, idx_BK, N)  # an entry of 0 is at the extra place N
+    vals_BK, idx_BK = encode_selected(sae, x_BD, sae.select)
+    xhat_BD = decode_selected(sae, vals_BK, idx_BK) + sae.b_dec
+    place_BK = torch.where(vals_BK > 0, idx_BK, N)  # an entry of 0 is at the extra place N
     fired = torch.zeros(N + 1, dtype=torch.bool, device=x_BD.device)
     return Terms(
         reconstruction=(x_BD - xhat_BD).square().sum(1).mean(),
         sparsity=vals_BK.sum(1).mean(),
         omega=penalty(vals_BK, idx_BK, N),
         xhat_BD=xhat_BD.detach(),
-        fired_N=fired.scatter_(0, active_BK.flatten(), True)[:N],
+        fired_N=fired.scatter_(0, place_BK.flatten(), True)[:N],
     )
 
 
-# What a CPU does otherwise; skip it on a first reading. Its dense products are slow, so that only
-# the K selected latents of a token take part in the gradient, and pairs are counted in its caches.
+# What a CPU does otherwise; skip it on a first reading, up to the baselines. Its dense products are
+# slow, so that only the K selected latents of a token take part in the gradient, and pairs are
+# counted in its caches.
 class SparseEncode(torch.autograd.Function):
-    """`encode`, with a gradient that is a sum over the B K entries of its results.
+    """`encode_selected`, with a gradient that is a sum over the B K entries of its results.
 
     A dense backward pass, whose products are over B N, would multiply mostly zeros. x gets none.
     """
@@ -488,7 +492,7 @@ class SparseEncode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_vals_BK, _):
         """The gradients d_… of the weights, from that of the values. E are the B K entries."""
-        x_BD, W_enc_DN, vals_BK, idx_BK = ctx.saved_tensors
+        centred_BD, W_enc_DN, vals_BK, idx_BK = ctx.saved_tensors  # x - b_dec
         d_pre_E = (d_vals_BK * (vals_BK > 0)).flatten()  # ReLU's derivative is 0 at 0
         # Sorted, the entries of a latent are neighbours; those of latent n begin at first_N[n].
         latent_E, entry_E = idx_BK.flatten().sort(stable=True)
@@ -498,7 +502,7 @@ class SparseEncode(torch.autograd.Function):
         # W_enc gets, for each latent, the sum of its tokens' x, weighted by its entries.
         token_E = entry_E // idx_BK.shape[1]
         d_W_enc_ND = F.embedding_bag(
-            token_E, x_BD, first_N, per_sample_weights=d_pre_E[entry_E], mode="sum"
+            token_E, centred_BD, first_N, per_sample_weights=d_pre_E[entry_E], mode="sum"
         )
         # b_dec is subtracted from x before the product with W_enc.
         d_b_dec_D = -(W_enc_DN @ d_b_enc_N)
@@ -545,7 +549,7 @@ def gradient_by_blocks(vals_BK, idx_BK, d_sae, cells=1 << 18):
     workers = {"initializer": torch.set_num_threads, "initargs": (1,)}  # each computes alone
     with ThreadPoolExecutor(threads, **workers) as pool:
         parts = list(pool.map(gradient_of, blocks))
-    torch.set_num_threads(threads)  # The workers changed the default of threads to come.
+    torch.set_num_threads(threads)  # Workers changed the default of new threads, too.
     gradient_E = torch.zeros_like(f_E)
     gradient_E[entry_E] = torch.cat([f_E[:0], *parts])
     return gradient_E.view(B, K) * (4 / B**2)
@@ -599,6 +603,7 @@ class BatchTopK(ThresholdSAE):
         value of a batch. Returns λ for the next step."""
         least = f_BN.masked_fill(f_BN <= 0, math.inf).min().to(self.theta.dtype)
         least = torch.where(least < math.inf, least, 0)  # 0 where nothing is active
+        least = all_reduce_(least) / n_processes()
         self.theta.copy_(torch.where(self.theta > 0, self.theta.lerp(least, 0.05), least))
         return lam
 
@@ -618,7 +623,7 @@ class ReLU(ThresholdSAE):
         return pre_BN.relu()
 
     def first_threshold(self, pre_BN, cut):
-        """θ before training, where `cut` would leave k latents of a token active."""
+        """θ before training. With the threshold `cut`, k latents of a token would be active."""
         return 0.0
 
     @torch.no_grad()
@@ -694,12 +699,13 @@ ARCHITECTURES = {"topk": SAE, "batchtopk": BatchTopK, "relu": ReLU, "jumprelu": 
 
 
 # ---------------------------------------------------------------------------------------- processes
-# All that torchrun changes. Each process has a GPU, or some cores, and its part of every batch's tokens, and all
-# hold the same weights. Two terms of the loss are means over tokens, so the gradient of the whole
-# batch is the mean of the processes' gradients, which `average_gradients` takes. Ω is no mean: its
-# counts and products need all tokens of the batch. So each process gathers the latents of all,
-# computes the whole Ω, and differentiates it for its own tokens alone. The sum over the n processes
-# is then the whole gradient, and since the mean divides it by n, `Run.step` multiplies α by n.
+# What torchrun changes. Each process has a GPU, or some cores, and its part of every batch's
+# tokens, and all hold the same weights. Two terms of the loss are means over tokens, so the
+# gradient of the whole batch is the mean of the processes' gradients, which `average_gradients`
+# takes. Ω is no mean: its counts and products need all tokens of the batch. So each process gathers
+# the latents of all, computes the whole Ω, and differentiates it for its own tokens alone. The sum
+# over the n processes is then the whole gradient, and since the mean divides it by n, `Run.step`
+# multiplies α by n.
 #
 # A run of two processes is not that of one: each shuffles the tokens that it has read itself, so
 # batches are put together differently, and batchtopk selects among a process's own tokens.
@@ -775,7 +781,7 @@ def average_gradients(sae):
     """From now on, backward() leaves the mean of the processes' gradients in every process."""
 
     def average(parameter):
-        # W_enc's gradient lies latent by latent, and NCCL takes contiguous tensors only.
+        # W_enc's gradient is a transposed tensor, and NCCL takes contiguous ones only.
         gradient = all_reduce_(parameter.grad.contiguous())
         parameter.grad.copy_(gradient / n_processes())
 
@@ -783,7 +789,7 @@ def average_gradients(sae):
         parameter.register_post_accumulate_grad_hook(average)
 
 
-# -------------------------------------------------------------------------------------- activations
+# -------------------------------------------------------------------------------------------- texts
 @contextmanager
 def loading(what):
     """Makes one line of whatever the Hub and the readers of files raise while they load `what`."""
@@ -804,115 +810,6 @@ def check_name(name):
     is_path = str(name).startswith((".", "/", "~")) or len(path.parts) > 2 or format_of(path)
     if is_path and not path.exists():
         raise InputError(f"{name}: there is no such file or folder")
-
-
-class Reader(NamedTuple):
-    """A language model that is read at one of its layers."""
-
-    lm: nn.Module
-    layer: nn.Module
-    tokenizer: object
-    hook_name: str  # of the layer, in the language model with its head
-
-
-def load_lm(name, layer, device, dtype, ctx=2, whole=False):
-    """The `Reader` of a language model: up to a layer, or whole and with its head for eval_sae.py.
-
-    ctx is the length of the longest context that it is going to read, in tokens.
-    """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-    check_name(name)
-    with loading(name):
-        config = AutoConfig.from_pretrained(name)
-        # Text that spells "<bos>" must not become that token.
-        tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True)
-        ids = tokenizer("some text", add_special_tokens=False).input_ids
-        if set(ids) <= {tokenizer.unk_token_id}:
-            raise InputError(f"{name} has no tokenizer that can split text into tokens")
-        text_config = config.get_text_config()
-        if config.is_encoder_decoder:
-            raise InputError(f"{name} is an encoder with a decoder, which can't be read")
-        n_layers = text_config.num_hidden_layers
-        if layer >= n_layers:
-            raise InputError(f"--layer {layer}: the layers of {name} are 0 to {n_layers - 1}")
-        text_config.use_cache = False  # of keys and values, which nobody reads
-        auto = AutoModelForCausalLM if whole else AutoModel
-        with torch.device("meta"):  # the model without the content of its tensors
-            outline = auto.from_config(config)
-        reader_path, layers_path = paths_in(outline, n_layers, name)
-        model_class = type(outline)
-        if not whole:
-            model_class = up_to_layer(model_class, layer, layers_path)
-        lm, report = model_class.from_pretrained(
-            name, config=outline.config, dtype=dtype, output_loading_info=True
-        )
-    # A pooler comes after the last layer, and is often not saved.
-    missing = [tensor for tensor in report["missing_keys"] if "pooler" not in tensor]
-    if missing:
-        raise InputError(f"{name}: its files lack tensors, {missing[0]} among them")
-    lm.eval()
-    reader = lm.get_submodule(reader_path)  # of a multimodal model, the part that reads text
-    layers = lm.get_submodule(layers_path)
-    check_positions(reader, layers[0], ids[0], ctx, name)
-    most = getattr(text_config, "max_position_embeddings", None) or ctx
-    if ctx > most:
-        say(f"--ctx {ctx}: {name} reads so many tokens, but was made for {most}")
-    prefix = "" if whole else f"{lm.base_model_prefix}."
-    hook_name = f"{prefix}{layers_path}.{layer}"
-    return Reader((lm if whole else reader).to(device), layers[layer], tokenizer, hook_name)
-
-
-def up_to_layer(model_class, layer, layers_path):
-    """The class of a language model without the layers after `layer`, which are never loaded.
-
-    The configuration stays that of the whole model, since some models scale or share their layers
-    by how many there are: with a smaller number in it they would be other models.
-    """
-
-    class UpToLayer(model_class):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            del self.get_submodule(layers_path)[layer + 1 :]
-
-    # By these, transformers knows which tensors have other names in files.
-    UpToLayer.__name__ = model_class.__name__
-    UpToLayer.__module__ = model_class.__module__
-    return UpToLayer
-
-
-def paths_in(lm, n_layers, name):
-    """Where a language model has the part that reads text, and its list of layers.
-
-    The list is the outermost one that has as many members.
-    """
-    for part in (lm.get_decoder(), lm):
-        reader_path = next(path for path, module in lm.named_modules() if module is part)
-        lists = [
-            path
-            for path, module in part.named_modules(prefix=reader_path)
-            if isinstance(module, nn.ModuleList) and len(module) == n_layers
-        ]
-        depth = min((path.count(".") for path in lists), default=0)
-        outermost = [path for path in lists if path.count(".") == depth]
-        if len(outermost) == 1:
-            return reader_path, outermost[0]
-    raise InputError(f"{name} can't be read, since its {n_layers} layers are not in one list")
-
-
-def check_positions(lm, first_layer, token, ctx, name):
-    """Refuses contexts that are longer than a model's table of positions; a GPU would just abort.
-
-    The first layer reads one, on the CPU.
-    """
-    try:
-        layer_output(lm, first_layer, torch.full((1, 2), token))
-    except RuntimeError:
-        return  # The CPU lacks an operation in this dtype, so that it can't be tried.
-    try:
-        layer_output(lm, first_layer, torch.full((1, ctx), token))
-    except (IndexError, RuntimeError) as error:
-        raise InputError(f"--ctx {ctx}: {name} can't read as many tokens: {error}") from error
 
 
 # The formats of local files, each of which may be compressed (.jsonl.gz).
@@ -1063,7 +960,7 @@ def json_rows(stream, file):
 def rows_of(files, columns=None):
     """The rows of local files, as dicts of those of the columns that a row has; None is all.
 
-    Whatever is in other columns is nobody's business. A row that can't be read costs itself.
+    Other columns are not read. A row that can't be read costs itself.
     """
     for file in files:
         kind = format_of(Path(file))
@@ -1071,7 +968,9 @@ def rows_of(files, columns=None):
             from pyarrow.parquet import ParquetFile
 
             parquet = ParquetFile(file)
-            known = [name for name in parquet.schema_arrow.names if name in (columns or [name])]
+            known = parquet.schema_arrow.names
+            if columns:
+                known = [name for name in known if name in columns]
             for batch in parquet.iter_batches(1000, columns=known):
                 yield from batch.to_pylist()
             continue
@@ -1121,9 +1020,10 @@ def load_texts(cfg):
             if kinds:
                 found = " and ".join(sorted(kinds))
                 raise InputError(f"{cfg.dataset} holds no text: its column {column} is {found}")
-            columns = ", ".join(map(str, next(iter(open_dataset(cfg)), [])))
-            if columns:
-                raise InputError(f"--text-column {column}: {cfg.dataset} has {columns}")
+            first_row = next(iter(open_dataset(cfg)), {})
+            if first_row:
+                names = ", ".join(map(str, first_row))
+                raise InputError(f"--text-column {column}: {cfg.dataset} has {names}")
             raise InputError(f"{cfg.dataset} holds no text")
         rows = rows.filter(lambda row: is_text(row.get(column)))
     return rows.shuffle(seed=cfg.data_seed, buffer_size=1000)
@@ -1142,6 +1042,116 @@ def read_texts(rows, cfg):
                 yield text
         if text is None:
             raise InputError(f"{cfg.dataset} holds no text any more")
+
+
+# -------------------------------------------------------------------------------------- activations
+class Reader(NamedTuple):
+    """A language model that is read at one of its layers."""
+
+    lm: nn.Module
+    layer: nn.Module
+    tokenizer: object
+    hook_name: str  # of the layer, in the language model with its head
+
+
+def load_lm(name, layer, device, dtype, ctx=2, whole=False):
+    """The `Reader` of a language model: up to a layer, or whole and with its head for eval_sae.py.
+
+    ctx is the length of the longest context that it is going to read, in tokens.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    check_name(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name)
+        # Text that spells "<bos>" must not become that token.
+        tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True)
+        ids = tokenizer("some text", add_special_tokens=False).input_ids
+        if set(ids) <= {tokenizer.unk_token_id}:
+            raise InputError(f"{name} has no tokenizer that can split text into tokens")
+        text_config = config.get_text_config()
+        if config.is_encoder_decoder:
+            raise InputError(f"{name} is an encoder with a decoder, which can't be read")
+        n_layers = text_config.num_hidden_layers
+        if layer >= n_layers:
+            raise InputError(f"--layer {layer}: the layers of {name} are 0 to {n_layers - 1}")
+        text_config.use_cache = False  # of keys and values, which nobody reads
+        auto = AutoModelForCausalLM if whole else AutoModel
+        with torch.device("meta"):  # the model without the content of its tensors
+            outline = auto.from_config(config)
+        reader_path, layers_path = paths_in(outline, n_layers, name)
+        model_class = type(outline)
+        if not whole:
+            model_class = up_to_layer(model_class, layer, layers_path)
+        lm, report = model_class.from_pretrained(
+            name, config=outline.config, dtype=dtype, output_loading_info=True
+        )
+    # A pooler comes after the last layer, and is often not saved.
+    missing = [tensor for tensor in report["missing_keys"] if "pooler" not in tensor]
+    if missing:
+        raise InputError(f"{name}: its files lack tensors, {missing[0]} among them")
+    lm.eval()
+    reader = lm.get_submodule(reader_path)  # of a multimodal model, the part that reads text
+    layers = lm.get_submodule(layers_path)
+    check_positions(reader, layers[0], ids[0], ctx, name)
+    most = getattr(text_config, "max_position_embeddings", None) or ctx
+    if ctx > most:
+        say(f"--ctx {ctx}: {name} reads so many tokens, but was made for {most}")
+    prefix = "" if whole else f"{lm.base_model_prefix}."
+    hook_name = f"{prefix}{layers_path}.{layer}"
+    return Reader((lm if whole else reader).to(device), layers[layer], tokenizer, hook_name)
+
+
+def up_to_layer(model_class, layer, layers_path):
+    """The class of a language model without the layers after `layer`, which are never loaded.
+
+    The configuration stays that of the whole model, since some models scale or share their layers
+    by how many there are: with a smaller number in it they would be other models.
+    """
+
+    class UpToLayer(model_class):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            del self.get_submodule(layers_path)[layer + 1 :]
+
+    # By these, transformers knows which tensors have other names in files.
+    UpToLayer.__name__ = model_class.__name__
+    UpToLayer.__module__ = model_class.__module__
+    return UpToLayer
+
+
+def paths_in(lm, n_layers, name):
+    """Where a language model has the part that reads text, and its list of layers.
+
+    The list is the outermost one that has as many members.
+    """
+    for part in (lm.get_decoder(), lm):
+        reader_path = next(path for path, module in lm.named_modules() if module is part)
+        lists = [
+            path
+            for path, module in part.named_modules(prefix=reader_path)
+            if isinstance(module, nn.ModuleList) and len(module) == n_layers
+        ]
+        depth = min((path.count(".") for path in lists), default=0)
+        outermost = [path for path in lists if path.count(".") == depth]
+        if len(outermost) == 1:
+            return reader_path, outermost[0]
+    raise InputError(f"{name} can't be read, since its {n_layers} layers are not in one list")
+
+
+def check_positions(lm, first_layer, token, ctx, name):
+    """Refuses contexts that are longer than a model's table of positions; a GPU would just abort.
+
+    The first layer reads one, on the CPU.
+    """
+    try:
+        layer_output(lm, first_layer, torch.full((1, 2), token))
+    except RuntimeError:
+        return  # The CPU lacks an operation in this dtype, so that it can't be tried.
+    try:
+        layer_output(lm, first_layer, torch.full((1, ctx), token))
+    except (IndexError, RuntimeError) as error:
+        raise InputError(f"--ctx {ctx}: {name} can't read as many tokens: {error}") from error
 
 
 def first_id(*ids):
@@ -1243,9 +1253,10 @@ def replace_outliers(x_CD, max_norm, generator):
     """Puts other tokens in the place of those whose norm is over max_norm times the median norm.
 
     Returns their number. Ours. Ω grows with the 4th power of the norm: one token of 100 times the
-    usual norm in a batch of 2,048 multiplies it by 18,600, and misleads --normalize. Some models
-    have such tokens within a text, Qwen for one; Gemma's is BOS, which is not kept. That as many
-    tokens stay keeps the number of a round's batches, by which a run is resumed.
+    usual norm in a batch of 2,048 multiplied it by 18,600 (Gaussian x, N 512, k 16), and such
+    tokens mislead --normalize. Some models have them within a text, Qwen for one; Gemma's is BOS,
+    which is not kept. Replacing them, rather than dropping them, keeps the number of a round's
+    batches, on which resuming relies.
     """
     norm_C = torch.linalg.vector_norm(x_CD, dim=1, dtype=torch.float32)
     is_outlier_C = norm_C > max_norm * norm_C.median()
@@ -1268,35 +1279,37 @@ class Batch(NamedTuple):
 def batches(cfg, rows, lm, layer, tokenizer, skip=0):
     """A `Batch` after another, without end, from the one after the first `skip` on.
 
-    They come in rounds. A round reads R contexts for each process: context c goes to process c
-    modulo their number. It shuffles the activations of the C kept tokens, serves whole batches and
+    They come in rounds. A round reads R contexts, of which a process has every n-th, n being the
+    number of processes. It shuffles the activations of its C kept tokens, serves whole batches and
     drops the rest. A run that is shorter than a round reads no more than it needs. The data,
     data_seed and the number of the round fix all of it, so to resume a run is to count batches:
     rounds that are over are read again, and the language model does not run on them.
     """
     world = n_processes()
-    B = cfg.batch // world
-    two_batches = 2 * math.ceil(B / (cfg.ctx - 1))  # for half of the tokens may be EOS
-    R = max(cfg.buffer // world, two_batches)
+    B = cfg.batch // world  # tokens of a batch in this process
+    # Up to half of the tokens may be EOS, so that contexts for two batches hold one.
+    per_process = max(cfg.buffer // world, 2 * math.ceil(B / (cfg.ctx - 1)))  # contexts
     steps = cfg.tokens // cfg.batch
     lm_batch = cfg.lm_batch or (128 if lm.device.type == "cuda" else 32)
     told = False
     contexts = token_contexts(read_texts(rows, cfg), tokenizer, cfg.ctx)
     # The activations of a round, in the model's dtype: 1.2 GB in run 4.
-    x_CD = torch.empty(R * (cfg.ctx - 1), lm.config.hidden_size, dtype=lm.dtype, device=lm.device)
+    shape = (per_process * (cfg.ctx - 1), lm.config.hidden_size)
+    x_CD = torch.empty(shape, dtype=lm.dtype, device=lm.device)
     n_tokens = lm.get_input_embeddings().num_embeddings
     for number in itertools.count():
         started = time.monotonic()
-        ids_RL = torch.tensor(list(itertools.islice(contexts, R * world)))
+        ids_RL = torch.tensor(list(itertools.islice(contexts, per_process * world)))
         if ids_RL.max() >= n_tokens:
             raise InputError(
                 f"the tokenizer gives the id {ids_RL.max()} of {n_tokens} in the model"
             )
         kept_R = kept_tokens(ids_RL, tokenizer).sum(1)
-        sums = [kept_R[r::world].cumsum(0) for r in range(world)]  # of each process's tokens
-        needed = 1 + max(int((sum_R < steps * B).sum()) for sum_R in sums)
+        # How many contexts of a process hold all its tokens of the run: a short run needs fewer.
+        kept_so_far = [kept_R[r::world].cumsum(0) for r in range(world)]  # by process
+        needed = 1 + max(int((kept < steps * B).sum()) for kept in kept_so_far)
         ids_RL = ids_RL[: needed * world]
-        n_batches = min(int(sum_R[:needed][-1]) for sum_R in sums) // B
+        n_batches = min(int(kept[:needed][-1]) for kept in kept_so_far) // B
         if n_batches == 0:
             raise InputError(
                 f"{cfg.dataset}: of {ids_RL.numel():,} tokens read, {int(kept_R.sum()):,} are "
@@ -1333,9 +1346,9 @@ def paper_alpha(x_BD):
     """The α that would be on these activations as strong as 0.075 is in the paper.
 
     α Ω grows with the 4th power of the activations' norm, the reconstruction with the 2nd. The
-    paper's MSE of 1.41 is 1.24 per element, since SAEBench divides by the 2,032 tokens of its batch
-    and not by D = 2,304. With its cosine of 0.93 the paper's activations have a mean squared norm
-    of 1.24 · 2304 / (1 - 0.93²) = 21,000.
+    paper's MSE, by SAEBench, is ‖x - x̂‖² over the 2,032 tokens of an evaluation batch, so that
+    ‖x - x̂‖² = 1.41 · 2,032 = 2,865 on average. With its cosine of 0.93, and an error that is
+    orthogonal to x̂, this is 1 - 0.93² of ‖x‖², which thus is 21,000.
     """
     return 0.075 * 21_000 / x_BD.square().sum(1).mean().item()
 
@@ -1356,8 +1369,8 @@ def failure_of(cfg, x_BD):
 def scheduled_alpha(cfg, step, steps):
     """Weight of Ω at a step of a run.
 
-    It starts at the share of α that the paper's 0.01 is of 0.075, and rises in the share of the
-    steps that the paper's 1,000 are of 4,882, unless the settings say otherwise.
+    Ours, and in run 4 the paper's to the bit: it starts at the share of α that 0.01 is of 0.075,
+    and rises in the share of steps that 1,000 are of 4,882, unless the settings say otherwise.
     """
     start = cfg.alpha * (0.01 / 0.075) if cfg.alpha_start is None else cfg.alpha_start
     return alpha_at(step, cfg.alpha, start, int(cfg.alpha_warmup * steps))
@@ -1407,7 +1420,7 @@ class Run:
         penalized = self.cfg.alpha > 0
         if self.cfg.plain:
             return loss_terms(sae, x_BD, plain_omega if penalized else no_omega)
-        if type(sae).activate is SAE.activate:
+        if type(sae) is SAE:
             return topk_loss_terms(sae, x_BD, omega_of_selected if penalized else no_omega)
         return loss_terms(sae, x_BD, omega_of_dense if penalized else no_omega)
 
@@ -1416,7 +1429,7 @@ class Run:
 
         1. α and the learning rate of the step;
         2. the terms of Eq. 2, in mixed precision where the language model runs in bfloat16;
-        3. the loss;
+        3. the loss, and which latents fired;
         4. λ and θ of a baseline;
         5. the update: the gradient, its mean over processes (`average_gradients`), the projection
            of W_dec's gradient, clipping, Adam, unit rows.
@@ -1434,13 +1447,14 @@ class Run:
             terms = self.terms(x_BD)
         # 3. Ω is that of all processes' tokens, and its gradient is averaged like the others.
         loss = total_loss(terms, self.lam, self.alpha * n_processes())
-        # An auxiliary loss would be added here. AuxK (Gao et al. 2024), for example, lets the dead
+        # An auxiliary loss would be added here, as a mean over the tokens of this process. What
+        # `terms` has beside the terms is detached. AuxK (Gao et al. 2024), for example, lets dead
         # latents reconstruct what is left of x, on any device:
         #     dead_N = step - self.last_fired_N >= DEAD_AFTER
         #     def select(pre_BN):
         #         vals_BK, idx_BK = pre_BN.masked_fill(~dead_N, -math.inf).topk(x_BD.shape[1] // 2)
         #         return vals_BK.relu(), idx_BK
-        #     aux_BD = decode(self.sae, *encode(self.sae, x_BD, select))
+        #     aux_BD = decode_selected(self.sae, *encode_selected(self.sae, x_BD, select))
         #     loss += (x_BD - terms.xhat_BD - aux_BD).square().sum(1).mean() / 32
         fired_N = all_reduce_(terms.fired_N.int(), "MAX") > 0
         self.last_fired_N.masked_fill_(fired_N, step + 1)
@@ -1518,6 +1532,8 @@ def begin(runs, data, steps):
     """Sets what depends on the data, from its first batches.
 
     Returns the factor by which activations are multiplied, and the data from the first batch on.
+    α is not changed by it: on activations times 2, the same α weighs Ω 4 times as much beside the
+    reconstruction. With --normalize, ‖x‖² is D on average, and the paper's strength α 1,600 / D.
     """
     cfg = runs[0].cfg
     first = list(itertools.islice(data, min(steps, math.ceil(SAMPLE / cfg.batch))))
@@ -1559,7 +1575,7 @@ def handling_signals(handler):
 
 
 def interrupt(number, frame):
-    """Handles a signal by ending what is done."""
+    """Handles a signal by raising Interrupted, wherever the program is."""
     raise Interrupted(number)
 
 
@@ -1713,7 +1729,8 @@ def save_all(runs, folder, done, scale, reader):
     if rank() == 0:
         for run in saved:
             print(f"{Path(run.cfg.out).name:<26}  {run.figures()}")
-        print(f"saved in {folder}")
+        if saved:
+            print(f"saved in {folder}")
     if failures + unsaved:
         raise InputError("; ".join(failures + unsaved))
 
@@ -2023,14 +2040,10 @@ def train_demo_lm(texts, folder, steps=1000, batch=8, ctx=128):
     tokenizer.save_pretrained(folder)
 
 
-def use_demo(cfgs):
-    """Lets the runs use the demo's model and text, which are made once and kept in SGO_CACHE."""
+def demo_folder():
+    """Where the demo's model and text are, which are made once and kept in SGO_CACHE."""
     cache = Path(os.environ.get("SGO_CACHE", "~/.cache/sgo_sae")).expanduser()
-    folder = cache / f"demo-python3.{sys.version_info.minor}"
-    decide_together(lambda: demo_files(folder))
-    for cfg in cfgs:
-        cfg.model = str(folder)
-        cfg.dataset = str(folder / "train.jsonl")
+    return cache / f"demo-python3.{sys.version_info.minor}"
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -2083,6 +2096,11 @@ def check(cfg):
         if type(value) in (int, float) and not least <= value <= most:
             up_to = f" and at most {most}" if name in AT_MOST else ""
             raise InputError(f"{flag_of(name)} must be at least {least}{up_to}, but is {value}")
+    if 0 < cfg.max_norm < 1:
+        raise InputError(f"--max-norm {cfg.max_norm} would leave out half of the tokens and more")
+    own_class = ARCHITECTURES[cfg.arch]
+    if own_class is not SAE and not hasattr(own_class, "saelens_name"):
+        raise InputError(f"--arch {cfg.arch}: its class has no saelens_name to be saved by")
     if cfg.k > cfg.d_sae:
         raise InputError(f"--k {cfg.k} is more than the {cfg.d_sae} latents of --dict")
     if cfg.tokens < cfg.batch:
@@ -2179,12 +2197,17 @@ def work(argv):
         check(cfg)
     device, dtype = find_device(cfgs[0].device, cfgs[0].dtype)
     folder = choose_folders(cfgs)
+    for cfg in cfgs:
+        cfg.dtype = str(dtype).removeprefix("torch.")  # what auto stands for here
+        if cfg.demo:
+            cfg.model = str(demo_folder())
+            cfg.dataset = str(demo_folder() / "train.jsonl")
     with taken(folder):
         if decide_together(lambda: check_folder(folder, cfgs)):
             say(f"{folder} holds this run, and it has ended: there is nothing to resume")
             return
         if cfgs[0].demo:
-            use_demo(cfgs)
+            decide_together(lambda: demo_files(demo_folder()))
         train(cfgs, folder, device, dtype)
     if torchrun():
         dist.destroy_process_group()

@@ -290,12 +290,16 @@ def plain_topk(sae, x_BD):
     )
 
 
-def test_sae_and_its_gradients_match_a_dense_one():
+@pytest.mark.parametrize("bias", [0.0, -1.0])
+def test_sae_and_its_gradients_match_a_dense_one(bias):
+    """Also where a token has fewer active latents than k."""
     sae = SAE(6, 20, 4).double()
     for p in sae.parameters():
         p.data += 0.1 * torch.randn_like(p)
+    sae.b_enc.data += bias
     x_BD = torch.randn(50, 6, dtype=torch.float64)
     f_BN = plain_topk(sae, x_BD)
+    assert ((f_BN > 0).sum(1) < 4).any() == (bias < 0)
     assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-14)
     assert torch.allclose(sae(x_BD), f_BN @ sae.W_dec + sae.b_dec, atol=1e-12)
     inputs = list(sae.parameters())
@@ -1384,6 +1388,7 @@ def refused(argv, capsys):
         ("--alpha x", "invalid float value: 'x'"),
         ("--lr -1", "--lr must be at least 0"),
         ("--sparsity nan", "--sparsity must be at least 0"),
+        ("--max-norm 0.5", "would leave out half of the tokens"),
         ("--decay-start 2", "--decay-start must be at least 0 and at most 1"),
         ("--alpha-warmup 1000", "--alpha-warmup must be at least 0 and at most 1"),
         (f"--seed {2**64}", "--seed must be at least 0 and at most"),
@@ -2493,7 +2498,7 @@ def test_folders_of_other_formats_are_named(tmp_path, files, words):
         sgo_sae.load_sae(tmp_path)
 
 
-# ----------------------------------------------------------------------------- Ω on a GPU and by pairs
+# -------------------------------------------------------------------------- Ω on a GPU and by pairs
 
 
 def skewed_latents(B=2048, N=300, K=12, dtype=torch.float32):
@@ -2608,6 +2613,51 @@ def test_an_architecture_of_ones_own_is_one_class_and_one_name(train_argv, tmp_p
     assert json.loads((tmp_path / "run" / "cfg.json").read_text())["architecture"] == "jumprelu"
 
 
+class Halves(SAE):
+    """Top-k with formulas of its own, and no name by which SAELens knows it."""
+
+    def pre_activations(self, x):
+        return super().pre_activations(x) * 0.5
+
+    def sparsity(self, pre_BN, f_BN):
+        return f_BN.square().sum(1).mean()
+
+
+def test_a_class_of_ones_own_trains_by_its_formulas_and_can_be_saved(
+    train_argv, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(ARCHITECTURES, "halves", Halves)
+    run = sgo_sae.Run(sgo_sae.Config(arch="halves", d_sae=20, k=4), 6, CPU)
+    x_BD = torch.randn(40, 6)
+    expected, found = loss_terms(run.sae, x_BD), run.terms(x_BD)
+    for name in ("reconstruction", "sparsity", "omega"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name))
+    weights = list(run.sae.parameters())
+    gradients = [torch.autograd.grad(t.reconstruction, weights) for t in (expected, found)]
+    assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
+    assert "halves: its class has no saelens_name" in refused(train_argv(arch="halves"), capsys)
+
+
+def test_a_finished_demo_is_finished(tmp_path, monkeypatch, capsys):
+    """Its model is a folder of the cache, which --resume compares."""
+    monkeypatch.setenv("SGO_CACHE", str(tmp_path / "cache"))
+
+    def files(folder):
+        make_model(folder)
+        write_rows(folder / "train.jsonl", [{"text": TEXT * 3}] * 99)
+
+    monkeypatch.setattr(sgo_sae, "demo_files", files)
+    small = ["--tokens", "4096", "--dict", "32", "--k", "4", "--layer", "1", "--buffer", "9"]
+    argv = ["--demo", *small, "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert sgo_sae.main(argv) == 0
+    assert sgo_sae.main([*argv, "--resume"]) == 0
+    assert "it has ended: there is nothing to resume" in last_line(capsys)
+    settings = json.loads(next((tmp_path / "run").glob("*/cfg.json")).read_text())["metadata"]
+    assert (
+        settings["settings"]["dtype"] == "float32"
+    )  # and not auto, which another machine resolves
+
+
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_an_auxiliary_loss_has_what_it_needs(on_gpu, patch_gpu):
     """AuxK as the comment in `Run.step` has it, against a dense one by autograd."""
@@ -2633,7 +2683,7 @@ def test_an_auxiliary_loss_has_what_it_needs(on_gpu, patch_gpu):
         x = x_BD.to("cuda") if on_gpu else x_BD
         module = sae.to("cuda") if on_gpu else sae
         terms = topk_loss_terms(module, x, sgo_sae.no_omega)
-        aux = sgo_sae.decode(module, *sgo_sae.encode(module, x, select))
+        aux = sgo_sae.decode_selected(module, *sgo_sae.encode_selected(module, x, select))
         loss = terms.reconstruction + (x - terms.xhat_BD - aux).square().sum(1).mean() / 32
         return torch.autograd.grad(loss, list(module.parameters()))
 
@@ -2681,7 +2731,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(clip, most, monkeypatch):
     assert norm > 1 and norms == [pytest.approx(min(norm, most), rel=1e-4)]
 
 
-# ------------------------------------------------------------------------------ outliers, and figures
+# ---------------------------------------------------------------------------- outliers, and figures
 
 
 def with_outliers(monkeypatch, share=0.01, times=100):
@@ -2777,7 +2827,7 @@ def test_cfg_names_the_module_in_the_model_with_its_head(train_argv, model, tmp_
     assert torch.equal(sgo_sae.layer_output(whole.eval(), module, ids_BL), expected)
 
 
-# ------------------------------------------------------------------------------- where there is a GPU
+# ----------------------------------------------------------------------------- where there is a GPU
 
 on_a_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
 
