@@ -912,6 +912,10 @@ class Subject:
         """The number of the layer whose output it is for, or None where it does not say."""
         # The names of TransformerLens and of Hugging Face's modules.
         names = r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)*(?:layers|h)\.(\d+)"
+        if self.cfg.get("hook_head_index") is not None:
+            raise InputError(
+                f"{self.path} is for one attention head, and a layer's output is measured"
+            )
         hook = self.cfg.get("hook_name") or self.cfg.get("hook_point")  # SAELens before version 4
         known = re.fullmatch(names, hook or "")
         if hook and not known:

@@ -49,6 +49,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -243,7 +244,7 @@ def loss_terms(sae, x_BD, penalty=orthogonality):
 
 
 def total_loss(terms, lam=0.04, alpha=0.075):
-    """Eq. 2."""
+    """Eq. 2, in which λ‖f‖₁ stands beside top-k as well."""
     return terms.reconstruction + lam * terms.sparsity + alpha * terms.omega
 
 
@@ -257,8 +258,8 @@ def update(sae, adam, loss, lr, clip=1.0):
     W_ND = sae.W_dec
     along_N = torch.einsum("nd,nd->n", W_ND.grad, W_ND)
     W_ND.grad -= along_N[:, None] * W_ND  # Removes the gradient's component along each row.
-    # Ours: the paper does not clip. As the loss is a sum over D, the norm stays above 1, on the demo
-    # from 12 at step 50 to 5 at the end, and so every gradient is scaled to norm 1.
+    # Ours: the paper does not clip. As the loss is a sum over D, the norm stays over 1: on the demo
+    # it falls from 12 at step 50 to 5 at the end. So every gradient is scaled to norm 1.
     largest = clip if clip > 0 else float("inf")
     norm = nn.utils.clip_grad_norm_(sae.parameters(), largest).item()  # This waits for a GPU.
     if norm < float("inf"):
@@ -886,6 +887,10 @@ def open_text(file, newline=None):
     beside UTF-8, and bytes that are not UTF-8 become lone surrogates, which `clean` replaces."""
     import fsspec
 
+    if str(file).endswith(".zip"):
+        names = [name for name in zipfile.ZipFile(file).namelist() if "__MACOSX" not in name]
+        if len(names) != 1:
+            raise InputError(f"{file} has {len(names)} files; only one can be read out of a zip")
     with fsspec.open(str(file), "rb", compression="infer") as stream:
         head = stream.read(4)
     encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
@@ -1045,6 +1050,10 @@ def read_texts(rows, cfg):
 
 
 # -------------------------------------------------------------------------------------- activations
+# These tokens never reach the autoencoder: the first of each context, which is BOS; the tokenizer's
+# special tokens, such as EOS and unknown words; those whose norm is over --max-norm times the
+# median of their round, whose places others take; and what is left of a round when it fills no
+# batch.
 class Reader(NamedTuple):
     """A language model that is read at one of its layers."""
 
@@ -1796,11 +1805,15 @@ def settings_of(runs):
 
 
 def save_checkpoint(path, runs, done, scale):
-    """Writes what the runs need to continue, on a CPU exactly. Returns whether it could.
+    """Writes what the runs need to continue. Returns whether it could.
 
-    A GPU's sums vary in their last digits. No state of a random generator is needed: after the
-    weights, only the order of the data is drawn, and `batches` finds its place again from the
-    number of steps.
+    With --resume a run gets, from here on, the batches that it would have got, and on a CPU the
+    same weights to the bit; a GPU's sums vary in their last digits. All settings but FREE must be
+    the same, and so must the number of processes. A run that was killed before its first
+    checkpoint starts anew.
+
+    No state of a random generator is needed: after the weights, only the order of the data is
+    drawn, and `batches` finds its place again from the number of steps.
     """
     content = {"done": done, "scale": scale, "settings": settings_of(runs), "runs": []}
     for run in runs:

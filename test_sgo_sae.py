@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -1139,6 +1140,7 @@ for arch in ("topk", "batchtopk", "relu", "jumprelu"):
             assert run.failure is None
             run.log(x_BD, steps, 1.0)
             figures = {k: torch.tensor(v or 0.0) for k, v in run.history[-1].items()}
+            figures['last_fired_N'] = run.last_fired_N.double()
             found.append(run.sae.state_dict() | figures)
         sgo_sae.torchrun = together
         ours, alone = found
@@ -2001,6 +2003,18 @@ def test_a_file_that_loses_its_text_ends_the_reading(tmp_path):
         next(texts)
 
 
+def test_a_zip_of_several_files_is_refused(tmp_path):
+    """Of which only the first would be read."""
+    for names in (["a.txt"], ["a.txt", "__MACOSX/._a.txt"], ["a.txt", "b.txt"]):
+        with zipfile.ZipFile(tmp_path / "data.txt.zip", "w") as archive:
+            for name in names:
+                archive.writestr(name, f"text of {name}")
+        if names[-1] != "b.txt":
+            assert texts_of(tmp_path / "data.txt.zip") == ["text of a.txt"]
+    with pytest.raises(InputError, match="has 2 files; only one can be read out of a zip"):
+        texts_of(tmp_path / "data.txt.zip")
+
+
 @pytest.mark.parametrize("spaces", [True, False])
 def test_a_document_of_any_length_is_read_in_pieces(model, tmp_path, monkeypatch, spaces):
     """No piece is longer than LONGEST, none is lost, and none is cut within a word that fits."""
@@ -2450,9 +2464,12 @@ def test_old_folders_of_saelens_name_their_hook_otherwise(tmp_path, hook):
     subject = eval_sae.Subject(str(tmp_path), "cpu")
     with pytest.raises(InputError, match=f"is for {hook}, and only a layer's output is measured"):
         subject.layer()
-    write_foreign(
-        tmp_path, foreign_weights()[0], **old | {"hook_point": "blocks.1.hook_resid_post"}
-    )
+    head = {"hook_name": "blocks.1.hook_resid_post", "hook_head_index": 3}
+    write_foreign(tmp_path, foreign_weights()[0], **old | head)
+    with pytest.raises(InputError, match="is for one attention head"):
+        eval_sae.Subject(str(tmp_path), "cpu").layer()
+    right = {"hook_point": "blocks.1.hook_resid_post"}
+    write_foreign(tmp_path, foreign_weights()[0], **old | right)
     assert eval_sae.Subject(str(tmp_path), "cpu").layer() == 1
 
 
@@ -2729,6 +2746,11 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(clip, most, monkeypatch):
 
     norm = update(sae, Adam(), total_loss(topk_loss_terms(sae, x_BD)), 0.1, clip)
     assert norm > 1 and norms == [pytest.approx(min(norm, most), rel=1e-4)]
+    clips = []
+    monkeypatch.setattr(sgo_sae, "update", lambda *args: clips.append(args[-1]) or 1.0)
+    run = sgo_sae.Run(sgo_sae.Config(d_sae=20, k=4, clip=clip), 6, CPU)
+    run.step(x_BD, 0, 10)
+    assert clips == [clip] and run.gradient_norm == 1.0
 
 
 # ---------------------------------------------------------------------------- outliers, and figures
