@@ -89,7 +89,7 @@ class Config:
     decay_start: float = 0.875  # share of the steps after which the learning rate falls to 0
     clip: float = 1.0  # norm to which larger gradients are scaled, as nearly all are; 0: none
     normalize: bool = False  # scale activations to a mean squared norm of D; undone when saved
-    plain: bool = False  # train by the section `method` alone, in float32, to check the others
+    plain: bool = False  # train by `method` alone, in float32 (TF32), to check the other ways
     # The activations
     model: str = "google/gemma-2-2b"  # language model: Hugging Face id or local folder
     layer: int = 12  # layer whose output is used, from 0
@@ -167,7 +167,10 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))  # `begin` sets it to the geometric median
 
     def pre_activations(self, x):
-        """(x - b_dec) W_enc + b_enc, (..., N). Ours: b_dec is subtracted first."""
+        """(x - b_dec) W_enc + b_enc, (..., N). Ours: b_dec is subtracted first.
+
+        F.linear(x, W.T, b) is x W + b in one operation.
+        """
         return F.linear(x - self.b_dec, self.W_enc.T, self.b_enc)
 
     def select(self, pre):
@@ -218,7 +221,7 @@ def orthogonality(f_BN):
 
 
 class Terms(NamedTuple):
-    """The terms of Eq. 2 for a batch, and by-products of them, which have no gradient."""
+    """The terms of Eq. 2 for a batch, and detached by-products."""
 
     reconstruction: torch.Tensor  # ‖x - x̂‖², unit x²: the sum over D. Ours: the mean over tokens.
     sparsity: torch.Tensor  # ‖f‖₁, unit x
@@ -259,7 +262,7 @@ def update(sae, adam, loss, lr, clip=1.0):
     along_N = torch.einsum("nd,nd->n", W_ND.grad, W_ND)
     W_ND.grad -= along_N[:, None] * W_ND  # Removes the gradient's component along each row.
     # Ours: the paper does not clip. As the loss is a sum over D, the norm stays over 1: on the demo
-    # it falls from 12 at step 50 to 5 at the end. So every gradient is scaled to norm 1.
+    # it falls from 12 at step 50 to 5 at the end. So nearly every gradient is scaled to norm 1.
     largest = clip if clip > 0 else float("inf")
     norm = nn.utils.clip_grad_norm_(sae.parameters(), largest).item()  # This waits for a GPU.
     if norm < float("inf"):
@@ -302,8 +305,10 @@ def geometric_median(x_BD, iterations=100):
 #     the baselines          `loss_terms`, with Ω by `sgo_penalty_dense`
 #     --plain                `loss_terms`, with Ω by `orthogonality`
 #
-# They take the formulas of `SAE` as they stand, and `select` as the one definition of which latents
-# are active. A class derived from it is trained by `loss_terms`. The update is that of `method`.
+# `select` is the one definition of which latents are active. `topk_loss_terms` repeats, for speed,
+# `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. Who changes those
+# changes both, or derives a class, which is then trained by `loss_terms`. The update is that of
+# `method`.
 # First comes Ω, whose gradient is computed in one of two ways: by tiles of dense products, or pair
 # by pair.
 def product(a, b):
@@ -317,7 +322,7 @@ def product(a, b):
 
 
 def gradient_by_tiles(f_BN, tile=None):
-    """∂Ω/∂f (B, N) of latents f by dense products: O(B N²) time, but no N × N array.
+    """∂Ω/∂f (B, N) of latents f by dense products: O(B N²) time at most, and no N × N array.
 
     ∂Ω/∂f_bi = (4/B) Σ_j w_ij ⟨f_i, f_j⟩ f_bj: the square gives 2, and so do a pair's two orders.
     That is (4/B) f M, where M_ij = w_ij ⟨f_i, f_j⟩ is symmetric, and 0 for i = j. A tile is M_TJ: T
@@ -333,7 +338,7 @@ def gradient_by_tiles(f_BN, tile=None):
     latent_A = size_N.nonzero()[:, 0]  # This waits for a GPU.
     B, N = f_BN.shape
     f_BA = f_BN[:, latent_A]
-    del f_BN  # This frees 0.08 GB in run 4, where the caller keeps no reference.
+    del f_BN  # frees 0.08 GB in run 4, where the caller holds no reference
     active_BA = (f_BA > 0).to(f_BA.dtype)
     dtype = torch.promote_types(f_BA.dtype, torch.float32)
     size_A = size_N[latent_A].to(dtype)
@@ -356,8 +361,8 @@ def gradient_by_pairs(vals_BK, idx_BK, d_sae):
 
     The formula is that of `gradient_by_tiles`. A token counts in |M_i ∩ M_j| and ⟨f_i, f_j⟩ only
     where i and j are both among its K entries. So B P pairs are sorted into U different ones and
-    summed, which takes the time and the memory of O(B K²) entries, as the paper says. A million
-    latents cost no more than ten thousand.
+    summed, which takes the time and the memory of O(B K²) entries. A million latents cost no more
+    than ten thousand.
     """
     B, K = vals_BK.shape
     vals_BK = vals_BK.to(torch.promote_types(vals_BK.dtype, torch.float32))
@@ -471,8 +476,8 @@ def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
     )
 
 
-# What a CPU does otherwise; skip it on a first reading, up to the baselines. Its dense products are
-# slow, so that only the K selected latents of a token take part in the gradient, and pairs are
+# What a CPU does differently; skip it on a first reading, up to the baselines. Its dense products
+# are slow, so that only the K selected latents of a token take part in the gradient, and pairs are
 # counted in its caches.
 class SparseEncode(torch.autograd.Function):
     """`encode_selected`, with a gradient that is a sum over the B K entries of its results.
@@ -558,14 +563,20 @@ def gradient_by_blocks(vals_BK, idx_BK, d_sae, cells=1 << 18):
 
 # ---------------------------------------------------------------------------------------- baselines
 # The architectures that the paper compares with. Where a top-k autoencoder takes the k largest
-# latents of a token, these take those above a threshold θ. Each is one class, which has
+# latents of a token, these take those above a threshold θ. Each is one class. To add another,
+# derive it from `ThresholdSAE`, or from `SAE`, and enter it in ARCHITECTURES. It must have
 #
 #     activate       the latents while it is trained, from the pre-activations
-#     encode         the latents afterwards, by θ
+#     saelens_name   what SAELens calls what is saved: "topk", with k; "jumprelu", with thresholds
+#                    `threshold()`; or "standard", a ReLU
+#
+# and, where they differ from those of `ThresholdSAE`,
+#
+#     encode         the latents after training, by θ
 #     sparsity       the term that λ weighs
 #     start          what is set before training, from a sample of the activations
-#     adjust         what is set after a step, so that k latents of a token are active on average
-#     saelens_name   what SAELens calls it
+#     adjust         what is set after a step, so that k latents of a token are active on average;
+#                    it returns λ for the next step
 #
 # Ours: they train with Ω, too, unless --alpha is 0; the paper's baselines have none.
 class ThresholdSAE(SAE):
@@ -586,6 +597,10 @@ class ThresholdSAE(SAE):
 
     def start(self, x_BD, lam):
         """Sets what a sample x and λ decide before training."""
+
+    def adjust(self, lam, f_BN, l0, lr):
+        """Returns λ for the next step, after one with the latents f, l0 of them active a token."""
+        return lam
 
 
 class BatchTopK(ThresholdSAE):
@@ -1050,7 +1065,7 @@ def read_texts(rows, cfg):
 
 
 # -------------------------------------------------------------------------------------- activations
-# These tokens never reach the autoencoder: the first of each context, which is BOS; the tokenizer's
+# These tokens never reach the autoencoder: the first of each context, BOS or not; the tokenizer's
 # special tokens, such as EOS and unknown words; those whose norm is over --max-norm times the
 # median of their round, whose places others take; and what is left of a round when it fills no
 # batch.
@@ -1289,14 +1304,14 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
     """A `Batch` after another, without end, from the one after the first `skip` on.
 
     They come in rounds. A round reads R contexts, of which a process has every n-th, n being the
-    number of processes. It shuffles the activations of its C kept tokens, serves whole batches and
-    drops the rest. A run that is shorter than a round reads no more than it needs. The data,
-    data_seed and the number of the round fix all of it, so to resume a run is to count batches:
-    rounds that are over are read again, and the language model does not run on them.
+    number of processes. It drops what of its C kept tokens fills no batch, shuffles the others'
+    activations and serves them. A run that is shorter than a round reads no more than it needs.
+    The data, data_seed and the number of the round fix all of it, so to resume a run is to count
+    batches: rounds that are over are read again, and the language model does not run on them.
     """
     world = n_processes()
     B = cfg.batch // world  # tokens of a batch in this process
-    # Up to half of the tokens may be EOS, so that contexts for two batches hold one.
+    # Up to half of the tokens may be EOS: contexts for two batches are read to be sure of one.
     per_process = max(cfg.buffer // world, 2 * math.ceil(B / (cfg.ctx - 1)))  # contexts
     steps = cfg.tokens // cfg.batch
     lm_batch = cfg.lm_batch or (128 if lm.device.type == "cuda" else 32)
@@ -1355,9 +1370,9 @@ def paper_alpha(x_BD):
     """The α that would be on these activations as strong as 0.075 is in the paper.
 
     α Ω grows with the 4th power of the activations' norm, the reconstruction with the 2nd. The
-    paper's MSE, by SAEBench, is ‖x - x̂‖² over the 2,032 tokens of an evaluation batch, so that
-    ‖x - x̂‖² = 1.41 · 2,032 = 2,865 on average. With its cosine of 0.93, and an error that is
-    orthogonal to x̂, this is 1 - 0.93² of ‖x‖², which thus is 21,000.
+    paper's MSE is SAEBench's, which divides a token's ‖x - x̂‖² by the 2,032 tokens of its batch,
+    so that ‖x - x̂‖² = 1.41 · 2,032 = 2,865 on average. With its cosine of 0.93, and an error that
+    is orthogonal to x̂, this is 1 - 0.93² of ‖x‖², which thus is 21,000.
     """
     return 0.075 * 21_000 / x_BD.square().sum(1).mean().item()
 
@@ -1434,12 +1449,12 @@ class Run:
         return loss_terms(sae, x_BD, omega_of_dense if penalized else no_omega)
 
     def step(self, x_BD, step, steps):
-        """One training step, which takes these five things in this order:
+        """One training step, in this order:
 
         1. α and the learning rate of the step;
         2. the terms of Eq. 2, in mixed precision where the language model runs in bfloat16;
         3. the loss, and which latents fired;
-        4. λ and θ of a baseline;
+        4. λ of a baseline for the next step, and batchtopk's θ;
         5. the update: the gradient, its mean over processes (`average_gradients`), the projection
            of W_dec's gradient, clipping, Adam, unit rows.
 
@@ -1461,7 +1476,7 @@ class Run:
         # latents reconstruct what is left of x, on any device:
         #     dead_N = step - self.last_fired_N >= DEAD_AFTER
         #     def select(pre_BN):
-        #         vals_BK, idx_BK = pre_BN.masked_fill(~dead_N, -math.inf).topk(x_BD.shape[1] // 2)
+        #         vals_BK, idx_BK = pre_BN.masked_fill(~dead_N, -math.inf).topk(512)
         #         return vals_BK.relu(), idx_BK
         #     aux_BD = decode_selected(self.sae, *encode_selected(self.sae, x_BD, select))
         #     loss += (x_BD - terms.xhat_BD - aux_BD).square().sum(1).mean() / 32
@@ -1518,8 +1533,11 @@ class Run:
 
 @torch.no_grad()
 def figures_of(sae, x_BD, lam, alpha, scale):
-    """Figures of a batch after its update. The terms of the loss are in the units of training, in
-    which activations are `scale` times those of the model; `mse` is in the model's."""
+    """Figures of a batch after its update, outside of autocast.
+
+    The terms of the loss are in the units of training, in which activations are `scale` times those
+    of the model; `mse` is in the model's.
+    """
     terms = loss_terms(sae, x_BD, sgo_penalty_dense)
     error = terms.reconstruction
     figures = {
@@ -1542,7 +1560,7 @@ def begin(runs, data, steps):
 
     Returns the factor by which activations are multiplied, and the data from the first batch on.
     α is not changed by it: on activations times 2, the same α weighs Ω 4 times as much beside the
-    reconstruction. With --normalize, ‖x‖² is D on average, and the paper's strength α 1,600 / D.
+    reconstruction. With --normalize, ‖x‖² averages D, and the paper's strength is α 1,600 / D.
     """
     cfg = runs[0].cfg
     first = list(itertools.islice(data, min(steps, math.ceil(SAMPLE / cfg.batch))))
