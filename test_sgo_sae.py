@@ -1159,10 +1159,11 @@ def test_two_processes_train_as_one_does_under_the_rule_of_nccl(tmp_path, way):
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     result = python(*TORCHRUN, tmp_path / "two.py", way, tmp_path)
     assert result.returncode == 0, result.stderr
-    differences = {line.split()[0]: float(line.split()[-1]) for line in result.stdout.splitlines()}
-    assert len(result.stdout.splitlines()) == 8
-    differences.pop("batchtopk")
-    assert max(differences.values()) < 1e-5, result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    differences = {(arch, plain): float(difference) for arch, plain, difference in lines}
+    assert len(differences) == 8
+    exact = [differences[key] for key in differences if key[0] != "batchtopk"]
+    assert max(exact) < 1e-5, result.stdout
 
 
 # ------------------------------------------------------------------------- what stands in for a GPU
@@ -2593,6 +2594,18 @@ def test_the_way_is_chosen_by_cost(device, ratio, monkeypatch, patch_gpu):
     ]
 
 
+def test_the_threads_of_other_people_are_left_alone():
+    """The workers of a CPU compute alone, which is no setting for threads to come."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        sgo_sae.gradient_by_blocks(*skewed_latents(64), 300)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_a_cpu_trains_is_what_select_says(monkeypatch):
     """There is no second definition of the encoder: whoever edits `select` changes both."""
     x_BD = torch.randn(40, 6)
@@ -2773,19 +2786,20 @@ def test_outliers_give_their_places_to_other_tokens(model, texts, monkeypatch):
     settings = {"model": model[0], "dataset": texts, "layer": 1, "ctx": 16, "buffer": 200}
     cfg = sgo_sae.Config(**settings, batch=16)
     usual = torch.cat(list(islice(data_of(cfg), 300)))
-    with_outliers(monkeypatch)
+    with_outliers(monkeypatch, share=0.1)  # so many that they raise the mean norm tenfold
     cfg.max_norm = 0.0
     all_of_them = torch.cat(list(islice(data_of(cfg), 300)))
     cfg.max_norm = 10.0
     without = torch.cat(list(islice(data_of(cfg), 300)))
     norm_T = all_of_them.norm(dim=1)
     is_outlier_T = norm_T > 10 * norm_T.median()
-    assert 20 < is_outlier_T.sum() < 100
+    assert 300 < is_outlier_T.sum() < 700
     # The others stay where they are, and each outlier becomes one of them.
     assert torch.equal(without[~is_outlier_T], usual[~is_outlier_T])
     assert without.norm(dim=1).max() < 10 * norm_T.median()
     places = without[is_outlier_T][:, None] == usual
-    assert places.all(2).any(1).all()
+    is_there = places.all(2).any(1)  # or it is one of the few that fill no batch of the round
+    assert is_there.float().mean() > 0.97
 
 
 def test_outliers_are_logged_told_once_and_leave_resuming_exact(
