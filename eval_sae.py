@@ -710,7 +710,8 @@ class LanguageModel:
         from transformers import AutoConfig
 
         sgo_sae.check_name(name)
-        with sgo_sae.loading(name):
+        # A RUN may name it otherwise than the Hub; SAELens's have TransformerLens's names.
+        with sgo_sae.loading(f"{name}, the language model (--model gives another),"):
             saved_as = str(AutoConfig.from_pretrained(name).architectures)
         self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
         loaded = sgo_sae.load_lm(name, layer, device, dtype, ctx, whole=self.has_head)
@@ -814,12 +815,11 @@ def open_sae(path, device):
     a folder of SAELens's format or a params.npz of Gemma Scope, on disk or OWNER/NAME/PATH.
     """
     place = Path(path)
-    on_hub = len(place.parts) > 2 and not Path(place.parts[0]).exists()
-    if not place.exists() and not on_hub:
-        raise InputError(f"{path}: there is no such file or folder")
     if not place.exists():
         from huggingface_hub import snapshot_download
 
+        if len(place.parts) < 3 or Path(place.parts[0]).exists():
+            raise InputError(f"{path}: there is no such file or folder")
         owner, name, inside = path.split("/", 2)
         with sgo_sae.loading(f"{path}, which is no folder here and would be on the Hub,"):
             folder = snapshot_download(f"{owner}/{name}", allow_patterns=[inside, f"{inside}/*"])
@@ -840,6 +840,12 @@ def open_sae(path, device):
 
 def open_gemma_scope(file):
     """The autoencoder of a params.npz, and what its path says of it."""
+    # Gemma Scope has autoencoders of other activations, too, whose files look the same.
+    other = re.search(r"-(mlp|att|transcoders)\b", str(file))
+    if other:
+        raise InputError(
+            f"{file} is of Gemma Scope's {other[1]}; only its -res is of a layer's output"
+        )
     with sgo_sae.loading(str(file)):
         arrays = numpy.load(file)
         weights = {name: torch.from_numpy(arrays[name]).float() for name in arrays}
@@ -848,12 +854,6 @@ def open_gemma_scope(file):
         weights["theta"] = weights.pop("threshold")
         weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]  # it does not subtract b_dec
         sae.load_state_dict(weights)
-    # Gemma Scope has autoencoders of other activations, too, whose files look the same.
-    other = re.search(r"-(mlp|att|transcoders)\b", str(file))
-    if other:
-        raise InputError(
-            f"{file} is of Gemma Scope's {other[1]}; only its -res is of a layer's output"
-        )
     layer = re.search(r"layer_(\d+)", str(file))
     return sae, {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
 
@@ -990,19 +990,10 @@ class Evaluation:
             subject.keep(family, record)
 
     @cached_property
-    def ctx(self):
-        """The tokens in a context of core, behaviour and competition."""
-        sizes = (subject.cfg.get("context_size") for subject in self.subjects)
-        return self.args.ctx or agreed(sizes, "--ctx") or sgo_sae.Config.ctx
-
-    @cached_property
     def model(self):
-        try:
-            model = LanguageModel(self.name, self.layer, self.device, self.dtype, self.ctx)
-        except InputError as error:
-            # SAELens's autoencoders name it as TransformerLens does.
-            hint = "" if self.args.model else "; --model gives it, where a RUN names it otherwise"
-            raise InputError(f"{error}{hint}") from error
+        sizes = [subject.cfg.get("context_size") or 0 for subject in self.subjects]
+        longest = self.args.ctx or max(sizes) or sgo_sae.Config.ctx
+        model = LanguageModel(self.name, self.layer, self.device, self.dtype, longest)
         for subject in self.subjects:
             D = len(subject.sae.b_dec)
             if D != model.width:
@@ -1013,7 +1004,10 @@ class Evaluation:
 
     def text_config(self):
         """Where the text of core, behaviour and competition comes from: the same for all."""
-        config = sgo_sae.Config(ctx=self.ctx, data_seed=self.args.seed[0])
+        ctx = self.args.ctx or agreed(
+            (subject.cfg.get("context_size") for subject in self.subjects), "--ctx"
+        )
+        config = sgo_sae.Config(ctx=ctx or sgo_sae.Config.ctx, data_seed=self.args.seed[0])
         if self.args.text or self.demo:
             config.dataset = self.args.text or f"{self.name}/heldout.jsonl"
             return config

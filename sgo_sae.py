@@ -932,9 +932,11 @@ def pieces(text):
     start = 0
     while len(text) - start > LONGEST:
         end = start + LONGEST
-        cut = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
-        yield text[start : cut if cut > 0 else end]
-        start = cut if cut > 0 else end
+        space = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+        if space > 0:
+            end = space
+        yield text[start:end]
+        start = end
     yield text[start:]
 
 

@@ -3572,6 +3572,16 @@ def test_probing_takes_several_files(run, probe_file, tmp_path, capsys):
         assert found[family]["parts"] == {"words, seed 0": figures, "other, seed 0": figures}
 
 
+def test_runs_of_two_context_sizes_are_probed_together(run, probe_file, texts, tmp_path, capsys):
+    """Which reads no contexts; core, which does, asks for --ctx."""
+    copy_of(run, tmp_path / "longer", context_size=32)
+    argv = [run / "s0", tmp_path / "longer", "--probe", probe_file, "--train", 40, "--test", 20]
+    assert evaluated([*argv, "--text", texts, "--metrics", "probe", "core"]) == 0
+    printed = capsys.readouterr().out
+    assert "probe: latents 1" in printed and "probe: not measured" not in printed
+    assert "core: not measured, the runs differ, ['16', '32']: give --ctx" in printed
+
+
 def test_two_files_of_one_name_are_two_tasks(run, probe_file, tmp_path):
     (tmp_path / "other").mkdir()
     same_name = tmp_path / "other" / Path(probe_file).name
