@@ -6,28 +6,37 @@
     python eval_sae.py RUN [RUN ...] --html FILE   and a page: which latents compete, on what text
 
 A RUN is a folder that sgo_sae.py or SAELens wrote, a folder of such folders, or a params.npz of
-Gemma Scope, on disk or on the Hub as OWNER/NAME/PATH.
+Gemma Scope, on disk or on the Hub as OWNER/NAME/PATH. The exit code is 0 where all that was asked
+for has its figures, 1 where some of it has none, and 2 where nothing could be measured.
 
 The sections, in this order:
 
+    figures        every figure: its name, which direction is better, what it means
     text           core and behaviour: how well the reconstruction stands for the activation
     competition    which latents are active together more often than chance
-    probes         logistic regressions, sparse probing, spurious correlation removal (SCR)
+    probes         linear probes, and sparse probing
+    scr            spurious correlation removal
     absorption     latents that take over what another should say
     tasks          the labelled texts of probing and SCR
     model          the language model, and reading it
     autoencoders   everybody's files, and the interface that SAEBench asks for
-    evaluation     one method for each family, and eval.json
+    results        what is measured of an autoencoder, and eval.json
+    evaluation     one method for each family
     table          means, differences and intervals
     page           the HTML page
     main           from the command line to the table
 
-Shapes are named as in sgo_sae.py. Besides, T are texts, words or tokens, U those of a test part, V
-words on new prompts, E the tokens of a batch of texts, C letters and S chosen latents. In a table,
-S are seeds and R settings.
+A call goes from the end to the beginning. `work` in main makes a Subject of each autoencoder, and
+lets an Evaluation measure one family after another. A family's method reads the model once for
+all autoencoders, and hands tensors to the functions of the first sections, which know no files.
+
+Shapes are named as in sgo_sae.py: B tokens or texts of a batch, L positions, R contexts, D hidden
+size, N latents. Besides, T are all tokens, texts or words of a measurement and U those of its test
+part, P words on new prompts, E the tokens of a batch that count, V the vocabulary, A the letters
+of the alphabet, and S selected latents.
 """
 
-import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -35,6 +44,8 @@ import random
 import re
 import string
 import sys
+import time
+import types
 import zlib
 from collections import Counter
 from functools import cached_property, partial
@@ -53,25 +64,164 @@ import sgo_sae
 from sgo_sae import InputError
 
 FAMILIES = ("core", "behaviour", "competition", "probe", "scr", "absorption")
+LONG = 600  # seconds of work ahead that are announced
 
 
-def each(work, desc):
-    """The parts of the work, one by one, beside a bar of the progress."""
-    return sgo_sae.progress_bar(work, desc=desc, leave=False)
+def each(work, desc, advice=""):
+    """Yields the parts of the work, beside a progress bar.
+
+    Where much of it is ahead, one line says how long it takes, and the advice how to shorten it.
+    """
+    start = time.monotonic()
+    announced = False
+    for done, part in enumerate(sgo_sae.progress_bar(work, desc=desc, leave=False)):
+        if done and not announced:
+            spent = time.monotonic() - start
+            announced = spent > LONG / 30  # then it is known how long a part takes
+            ahead = spent / done * (len(work) - done)
+            if announced and ahead > LONG:
+                sgo_sae.say(f"\n{desc}: about {ahead / 3600:.1f} hours are ahead. {advice}")
+        yield part
+
+
+# ------------------------------------------------------------------------------------------ figures
+class Figure(NamedTuple):
+    """Figures of one kind."""
+
+    family: str
+    names: tuple
+    better: str  # ↑ where more is better, ↓ where less is, empty where neither is
+    meaning: str
+
+
+PROBE_SIZES = (1, 2, 5, 20)  # latents in a probe
+SCR_SIZES = (2, 5, 10, 20, 50, 100, 500)  # latents that SCR ablates
+RARE = 20  # latents that are active on fewer tokens are not compared with others; ours
+DENSE = 0.1  # latents that are active on a larger share of the tokens are dense, as in SAEBench
+OVER_CHANCE = 0.5  # a pair competes where its w is over chance by more than that; ours
+
+
+def sized(name, sizes):
+    """The names of the figures of several sizes."""
+    return tuple(f"{name}_{size}" for size in sizes)
+
+
+# The order is that of the table. Names are those of eval.json.
+FIGURES = (
+    Figure("core", ("explained_variance",), "↑", "share of the variance of x that x̂ has; 1 is all"),
+    Figure("core", ("mse",), "↓", "squared error per element, in the model's units"),
+    Figure(
+        "core",
+        ("mse_benchmark",),
+        "↓",
+        "a token's squared error over the number of tokens in 16 contexts, as SAEBench has it",
+    ),
+    Figure("core", ("cosine",), "↑", "cosine of x and x̂, mean over the tokens; 1 is the best"),
+    Figure("core", ("l0",), "", "active latents of a token"),
+    Figure("core", ("l1",), "", "sum of a token's latents"),
+    Figure("core", ("norm_ratio",), "", "‖x̂‖ / ‖x‖, mean over the tokens; 1 is no shrinkage"),
+    Figure("core", ("bias",), "", "Σ‖x̂‖² / Σ⟨x, x̂⟩; 1 is no bias of x̂'s length"),
+    Figure("core", ("never_fire",), "↓", "share of the latents that are active on no token"),
+    Figure("core", ("dense",), "↓", f"share of the latents active on over {DENSE:.0%} of tokens"),
+    Figure(
+        "core",
+        ("penalty_share",),
+        "",
+        "αΩ over the reconstruction term, the last tenth of the training's log; 0 is no penalty",
+    ),
+    Figure(
+        "behaviour",
+        ("ce_score",),
+        "↑",
+        "cross-entropy that x̂ keeps; 1 is as good as x, 0 as bad as zero in its place",
+    ),
+    Figure("behaviour", ("kl_score",), "↑", "the same for the KL divergence; 1 is the best"),
+    Figure("behaviour", ("ce_clean", "ce_zero"), "", "cross-entropy, nats, with x and with zero"),
+    Figure("behaviour", ("ce_sae",), "↓", "cross-entropy, nats, with x̂ in the place of x"),
+    Figure("behaviour", ("kl_zero",), "", "KL divergence from the model's, nats, with zero"),
+    Figure("behaviour", ("kl_sae",), "↓", "KL divergence from the model's, nats, with x̂"),
+    Figure(
+        "competition",
+        ("pairs_over_chance",),
+        "↓",
+        "pairs of latents that share half of the rarer one's tokens beyond what chance gives",
+    ),
+    Figure("competition", ("share_over_chance",), "↓", "their share of all pairs compared"),
+    Figure("competition", ("compared",), "", "latents that are compared, neither rare nor dense"),
+    Figure("competition", ("rare",), "↓", f"share of the latents active on under {RARE} tokens"),
+    Figure(
+        "competition",
+        ("mean_max_cos",),
+        "↓",
+        "largest |cosine| of a decoder row with another, mean over the latents",
+    ),
+    Figure(
+        "probe",
+        sized("latents", PROBE_SIZES),
+        "↑",
+        "accuracy of a probe on the latents whose means differ most; chance is 0.5",
+    ),
+    Figure(
+        "probe",
+        sized("standardised", PROBE_SIZES),
+        "↑",
+        "the same on those whose means differ most in standard deviations; chance is 0.5",
+    ),
+    Figure("probe", ("latents_all",), "↑", "accuracy of a probe on all latents; chance is 0.5"),
+    Figure(
+        "probe",
+        sized("x", PROBE_SIZES) + ("x_all",),
+        "",
+        "accuracy on dimensions of x itself, whatever the autoencoder; chance is 0.5",
+    ),
+    Figure(
+        "scr",
+        sized("scr", SCR_SIZES),
+        "↑",
+        "share of a biased probe's error that ablating latents mends; 1 is all, 0 nothing",
+    ),
+    Figure(
+        "absorption",
+        ("absorption",),
+        "↓",
+        "share of a first letter's direction that other latents than the letter's carry",
+    ),
+    Figure("absorption", ("full",), "↓", "share of words on which one other latent carries it"),
+    Figure("absorption", ("split_latents",), "", "latents that share a letter"),
+    Figure("absorption", ("letters",), "", "letters that the model spells, of 26"),
+)
+
+
+def finite(figures):
+    """The figures as JSON has them: None where one is no finite number, such as 0 / 0."""
+    known = {}
+    for name, value in figures.items():
+        known[name] = value if value is not None and math.isfinite(value) else None
+    return known
+
+
+def mean_of(dicts):
+    """The mean of dicts, key by key: NaN where one of them has None, and {} of no dicts."""
+    return pandas.DataFrame(dicts, dtype=float).mean(skipna=False).to_dict()
 
 
 # --------------------------------------------------------------------------------------------- text
+BENCHMARK_CONTEXTS = 16  # contexts in a batch of SAEBench's evaluation
+MAX_LOGITS = 2**27  # logits at once; in float32 they are 0.5 GB, four contexts of Gemma-2
+
+
 @torch.no_grad()
 def reconstruction(sae, x_TD, ctx=128):
     """How well x̂ stands for x over all tokens: a dict of figures, in the units of x.
 
-    `mse` is per element. `mse_benchmark` is SAEBench's figure: it divides a token's squared error
-    by the number of tokens in its evaluation batch, 16 contexts without their BOS.
+    FIGURES says what each means. `ctx` is the length of the contexts that the tokens come from, of
+    which SAEBench leaves out BOS.
     """
     x_TD = x_TD.float()
     T, D = x_TD.shape
+    N = len(sae.b_enc)
     xhat_TD = torch.empty_like(x_TD)
-    fired_N = torch.zeros(len(sae.b_enc), device=x_TD.device)
+    fired_N = torch.zeros(N, device=x_TD.device)
     l1 = 0.0
     for rows in torch.arange(T, device=x_TD.device).split(2048):
         f_BN = sae.encode(x_TD[rows])
@@ -83,69 +233,84 @@ def reconstruction(sae, x_TD, ctx=128):
     figures = {
         "explained_variance": 1 - error_T.sum() / variance_T.sum(),
         "mse": error_T.mean() / D,
-        "mse_benchmark": error_T.mean() / (16 * (ctx - 1)),
+        "mse_benchmark": error_T.mean() / (BENCHMARK_CONTEXTS * (ctx - 1)),
         "cosine": F.cosine_similarity(x_TD, xhat_TD, dim=1).mean(),
         "l0": fired_N.double().sum() / T,
         "l1": l1,
         "norm_ratio": (xhat_TD.norm(dim=1) / x_TD.norm(dim=1)).mean(),
         "bias": xhat_TD.square().sum() / (x_TD * xhat_TD).sum(),
         "never_fire": (fired_N == 0).float().mean(),
-        "dense": (fired_N > T / 10).float().mean(),
+        "dense": (fired_N > DENSE * T).float().mean(),
     }
     return {name: figure.item() for name, figure in figures.items()}
 
 
+def unchanged(x_BLD, kept_BL):
+    return x_BLD
+
+
+def zeroed(x_BLD, kept_BL):
+    """SAEBench's zero ablation: zero for every token, BOS and other special tokens among them."""
+    return torch.zeros_like(x_BLD)
+
+
+def reconstructed_by(sae):
+    """A replacement of x by x̂. Tokens that do not count, such as BOS, keep their activations."""
+
+    def replace(x_BLD, kept_BL):
+        xhat_BLD = sae(x_BLD.float()).to(x_BLD.dtype)
+        return torch.where(kept_BL[..., None], xhat_BLD, x_BLD)
+
+    return replace
+
+
 @torch.inference_mode()
-def behaviour(lm, layer, saes, ids_TL, kept_TL):
-    """Cross-entropy and KL divergence with x̂ in place of x, in nats: a dict for each autoencoder.
+def behaviour(lm, layer, saes, ids_RL, kept_RL):
+    """What the language model makes of x̂ in the place of x: a dict of figures for each SAE.
 
-    Beside them stand those of the clean model and of one whose x is zero. With an autoencoder, the
-    tokens that are not kept have their own activations; zeroed are all. Means are over kept tokens.
+    Cross-entropies and KL divergences are in nats, means over the tokens that count. The last
+    token of a context is followed by none, so that it has a divergence and no cross-entropy.
     """
-
-    def zero(x_BLD, kept_BL):
-        return torch.zeros_like(x_BLD)
-
-    def reconstructed(sae, x_BLD, kept_BL):
-        return torch.where(kept_BL[..., None], sae(x_BLD.float()).to(x_BLD.dtype), x_BLD)
-
-    replacements = [zero, *(partial(reconstructed, sae) for sae in saes)]
-    ce_clean = 0.0
-    ce_R = torch.zeros(len(replacements)).double()
-    kl_R = torch.zeros_like(ce_R)
-    # The logits of four contexts of Gemma-2 are 0.5 GB.
-    rows = max(1, 2**27 // (ids_TL.shape[1] * lm.config.get_text_config().vocab_size))
-    parts = list(zip(ids_TL.split(rows), kept_TL.split(rows)))
-    for ids_BL, kept_BL in each(parts, "behaviour"):
-        log_p_EV = log_probabilities(lm, layer, ids_BL, kept_BL, lambda x_BLD, kept_BL: x_BLD)
-        ce_clean += cross_entropy(log_p_EV, ids_BL, kept_BL)
-        for r, replace in enumerate(replacements):
-            log_q_EV = log_probabilities(lm, layer, ids_BL, kept_BL, replace)
-            ce_R[r] += cross_entropy(log_q_EV, ids_BL, kept_BL)
-            kl_EV = F.kl_div(log_q_EV, log_p_EV, reduction="none", log_target=True)
-            kl_R[r] += kl_EV.sum(1).double().sum().item()
-    n_predicted = kept_TL[:, :-1].sum().item()
-    ce_clean /= n_predicted
-    ce_zero, *ce_saes = (ce_R / n_predicted).tolist()
-    kl_zero, *kl_saes = (kl_R / kept_TL.sum().item()).tolist()
+    n_predicted = kept_RL[:, :-1].sum().item()
+    if n_predicted == 0:
+        raise InputError("the contexts have no token that counts and is followed by another")
+    replacements = [unchanged, zeroed, *map(reconstructed_by, saes)]
+    ce_sums = [0.0] * len(replacements)
+    kl_sums = [0.0] * len(replacements)
+    vocabulary = lm.config.get_text_config().vocab_size
+    rows = max(1, MAX_LOGITS // (ids_RL.shape[1] * vocabulary))
+    parts = list(zip(ids_RL.split(rows), kept_RL.split(rows)))
+    for ids_BL, kept_BL in each(parts, "behaviour", "Fewer --contexts take less."):
+        clean_EV = log_probabilities(lm, layer, ids_BL, kept_BL, unchanged)
+        for n, replace in enumerate(replacements):
+            log_p_EV = clean_EV
+            if replace is not unchanged:
+                log_p_EV = log_probabilities(lm, layer, ids_BL, kept_BL, replace)
+            ce_sums[n] += cross_entropy(log_p_EV, ids_BL, kept_BL)
+            kl_EV = F.kl_div(log_p_EV, clean_EV, reduction="none", log_target=True)
+            kl_sums[n] += kl_EV.sum(1).double().sum().item()
+    ce_clean, ce_zero, *ce_of_saes = [total / n_predicted for total in ce_sums]
+    _, kl_zero, *kl_of_saes = [total / kept_RL.sum().item() for total in kl_sums]
     found = []
-    for ce_sae, kl_sae in zip(ce_saes, kl_saes):
-        found.append(
-            {
-                "ce_score": (ce_zero - ce_sae) / (ce_zero - ce_clean),
-                "kl_score": 1 - kl_sae / kl_zero,
-                "ce_clean": ce_clean,
-                "ce_sae": ce_sae,
-                "ce_zero": ce_zero,
-                "kl_sae": kl_sae,
-                "kl_zero": kl_zero,
-            }
-        )
+    for ce_sae, kl_sae in zip(ce_of_saes, kl_of_saes):
+        figures = {
+            "ce_clean": ce_clean,
+            "ce_zero": ce_zero,
+            "ce_sae": ce_sae,
+            "kl_zero": kl_zero,
+            "kl_sae": kl_sae,
+        }
+        # Where zero in the place of x changes nothing, there is no score.
+        if ce_zero != ce_clean:
+            figures["ce_score"] = (ce_zero - ce_sae) / (ce_zero - ce_clean)
+        if kl_zero != 0:
+            figures["kl_score"] = 1 - kl_sae / kl_zero
+        found.append(figures)
     return found
 
 
 def log_probabilities(lm, layer, ids_BL, kept_BL, replace):
-    """Log-probabilities (E, V) of the token after each kept one, with replace(x) for x."""
+    """Log-probabilities (E, V) of the token after each that counts, with replace(x) for x."""
 
     def hook(module, args, output):
         if isinstance(output, tuple):
@@ -153,71 +318,132 @@ def log_probabilities(lm, layer, ids_BL, kept_BL, replace):
         return replace(output, kept_BL)
 
     handle = layer.register_forward_hook(hook)
-    logits_BLV = lm(input_ids=ids_BL).logits
-    handle.remove()
+    try:
+        logits_BLV = lm(input_ids=ids_BL).logits
+    finally:
+        handle.remove()
     return logits_BLV[kept_BL].float().log_softmax(-1)
 
 
 def cross_entropy(log_p_EV, ids_BL, kept_BL):
-    """Cross-entropy, in nats, summed over the kept tokens that another one follows."""
-    next_E1 = ids_BL.roll(-1, 1)[kept_BL][:, None]
-    has_next_E = kept_BL.nonzero()[:, 1] < ids_BL.shape[1] - 1
-    return -log_p_EV.gather(1, next_E1)[has_next_E].double().sum().item()
-
-
-def mean_of(dicts):
-    """The mean of dicts, key by key; of no dicts an empty one."""
-    return pandas.DataFrame(dicts).mean().to_dict()
+    """Cross-entropy, in nats, summed over the tokens that count and are followed by another."""
+    next_BL = torch.full_like(ids_BL, -100)  # which nll_loss leaves out
+    next_BL[:, :-1] = ids_BL[:, 1:]
+    return F.nll_loss(log_p_EV.double(), next_BL[kept_BL], reduction="sum").item()
 
 
 # -------------------------------------------------------------------------------------- competition
-RARE = 20  # latents that are active on fewer tokens are not compared
-DENSE = 0.1  # and those that are active on a larger share of the tokens
+MAX_COUNTED = 2**23  # co-activations that are counted at once
+MAX_PAIRS = 2**22  # pairs of latents whose counts are held at once
+
+
+class Pairs(NamedTuple):
+    """Pairs of latents i < j that are active together, each pair once, as vectors."""
+
+    i: torch.Tensor
+    j: torch.Tensor
+    shared: torch.Tensor  # |M_i ∩ M_j|, the tokens on which both are active
+    w: torch.Tensor  # of Eq. 3, over all tokens
+    chance: torch.Tensor  # what w would be on average if the two were independent
+
+
+class Activity(NamedTuple):
+    """Which latents are active on which tokens: a vector of tokens and one of their latents, both
+    in ascending order."""
+
+    n_tokens: int
+    fired_N: torch.Tensor  # |M_i|
+    tokens: torch.Tensor
+    latents: torch.Tensor
+
+    @property
+    def compared(self):
+        """The numbers of the latents that are neither rare nor dense.
+
+        A latent that fires once has w = 1 with all its neighbours, and one that fires on most
+        tokens has a large w with every other, by chance.
+        """
+        is_dense_N = self.fired_N > DENSE * self.n_tokens
+        return ((self.fired_N >= RARE) & ~is_dense_N).nonzero()[:, 0]
 
 
 @torch.no_grad()
-def shared_tokens(sae, x_TD):
-    """On how many tokens each pair of latents is active (N, N); the diagonal has |M_i|."""
-    N = len(sae.b_enc)
-    shared_NN = torch.zeros(N, N, device=x_TD.device)  # exact up to 2^24 tokens
-    for x_BD in x_TD.split(2048):
-        active_BN = (sae.encode(x_BD.float()) > 0).float()
-        shared_NN.addmm_(active_BN.T, active_BN)
-    return shared_NN
+def activity_of(sae, x_TD):
+    """The Activity of an autoencoder's latents on all tokens."""
+    parts = []
+    for start in range(0, len(x_TD), 2048):
+        active = (sae.encode(x_TD[start : start + 2048].float()) > 0).nonzero()
+        active[:, 0] += start
+        parts.append(active)
+    tokens, latents = torch.cat(parts).T
+    fired_N = torch.bincount(latents, minlength=len(sae.b_enc))
+    return Activity(len(x_TD), fired_N, tokens, latents)
 
 
-def over_chance(shared_NN, n_tokens):
-    """What w_ij of Eq. 3 is over chance, of each pair i < j of compared latents once.
+def compared_pairs(activity):
+    """Yields the Pairs of compared latents, part by part. No array has the size of N × N.
 
-    It goes by rows I of the matrix: (latents I, latents J, w over chance (I, J)). Compared are the
-    latents that are neither rare nor dense: one that fires once has w = 1 with all its neighbours,
-    and one that fires on most tokens has a large w with every other latent, by chance. Independent
-    latents share |M_i| |M_j| / T tokens on average, so that their w is max(|M_i|, |M_j|) / T, and
-    their w over chance is 0 on average.
+    Independent latents share |M_i| |M_j| / T tokens on average, so that their w is on average
+    max(|M_i|, |M_j|) / T.
     """
-    fired_N = shared_NN.diagonal()
-    columns_J = ((fired_N >= RARE) & (fired_N <= DENSE * n_tokens)).nonzero()[:, 0]
-    fired_J = fired_N[columns_J]
-    for rows_I in columns_J.split(1024):
-        fired_I1 = fired_N[rows_I, None]
-        w_IJ = shared_NN[rows_I][:, columns_J] / torch.minimum(fired_I1, fired_J)
-        over_IJ = w_IJ - torch.maximum(fired_I1, fired_J) / n_tokens
-        yield rows_I, columns_J, over_IJ.masked_fill_(rows_I[:, None] >= columns_J, 0)
+    numbers = activity.compared
+    S = len(numbers)
+    if S < 2:
+        return
+    # From here on, latents are numbered among those that are compared.
+    fired_S = activity.fired_N[numbers]
+    number_N = torch.full_like(activity.fired_N, -1)
+    number_N[numbers] = torch.arange(S, device=numbers.device)
+    latents = number_N[activity.latents]
+    tokens = activity.tokens[latents >= 0]
+    latents = latents[latents >= 0]
+    # An entry is a latent's being active on a token. The latents of a token are in ascending
+    # order, so that those that follow an entry until its token's end are its pairs i < j.
+    end_T = torch.bincount(tokens, minlength=activity.n_tokens).cumsum(0)
+    entry_by_latent = latents.argsort(stable=True)
+    last_S = fired_S.cumsum(0)
+    for rows_I in torch.arange(S, device=numbers.device).split(max(1, MAX_PAIRS // S)):
+        first = int(rows_I[0])
+        entries = entry_by_latent[int(last_S[first] - fired_S[first]) : int(last_S[rows_I[-1]])]
+        n_follow = end_T[tokens[entries]] - entries - 1
+        shared = torch.zeros(len(rows_I) * S, dtype=torch.long, device=numbers.device)
+        part_of = n_follow.cumsum(0) // MAX_COUNTED
+        for part in part_of.unique():
+            own = entries[part_of == part]
+            n = n_follow[part_of == part]
+            row = (latents[own] - first).repeat_interleave(n)
+            # The places of those that follow: own + 1, own + 2, ..., for each entry.
+            start = own + 1 - (n.cumsum(0) - n)
+            follow = start.repeat_interleave(n) + torch.arange(len(row), device=row.device)
+            shared += torch.bincount(row * S + latents[follow], minlength=len(shared))
+        row, j = shared.view(-1, S).nonzero().T
+        i = row + first
+        shared = shared.view(-1, S)[row, j].float()
+        w = shared / torch.minimum(fired_S[i], fired_S[j])
+        chance = torch.maximum(fired_S[i], fired_S[j]) / activity.n_tokens
+        yield Pairs(numbers[i], numbers[j], shared, w, chance)
 
 
 def competition(sae, x_TD):
     """Competition of latents over the tokens: a dict of figures.
 
-    `pairs_over_chance` counts the pairs whose w is over chance by more than 0.5. Rare latents are
-    counted apart; dense ones are among the figures of reconstruction.
+    Rare latents are counted apart; dense ones are among the figures of reconstruction.
     """
-    shared_NN = shared_tokens(sae, x_TD)
-    parts = over_chance(shared_NN, len(x_TD))
-    return {
-        "pairs_over_chance": sum((over_IJ > 0.5).sum().item() for _, _, over_IJ in parts),
-        "rare": (shared_NN.diagonal() < RARE).double().mean().item(),
-        "mean_max_cos": nearest_cosine(sae.W_dec).mean().item(),
+    activity = activity_of(sae, x_TD)
+    n_over = 0
+    for pairs in compared_pairs(activity):
+        n_over += (pairs.w - pairs.chance > OVER_CHANCE).sum().item()
+    n_compared = len(activity.compared)
+    figures = {
+        "pairs_over_chance": n_over,
+        "compared": n_compared,
+        "rare": (activity.fired_N < RARE).double().mean().item(),
     }
+    if n_compared > 1:
+        figures["share_over_chance"] = n_over / math.comb(n_compared, 2)
+    if len(sae.W_dec) > 1:
+        figures["mean_max_cos"] = nearest_cosine(sae.W_dec).mean().item()
+    return figures
 
 
 @torch.no_grad()
@@ -225,9 +451,10 @@ def nearest_cosine(W_dec_ND):
     """The largest |cosine| of each decoder row with another (N,)."""
     W_ND = F.normalize(W_dec_ND, dim=1)
     nearest = []
-    for W_ID in W_ND.split(1024):
-        own_and_nearest_I2 = (W_ID @ W_ND.T).abs().topk(2, dim=1).values
-        nearest.append(own_and_nearest_I2[:, 1])
+    for rows_I in torch.arange(len(W_ND), device=W_ND.device).split(1024):
+        cosine_IN = (W_ND[rows_I] @ W_ND.T).abs()
+        cosine_IN[torch.arange(len(rows_I)), rows_I] = 0  # of a row with itself
+        nearest.append(cosine_IN.amax(1))
     return torch.cat(nearest)
 
 
@@ -245,17 +472,18 @@ class Probe(NamedTuple):
 def logistic_regression(x_TS, y_T, weight_T=None):
     """L2-regularised logistic regression as scikit-learn defines it, with C = 1: a Probe.
 
-    Its w (S,) and b minimise ½‖w‖² + Σ_t weight_t log(1 + exp(-±(w·x_t + b))), in float64.
+    Its w (S,) and b minimise ½‖w‖² + Σ_t weight_t log(1 + exp(-s_t (w·x_t + b))), in float64, where
+    s_t is 1 or -1.
     """
     x_TS = x_TS.double()
     y_T = y_T.double()
-    w_S = torch.zeros_like(x_TS[0]).requires_grad_()
-    b = torch.zeros_like(x_TS[0, 0]).requires_grad_()
+    w_S = torch.zeros(x_TS.shape[1], dtype=torch.float64, device=x_TS.device).requires_grad_()
+    b = torch.zeros((), dtype=torch.float64, device=x_TS.device).requires_grad_()
     lbfgs = torch.optim.LBFGS(
         [w_S, b],
         max_iter=1000,
         tolerance_grad=1e-9,
-        tolerance_change=0,
+        tolerance_change=0,  # the gradient alone says when to stop
         line_search_fn="strong_wolfe",
     )
 
@@ -279,11 +507,13 @@ def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, pat
     cross-entropy are written out: on batches so small, autograd takes longer than they do.
     """
     y_T = y_T.float()
-    bound = x_TD.shape[1] ** -0.5
+    bound = x_TD.shape[1] ** -0.5  # as nn.Linear draws its weights
     w_D = torch.zeros(x_TD.shape[1]).uniform_(-bound, bound, generator=generator).to(x_TD.device)
     b = torch.zeros((), device=x_TD.device)
     adam = torch.optim.AdamW([w_D, b], lr=lr, fused=True)
+    best = Probe(w_D.clone(), b.clone())
     best_score = -1.0
+    best_epoch = 0
     for epoch in range(epochs):
         for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
             x_BD = x_TD[rows]
@@ -307,220 +537,361 @@ def accuracy(x_TD, y_T, probe):
     return (probe.is_positive(x_TD) == y_T.bool()).float().mean().item()
 
 
-def class_and_others(labels_T, c, generator):
-    """Rows of the texts of class c, and of as many random others, evenly from the other classes."""
-    order_T = torch.randperm(len(labels_T), generator=generator).to(labels_T.device)
-    rows_of = [order_T[labels_T[order_T] == label] for label in labels_T.unique()]
-    mine = rows_of.pop(c)
-    share = math.ceil(len(mine) / len(rows_of))
-    others = torch.cat([rows[:share] for rows in rows_of])
-    return torch.cat([mine, others[: len(mine)]])
+class ClassSplit(NamedTuple):
+    """The rows of texts by which a class is to be told from the others, and which are of it."""
+
+    train: torch.Tensor
+    test: torch.Tensor
+    is_class_T: torch.Tensor
 
 
-def sparse_probing(f_TN, labels_T, n_train, name, seed=0):
-    """Test accuracy of probes that tell a class from as many other texts, meaned over the classes.
+def class_and_others(label_T, label, generator):
+    """Rows of the texts of a label, and of as many random others, the same number of each label."""
+    order_T = torch.randperm(len(label_T), generator=generator).to(label_T.device)
+    rows_of = {}
+    for other in label_T.unique().tolist():
+        rows_of[other] = order_T[label_T[order_T] == other]
+    own = rows_of.pop(label)
+    share = math.ceil(len(own) / len(rows_of))
+    others = torch.cat([rows[:share] for rows in rows_of.values()])
+    return torch.cat([own, others[: len(own)]])
 
-    The first `n_train` texts are to train on. Keys: name_1, name_2, name_5 and name_20, logistic
-    regressions on as many latents, those whose means differ most between class and others; and
-    name_all, a linear probe on all latents. Chance is half.
-    """
+
+def class_splits(label_T, n_train, seed):
+    """A ClassSplit for each class. The first `n_train` texts are to train on."""
     generator = torch.Generator().manual_seed(seed)
+    splits = []
+    for label in label_T.unique().tolist():
+        train = class_and_others(label_T[:n_train], label, generator)
+        test = n_train + class_and_others(label_T[n_train:], label, generator)
+        splits.append(ClassSplit(train, test, label_T == label))
+    return splits
+
+
+def mean_difference(x_TN, y_T):
+    """SAEBench's score of latents (N,): how far apart their means are where y is true and false."""
+    return (x_TN[y_T].mean(0) - x_TN[~y_T].mean(0)).abs()
+
+
+def standardised_difference(x_TN, y_T):
+    """The same in standard deviations of the latent within the two classes. Ours.
+
+    A penalty that shrinks large latents changes which of them `mean_difference` takes, and not
+    which this takes.
+    """
+    variance_N = (x_TN[y_T].var(0) + x_TN[~y_T].var(0)) / 2
+    difference_N = mean_difference(x_TN, y_T)
+    return torch.where(difference_N > 0, difference_N / variance_N.sqrt(), 0)
+
+
+def sparse_probing(x_TN, splits, score):
+    """Test accuracy of probes on the few latents of the highest score, mean over the classes.
+
+    The keys of the dict are the numbers of latents.
+    """
     found = []
-    for c in labels_T.unique().tolist():
-        train = class_and_others(labels_T[:n_train], c, generator)
-        test = n_train + class_and_others(labels_T[n_train:], c, generator)
-        x_TN = f_TN[train]
-        x_UN = f_TN[test]
-        y_T = labels_T[train] == c
-        y_U = labels_T[test] == c
-        order_N = (x_TN[y_T].mean(0) - x_TN[~y_T].mean(0)).abs().argsort(descending=True)
+    for train, test, is_class_T in splits:
+        y_T = is_class_T[train]
+        y_U = is_class_T[test]
+        order_N = score(x_TN[train], y_T).argsort(descending=True)
         scores = {}
-        for k in (1, 2, 5, 20):
+        for k in PROBE_SIZES:
             top_S = order_N[:k]
-            probe = logistic_regression(x_TN[:, top_S], y_T)
-            scores[f"{name}_{k}"] = accuracy(x_UN[:, top_S], y_U, probe)
-        on_all = linear_probe(x_TN, y_T, x_UN, y_U, generator, epochs=100, batch=250, lr=1e-2)
-        scores[f"{name}_all"] = accuracy(x_UN, y_U, on_all)
+            probe = logistic_regression(x_TN[train][:, top_S], y_T)
+            scores[k] = accuracy(x_TN[test][:, top_S], y_U, probe)
         found.append(scores)
     return mean_of(found)
 
 
-def scr_sets(attributes, n_train):
-    """Rows of SCR's four sets of texts, by their attributes a and b, 0 or 1 (2, T).
+def full_probing(x_TN, splits, seed):
+    """Test accuracy of a probe on all latents, mean over the classes.
 
-    In the clean sets, to train and to test on, each combination of a and b is a quarter. In the
-    biased ones a = b. Each has as many texts as its smallest combination allows.
+    SAEBench takes the epoch that does best on the test texts, and so do we.
     """
-    cell_T = attributes[0] * 2 + attributes[1]
-    sets = []
-    for chosen in ((0, 1, 2, 3), (0, 3)):
-        for start, part_T in ((0, cell_T[:n_train]), (n_train, cell_T[n_train:])):
-            cells = [start + (part_T == cell).nonzero()[:, 0] for cell in chosen]
-            size = min(map(len, cells))
-            sets.append(torch.cat([cell[:size] for cell in cells]))
-    return sets
-
-
-def scr_probes(x_TD, attributes, sets, seed=0):
-    """SCR's probes on mean activations: of a and of b on the clean sets, and the biased one."""
     generator = torch.Generator().manual_seed(seed)
-    clean_T, clean_U, biased_T, biased_U = sets
+    found = []
+    for train, test, is_class_T in splits:
+        data = (x_TN[train], is_class_T[train], x_TN[test], is_class_T[test])
+        probe = linear_probe(*data, generator, epochs=100, batch=250, lr=1e-2)
+        found.append(accuracy(x_TN[test], is_class_T[test], probe))
+    return numpy.mean(found).item()
+
+
+# ---------------------------------------------------------------------------------------------- scr
+SCR_PROBE = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}  # SAEBench's
+SCR_GAP = 0.001  # SAEBench gives 0 where the biased probe is not worse than the clean one by that
+
+
+class ScrSets(NamedTuple):
+    """Rows of SCR's sets of texts."""
+
+    clean_train: torch.Tensor
+    clean_test: torch.Tensor
+    biased_train: torch.Tensor
+    biased_test: torch.Tensor
+
+
+class ScrProbes(NamedTuple):
+    """SCR's probes: of the label and of the attribute on the clean sets, and the biased one."""
+
+    label: Probe
+    attribute: Probe
+    biased: Probe
+
+
+def scr_sets(label_T, attribute_T, n_train):
+    """The ScrSets of texts by their labels and attributes, both 0 or 1.
+
+    In the clean sets each combination of the two is a quarter. In the biased ones both are the
+    same. A set has as many texts as its smallest combination allows.
+    """
+    cell_T = label_T * 2 + attribute_T
+    is_train_T = torch.arange(len(cell_T), device=cell_T.device) < n_train
+
+    def balanced(is_part_T, cells):
+        rows = [(is_part_T & (cell_T == cell)).nonzero()[:, 0] for cell in cells]
+        size = min(map(len, rows))
+        return torch.cat([own[:size] for own in rows])
+
+    every = (0, 1, 2, 3)
+    same = (0, 3)  # label and attribute are both 0, or both 1
+    return ScrSets(
+        clean_train=balanced(is_train_T, every),
+        clean_test=balanced(~is_train_T, every),
+        biased_train=balanced(is_train_T, same),
+        biased_test=balanced(~is_train_T, same),
+    )
+
+
+def scr_probes(x_TD, label_T, attribute_T, sets, seed=0):
+    """The ScrProbes on mean activations."""
+    generator = torch.Generator().manual_seed(seed)
 
     def probe(y_T, train, test):
-        # SAEBench lets all of them train for all of their epochs.
-        options = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}
-        return linear_probe(x_TD[train], y_T[train], x_TD[test], y_T[test], generator, **options)
+        data = (x_TD[train], y_T[train], x_TD[test], y_T[test])
+        return linear_probe(*data, generator, **SCR_PROBE)
 
-    on_clean = [probe(y_T, clean_T, clean_U) for y_T in attributes]
-    return on_clean, probe(attributes[0], biased_T, biased_U)
+    return ScrProbes(
+        label=probe(label_T, sets.clean_train, sets.clean_test),
+        attribute=probe(attribute_T, sets.clean_train, sets.clean_test),
+        biased=probe(label_T, sets.biased_train, sets.biased_test),
+    )
 
 
 @torch.no_grad()
-def scr(probes, biased, x_TD, f_TN, attributes, sets, W_dec_ND):
+def scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND):
     """Spurious correlation removal: a dict of scores, 1 where ablation mends the biased probe.
 
-    x are mean activations and f mean latents of texts. Of the two directions, the scores are those
-    of the one in which the biased probe is less accurate. To set latents to 0 and add the
-    reconstruction error back takes f_S W_dec_S from the activation of each token, and so from the
-    mean.
+    x are mean activations and f mean latents of texts. SAEBench has two directions: latents of the
+    attribute are ablated so that the biased probe tells the label, or latents of the label so that
+    it tells the attribute. The scores are those of the direction in which the biased probe is less
+    accurate before.
     """
-    clean_T, clean_U, _, _ = sets
-    x_UD = x_TD[clean_U]
-    before = [accuracy(x_UD, y_U, biased) for y_U in attributes[:, clean_U]]
-    wanted = int(before[0] > before[1])
-    unwanted = 1 - wanted
-    y_U = attributes[wanted, clean_U]
-    gap = accuracy(x_UD, y_U, probes[wanted]) - before[wanted]
-    z_T = attributes[unwanted, clean_T].bool()
-    difference_N = f_TN[clean_T[z_T]].mean(0) - f_TN[clean_T[~z_T]].mean(0)
-    effect_N = (difference_N * (W_dec_ND @ probes[unwanted].w_D)).abs()
-    order_N = effect_N.argsort(descending=True)[: (effect_N > 0).sum()]
+    x_UD = x_TD[sets.clean_test]
+    f_UN = f_TN[sets.clean_test]
+    of_label = accuracy(x_UD, label_T[sets.clean_test], probes.biased)
+    of_attribute = accuracy(x_UD, attribute_T[sets.clean_test], probes.biased)
+    if of_label <= of_attribute:
+        before = of_label
+        y_U = label_T[sets.clean_test]
+        clean = accuracy(x_UD, y_U, probes.label)
+        unwanted_T = attribute_T
+        unwanted_probe = probes.attribute
+    else:
+        before = of_attribute
+        y_U = attribute_T[sets.clean_test]
+        clean = accuracy(x_UD, y_U, probes.attribute)
+        unwanted_T = label_T
+        unwanted_probe = probes.label
+    # The effect of a latent on the probe of what is unwanted.
+    f_of_train = f_TN[sets.clean_train]
+    is_unwanted = unwanted_T[sets.clean_train].bool()
+    difference_N = f_of_train[is_unwanted].mean(0) - f_of_train[~is_unwanted].mean(0)
+    effect_N = (difference_N * (W_dec_ND @ unwanted_probe.w_D)).abs()
+    n_effective = int((effect_N > 0).sum())
+    order_N = effect_N.argsort(descending=True)[:n_effective]
     scores = {}
-    for n in (2, 5, 10, 20, 50, 100, 500):
+    for n in SCR_SIZES:
+        if n > len(W_dec_ND):
+            break
+        # To set latents to 0 and add the error of the reconstruction back gives
+        # decode(f without S) + x - decode(f) = x - f_S W_dec_S. It is linear, so that means do.
         top_S = order_N[:n]
-        ablated_UD = x_UD - f_TN[clean_U[:, None], top_S] @ W_dec_ND[top_S]
-        gain = accuracy(ablated_UD, y_U, biased) - before[wanted]
-        scores[f"scr_{n}"] = gain / gap if gap >= 0.001 else 0.0
+        ablated_UD = x_UD - f_UN[:, top_S] @ W_dec_ND[top_S]
+        gain = accuracy(ablated_UD, y_U, probes.biased) - before
+        gap = clean - before
+        scores[f"scr_{n}"] = gain / gap if gap >= SCR_GAP else 0.0
     return scores
 
 
 # --------------------------------------------------------------------------------------- absorption
+# The definitions are those of Chanin et al. (2024), the numbers SAEBench's.
+LETTERS = len(string.ascii_uppercase)
+FEWEST_LETTERS = 20  # that the model must spell
+SPELLED = 0.6  # F1 of the residual stream's probe, over which the model spells a letter
+CANDIDATES = 10  # latents of which a letter's split is chosen
+SPLIT_GAIN = 0.03  # by which one more latent of a split must lift F1
+FRACTION_COSINE = 0.1  # with the letter's direction, from which a latent can absorb a part
+FULL_COSINE = 0.025  # the same, to absorb all
+CARRIED = 0.4  # share of the letter's projection that absorbers must carry
+ABSORBERS = 3  # latents that can absorb together
+SILENT = 1e-8  # up to which a latent counts as not active
+# Training of the probes of all letters
+LETTER_EPOCHS = 50
+LETTER_LR = 0.01
+LETTER_LR_END = 1e-5
+RESIDUAL_PROBE = {"batch": 64, "l2": 1e-4}
+LATENT_PROBE = {"batch": 4096, "l2": 1e-6, "l1": 0.01}
+
+
+class Words(NamedTuple):
+    """Activations at words whose first letter a prompt asks for, and the probe of the letters.
+
+    Letters are 0 to 25. The first `n_train` words are to train on. Of the others, those that the
+    probe recognises are on new prompts, and these are scored.
+    """
+
+    x_TD: torch.Tensor
+    letter_T: torch.Tensor
+    n_train: int
+    new_x_PD: torch.Tensor
+    new_letter_P: torch.Tensor
+    probe_AD: torch.Tensor  # the probe's weights
+
+
 def f1(predicted_T, true_T):
+    """The F1 score, 2 · hits / (predicted + true); 0 where both are none."""
     hits = (predicted_T & true_T).sum()
     return 2 * hits / (predicted_T.sum() + true_T.sum()).clamp(min=1)
 
 
 @torch.no_grad()
-def multi_probe(x_TD, y_T, batch, l2, l1=0.0, encode=lambda x_BD: x_BD, seed=0):
-    """The weights (C, D) and biases (C,) of SAEBench's probe of all 26 letters at once.
+def letter_probe(x_TD, letter_T, batch, l2, l1=0.0, encode=None, seed=0):
+    """SAEBench's probe of all 26 letters at once: its weights (A, D or N) and biases (A,).
 
-    Positive words are weighted by their rarity. Where `encode` is given, the probe is on latents
-    (C, N): they are computed batch by batch, since those of all words would take 18 GB at
-    N 32,768. The gradients are written out, as above.
+    Positive words are weighted by their rarity. With `encode` it is on latents, which are computed
+    batch by batch: those of all words would take 18 GB at N 32,768. The gradients are written out,
+    as above.
     """
-    torch.manual_seed(seed)
-    epochs = 50
+    generator = torch.Generator().manual_seed(seed)
+    encode = encode or nn.Identity()
     width = encode(x_TD[:1]).shape[1]
-    probe = nn.Linear(width, 26).to(x_TD.device)
-    y_TC = F.one_hot(y_T, 26).float()
-    count_C = y_TC.sum(0)
-    rarity_C = (len(y_T) - count_C) / count_C.clamp(min=1)
-    weight_TC = torch.where(y_TC > 0, rarity_C, 1)
-    adam = torch.optim.Adam(probe.parameters(), lr=0.01, weight_decay=l2, fused=True)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, 0.001 ** (1 / epochs))
-    for _ in each(range(epochs), "letters"):
-        for rows in torch.randperm(len(x_TD)).to(x_TD.device).split(batch):
+    probe = nn.Linear(width, LETTERS).to(x_TD.device)
+    for parameter in probe.parameters():
+        drawn = torch.empty(parameter.shape).uniform_(-1, 1, generator=generator)
+        parameter.copy_(drawn * width**-0.5)  # as nn.Linear draws them
+    y_TA = F.one_hot(letter_T, LETTERS).float()
+    count_A = y_TA.sum(0)
+    rarity_A = (len(letter_T) - count_A) / count_A.clamp(min=1)
+    weight_TA = torch.where(y_TA > 0, rarity_A, 1)
+    adam = torch.optim.Adam(probe.parameters(), lr=LETTER_LR, weight_decay=l2, fused=True)
+    decay = (LETTER_LR_END / LETTER_LR) ** (1 / LETTER_EPOCHS)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, decay)
+    for _ in each(range(LETTER_EPOCHS), "letters", "Fewer --words take less."):
+        for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
             f_BN = encode(x_TD[rows])
-            y_BC = y_TC[rows]
-            error_BC = weight_TC[rows] / y_BC.numel() * (torch.sigmoid(probe(f_BN)) - y_BC)
-            probe.weight.grad = error_BC.T @ f_BN
+            y_BA = y_TA[rows]
+            # The loss is the weighted cross-entropy, mean over words and letters, and the mean
+            # over letters of l1 ‖w‖₁.
+            error_BA = weight_TA[rows] * (torch.sigmoid(probe(f_BN)) - y_BA)
+            error_BA /= y_BA.numel()
+            probe.weight.grad = error_BA.T @ f_BN
             if l1:
-                probe.weight.grad += l1 / 26 * probe.weight.sign()
-            probe.bias.grad = error_BC.sum(0)
+                probe.weight.grad += l1 / LETTERS * probe.weight.sign()
+            probe.bias.grad = error_BA.sum(0)
             adam.step()
         schedule.step()
     return probe.weight.detach(), probe.bias.detach()
 
 
 def letter_split(f_TS, y_T, n_train):
-    """How many latents S, best first, share a letter: one more must lift F1 by over 0.03.
+    """How many of the candidates S, best first, a letter is split into.
 
-    y are whether words have the letter; the first `n_train` are to train on, the others to test.
+    A candidate belongs to the split where it lifts the test F1 of a probe on it and those before
+    it. y says which words have the letter; the first `n_train` are to train on.
     """
     train_T = y_T[:n_train]
     n_positive = train_T.sum()
+    # Both classes weigh the same, as class_weight="balanced" of scikit-learn has it.
     weight_T = n_train / 2 / torch.where(train_T, n_positive, n_train - n_positive)
     best = 0.0
     for k in range(1, f_TS.shape[1] + 1):
         probe = logistic_regression(f_TS[:n_train, :k], train_T, weight_T)
         score = f1(probe.is_positive(f_TS[n_train:, :k]), y_T[n_train:])
-        if k > 1 and score - best <= 0.03:
+        if k > 1 and score <= best + SPLIT_GAIN:
             return k - 1
         best = score
     return f_TS.shape[1]
 
 
 @torch.no_grad()
-def absorbed_share(f_VN, x_VD, W_dec_ND, direction_D, split_S):
-    """The absorption fraction of each word (V,), and whether it is fully absorbed (V,).
+def absorbed_share(f_PN, x_PD, W_dec_ND, direction_D, split_S):
+    """The absorption fraction of each word (P,), and whether it is fully absorbed (P,).
 
-    Given are the letter's probe direction and the latents of its split. It is the definition of
-    Chanin et al. (2024) with SAEBench's thresholds.
+    Given are the letter's probe direction and the latents of its split.
     """
     direction_D = F.normalize(direction_D, dim=0)
     cosine_N = F.normalize(W_dec_ND, dim=1) @ direction_D
-    projection_VN = f_VN * cosine_N
-    target_V = x_VD @ direction_D
-    main_V = projection_VN[:, split_S].sum(1)
-    others_VN = torch.where(cosine_N >= 0.1, projection_VN.clamp(min=0), 0)
-    others_VN[:, split_S] = 0
-    absorbers_V = others_VN.topk(3, dim=1).values.sum(1)
-    absorbed_V = torch.minimum(absorbers_V, target_V - main_V)
-    share_V = torch.where(main_V <= 0, 1.0, absorbed_V / (absorbed_V + main_V)).clamp(0, 1)
-    share_V[(main_V >= target_V) | (absorbers_V < 0.4 * target_V) | (target_V <= 0)] = 0
-    top_V = projection_VN.argmax(1)
-    full_V = (f_VN[:, split_S] <= 1e-8).all(1) & (cosine_N[top_V] >= 0.025) & (target_V >= 0)
-    carried_V = projection_VN.gather(1, top_V[:, None])[:, 0]
-    return share_V, full_V & (carried_V >= 0.4 * target_V)
+    projection_PN = f_PN * cosine_N
+    target_P = x_PD @ direction_D
+    split_P = projection_PN[:, split_S].sum(1)
+
+    # The fraction: what the best absorbers carry of what the split leaves.
+    others_PN = projection_PN.clamp(min=0)
+    others_PN[:, cosine_N < FRACTION_COSINE] = 0
+    others_PN[:, split_S] = 0
+    n_absorbers = min(ABSORBERS, others_PN.shape[1])
+    absorbers_P = others_PN.topk(n_absorbers, dim=1).values.sum(1)
+    absorbed_P = torch.minimum(absorbers_P, target_P - split_P)
+    share_P = (absorbed_P / (absorbed_P + split_P)).clamp(0, 1)
+    share_P[split_P <= 0] = 1
+    share_P[split_P >= target_P] = 0
+    share_P[absorbers_P < CARRIED * target_P] = 0
+    share_P[target_P <= 0] = 0
+
+    # Full absorption: no latent of the split is active, and another one carries enough alone.
+    top_P = projection_PN.argmax(1)
+    carried_P = projection_PN.gather(1, top_P[:, None])[:, 0]
+    full_P = (f_PN[:, split_S] < SILENT).all(1)
+    full_P &= cosine_N[top_P] >= FULL_COSINE
+    full_P &= carried_P >= CARRIED * target_P
+    full_P &= target_P >= 0
+    return share_P, full_P
 
 
-def recognised_words(x_UD, y_U, W_CD, b_C):
-    """Which words (U,) the probe W finds, of letters that the residual stream spells: F1 over 0.6.
-
-    InputError if these are under 20 letters, as in SAEBench.
-    """
-    positive_UC = x_UD @ W_CD.T + b_C > 0
-    scores = [f1(positive_UC[:, c], y_U == c) for c in range(26)]
-    spelled_C = torch.stack(scores) > 0.6
-    if spelled_C.sum() < 20:
-        raise InputError(f"the model spells {spelled_C.sum()} of 26 letters, 20 are needed")
-    return positive_UC.gather(1, y_U[:, None])[:, 0] & spelled_C[y_U]
+def spelled_letters(positive_UA, letter_U):
+    """Which letters (A,) the model spells, given which words the probe finds positive (U, A)."""
+    scores = [f1(positive_UA[:, a], letter_U == a) for a in range(LETTERS)]
+    return torch.stack(scores) > SPELLED
 
 
 @torch.no_grad()
-def absorption(sae, x_TD, y_T, n_train, x_VD, y_V, W_CD, seed=0):
-    """Absorption and full absorption, meaned over letters: a dict of figures.
+def absorption(sae, words, seed=0):
+    """Absorption and full absorption, mean over letters: a dict of figures.
 
-    x are activations at words and y their letters, 0 to 25: of T words, the first `n_train` to
-    train on, and of those V of the others that the probe W recognises, these on new prompts.
-    Letters that no word in V has do not count.
+    Letters that no scored word has do not count.
     """
-    sparse_CN, _ = multi_probe(
-        x_TD[:n_train], y_T[:n_train], 4096, l2=1e-6, l1=0.01, encode=sae.encode, seed=seed
+    n_train = words.n_train
+    x_BD = words.x_TD[:n_train]
+    letter_T = words.letter_T
+    weight_AN, _ = letter_probe(
+        x_BD, letter_T[:n_train], **LATENT_PROBE, encode=sae.encode, seed=seed
     )
-    candidates_CS = sparse_CN.topk(10, dim=1).indices
-    f_TCS = torch.cat([sae.encode(x_BD)[:, candidates_CS] for x_BD in x_TD.split(4096)])
+    # SAEBench takes the largest weights, and not the largest in size: latents that speak for it.
+    candidates_AS = weight_AN.topk(min(CANDIDATES, weight_AN.shape[1]), dim=1).indices
+    parts = [sae.encode(x_BD)[:, candidates_AS] for x_BD in words.x_TD.split(4096)]
+    f_TAS = torch.cat(parts)
     found = []
-    for c in y_V.unique().tolist():
-        n_split = letter_split(f_TCS[:, c], y_T == c, n_train)
-        split_S = candidates_CS[c, :n_split]
-        x_of_c = x_VD[y_V == c]
-        f_of_c = sae.encode(x_of_c)
-        share_V, full_V = absorbed_share(f_of_c, x_of_c, sae.W_dec, W_CD[c], split_S)
+    for a in words.new_letter_P.unique().tolist():
+        n_split = letter_split(f_TAS[:, a], letter_T == a, n_train)
+        split_S = candidates_AS[a, :n_split]
+        x_PD = words.new_x_PD[words.new_letter_P == a]
+        f_PN = sae.encode(x_PD)
+        share_P, full_P = absorbed_share(f_PN, x_PD, sae.W_dec, words.probe_AD[a], split_S)
         found.append(
             {
-                "absorption": share_V.mean().item(),
-                "full": full_V.float().mean().item(),
+                "absorption": share_P.mean().item(),
+                "full": full_P.float().mean().item(),
                 "split_latents": n_split,
             }
         )
@@ -530,12 +901,41 @@ def absorption(sae, x_TD, y_T, n_train, x_VD, y_V, W_CD, seed=0):
 # -------------------------------------------------------------------------------------------- tasks
 # The texts of a task are a pandas frame with the columns text, label, attribute (0 where there is
 # none) and is_test, in the order of their source.
+FEWEST_TEXTS = 20  # of each label, and of each attribute of it, to train and to test on; ours
+
+
+class Sample(NamedTuple):
+    """Texts that were drawn for a task with a seed, those to train on first."""
+
+    task: str
+    seed: int
+    frame: pandas.DataFrame
+
+
+def held_out(name, every):
+    """Whether a file or a text of that name is one of those to test on: one of `every`."""
+    return zlib.crc32(name.encode()) % every == 0
+
+
 def cell_sizes(name, frame):
-    """How many texts each is_test, label and attribute has; InputError where one has under 20."""
-    sizes = frame.groupby(["is_test", "label", "attribute"]).size()
+    """How many texts there are of each (is_test, label, attribute); InputError where too few."""
     n_labels = frame["label"].nunique()
-    if n_labels < 2 or len(sizes) < 2 * n_labels * frame["attribute"].nunique() or min(sizes) < 20:
-        raise InputError(f"{name}: 20 texts of each label are needed, to train and to test on")
+    if n_labels < 2:
+        raise InputError(f"{name}: two labels are needed, and it has {n_labels}")
+    sizes = frame.groupby(["is_test", "label", "attribute"]).size()
+    cells = itertools.product((False, True), sizes.index.levels[1], sizes.index.levels[2])
+    sizes = sizes.reindex(pandas.MultiIndex.from_tuples(cells, names=sizes.index.names))
+    sizes = sizes.fillna(0).astype(int)
+    if sizes.min() < FEWEST_TEXTS:
+        is_test, label, attribute = sizes.idxmin()
+        part = "test" if is_test else "training"
+        of = f"the label {label}"
+        if frame["attribute"].nunique() > 1:
+            of += f" with the attribute {attribute}"
+        raise InputError(
+            f"{name}: {FEWEST_TEXTS} {part} texts of each label are needed, "
+            f"and {of} has {sizes.min()}"
+        )
     return sizes
 
 
@@ -547,8 +947,8 @@ def numbered(chosen):
     return chosen
 
 
-def probing_task(name, frame, train, test, seed):
-    """`train` and `test` random texts of each label, as many of each attribute.
+def probing_sample(name, frame, train, test, seed):
+    """A Sample of `train` and `test` random texts of each label, as many of each attribute.
 
     Where one label has fewer, each has as many as that.
     """
@@ -557,41 +957,51 @@ def probing_task(name, frame, train, test, seed):
     chosen = []
     for is_test, wanted in ((False, train), (True, test)):
         groups = frame[frame["is_test"] == is_test].groupby(["label", "attribute"])
-        count = min(wanted // n_attributes, sizes[is_test].min())
+        fewest = sizes.xs(is_test, level="is_test").min()
+        count = min(max(1, wanted // n_attributes), fewest)
         chosen.append(groups.sample(count, random_state=seed))
-    return numbered(pandas.concat(chosen).sample(frac=1, random_state=seed))
+    shuffled = pandas.concat(chosen).sample(frac=1, random_state=seed)
+    return Sample(name, seed, numbered(shuffled))
 
 
-def scr_task(name, frame, train, test):
-    """The first texts of each combination of the first two labels and attributes.
+def scr_sample(name, frame, train, test, seed):
+    """A Sample of the first texts of each combination of the first two labels and attributes.
 
-    `train` and `test` of them where both are the first or both the second, else half as many. So
-    SAEBench takes them, whatever the seed.
+    Where label and attribute are both the first, or both the second, these are `train` and `test`
+    texts, which are also the biased set; else half as many. They are the first ones whatever the
+    seed, as in SAEBench: it is that of the probes.
     """
     for column in ("label", "attribute"):
-        frame = frame[frame[column].rank(method="dense") <= 2]
+        values = sorted(frame[column].unique())
+        if len(values) < 2:
+            raise InputError(f"{name}: two values of `{column}` are needed, and it has {values}")
+        frame = frame[frame[column].isin(values[:2])]
     cell_sizes(name, frame)
-    is_biased = frame["label"].rank(method="dense") == frame["attribute"].rank(method="dense")
-    wanted = frame["is_test"].map({False: train, True: test}) // (2 - is_biased)
+    is_second_label = frame["label"] == frame["label"].max()
+    is_second_attribute = frame["attribute"] == frame["attribute"].max()
+    both = numpy.where(frame["is_test"], test, train)
+    wanted = numpy.where(is_second_label == is_second_attribute, both, both // 2)
     nth = frame.groupby(["is_test", "label", "attribute"]).cumcount()
-    return numbered(frame[nth < wanted])
+    return Sample(name, seed, numbered(frame[nth < wanted]))
 
 
 def demo_frame():
     """The demo's texts, paragraphs of the standard library.
 
-    The label is the package, one of the five with the most texts, and the attribute is whether it
-    has a docstring.
+    The label is the package, one of the five with the most texts. The attribute is whether the
+    paragraph has a docstring. No file has texts of both parts.
     """
-    frame = pandas.DataFrame(sgo_sae.library_texts(), columns=["file", "text"])
-    # No file is in both parts.
-    frame["is_test"] = frame["file"].map(lambda file: zlib.crc32(file.encode()) % 3 == 0)
-    frame["label"] = frame["file"].str.split("/").str[0]
-    frame = frame.assign(text=frame["text"].str.split("\n\n")).explode("text", ignore_index=True)
-    frame = frame[frame["text"].str.len() > 80]
-    frame = frame.assign(attribute=frame["text"].str.contains('"""'))
-    sizes = frame.groupby(["label", "attribute", "is_test"]).size().unstack([1, 2], fill_value=0)
-    return frame[frame["label"].isin(sizes.min(axis=1).nlargest(5).index)]
+    files = pandas.DataFrame(sgo_sae.library_texts(), columns=["file", "text"])
+    files["is_test"] = files["file"].map(lambda file: held_out(file, 3))
+    files["label"] = files["file"].str.split("/").str[0]
+    files["text"] = files["text"].str.split("\n\n")
+    frame = files.explode("text", ignore_index=True)
+    frame = frame[frame["text"].str.len() > 80].copy()
+    frame["attribute"] = frame["text"].str.contains('"""')
+    # The size of a package is that of its smallest combination of attribute and part.
+    sizes = frame.groupby(["label", "attribute", "is_test"]).size()
+    smallest = sizes.unstack(["attribute", "is_test"], fill_value=0).min(axis=1)
+    return frame[frame["label"].isin(smallest.nlargest(5).index)]
 
 
 def file_frame(path):
@@ -607,8 +1017,15 @@ def file_frame(path):
     if not {"text", "label"} <= set(frame):
         columns = next(iter(sgo_sae.open_dataset(config)), {})
         raise InputError(f"{path} needs the columns text and label, and has {', '.join(columns)}")
-    frame = frame[frame["text"].map(sgo_sae.is_text) & frame["label"].notna()]
-    return frame.assign(is_test=frame["text"].map(lambda text: zlib.crc32(text.encode()) % 5 == 0))
+    frame = frame[frame["text"].map(sgo_sae.is_text) & frame["label"].notna()].copy()
+    for column in frame.columns.intersection(["label", "attribute"]):
+        kinds = {type(value) for value in frame[column]}
+        for kind in kinds - {str, int, float, bool, type(None)}:
+            raise InputError(f"{path}: its column {column} has values of the kind {kind.__name__}")
+        if str in kinds and len(kinds) > 1:
+            frame[column] = frame[column].astype(str)
+    frame["is_test"] = frame["text"].map(lambda text: held_out(text, 5))
+    return frame
 
 
 # Of the datasets of SAEBench: the name on the Hub, and the columns of text, label and attribute.
@@ -618,7 +1035,8 @@ SENTIMENT = ("canrager/amazon_reviews_mcauley_1and5", "text", "rating", None)
 NEWS = ("fancyzhx/ag_news", "text", "label", None)
 EUROPARL = ("Helsinki-NLP/europarl", "translation", None, None)
 LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
-PROBING = {  # with the classes
+# With the numbers of the classes, of SAEBench's dataset_info.py.
+PROBING = {
     "bias_in_bios 1": (BIOS, [0, 1, 2, 6, 9]),
     "bias_in_bios 2": (BIOS, [11, 13, 14, 18, 19]),
     "bias_in_bios 3": (BIOS, [20, 21, 22, 25, 26]),
@@ -627,7 +1045,10 @@ PROBING = {  # with the classes
     "ag_news": (NEWS, [0, 1, 2, 3]),
     "europarl": (EUROPARL, [*LANGUAGES]),
 }
-SPURIOUS = {  # with the first and the second class, as SAEBench pairs them
+LEFT_OUT = "github-code is left out, since `datasets` does not load it any more"
+# With the numbers of the first and of the second class, in whose order they are paired with the
+# attributes: what SAEBench has the biased probe learn.
+SPURIOUS = {
     "professor, nurse": (BIOS, [21, 13]),
     "architect, journalist": (BIOS, [1, 11]),
     "surgeon, psychologist": (BIOS, [25, 22]),
@@ -649,62 +1070,42 @@ def hub_frame(source, classes):
         if source == EUROPARL:  # it has no test split, and a configuration for each language
             for n, (language, subset) in enumerate(LANGUAGES.items()):
                 rows = datasets.load_dataset(name, subset, split="train[:4000]").to_pandas()
-                rows = rows.assign(text=rows[text].str.get(language), label=n, attribute=0)
-                parts.append(rows.assign(is_test=rows.index % 5 == 0))
+                rows["text"] = rows[text].str.get(language)  # the column has dicts
+                rows["label"] = n
+                rows["attribute"] = 0
+                rows["is_test"] = rows.index % 5 == 0
+                parts.append(rows)
         else:
             for split in ("train", "test"):
                 rows = datasets.load_dataset(name, split=split).to_pandas()
                 rows = rows[rows[label].isin(classes)]
-                rows = rows.assign(text=rows[text], label=rows[label].map(classes.index))
-                rows["attribute"] = rows[attribute] if attribute else 0
-                parts.append(rows.assign(is_test=split == "test"))
+                columns = {
+                    "text": rows[text],
+                    "label": rows[label].map(classes.index),
+                    "attribute": rows[attribute] if attribute else 0,
+                }
+                parts.append(pandas.DataFrame({**columns, "is_test": split == "test"}))
     return pandas.concat(parts)
 
 
-def load_tasks(family, args, demo, notes):
-    """The tasks of probing, for each seed, or of SCR, whose texts hang on no seed: name and frame.
-
-    One that can't be had is a line of notes.
-    """
-    is_scr = family == "scr"
-    if args.probe:
-        stems = Counter(Path(path).stem for path in args.probe)
+def task_frames(family, files, demo):
+    """The tasks of a family: for each name, a function that gives its frame."""
+    if files:
+        stems = Counter(Path(path).stem for path in files)
         frames = {}
-        for path in args.probe:  # files of the same name are told apart by their paths
-            frames[Path(path).stem if stems[Path(path).stem] == 1 else path] = file_frame(path)
-    elif demo:
-        frames = {"packages": demo_frame()}
-    elif is_scr:
-        frames = SPURIOUS
-    else:
-        frames = PROBING
-        notes.append("github-code is left out, since `datasets` does not load it any more")
-    for name, frame in frames.items():
-        try:
-            if isinstance(frame, tuple):
-                frame = hub_frame(*frame)
-            elif not is_scr:
-                frame = frame.assign(attribute=0)
-            elif "attribute" not in frame:
-                continue
-            sizes = (args.train, args.test)
-            if is_scr:
-                samples = [scr_task(name, frame, *sizes)]
-            else:
-                samples = [probing_task(name, frame, *sizes, seed) for seed in args.seed]
-        except InputError as error:
-            notes.append(f"a task is left out, {error}")
-            continue
-        wanted = (3 if is_scr else frame["label"].nunique()) * sum(sizes)
-        if len(samples[0]) < wanted:
-            notes.append(f"{name}: {len(samples[0])} texts, not {wanted}")
-        for seed, chosen in zip(args.seed, samples):
-            yield name, seed, chosen
+        for path in files:  # files of the same name are told apart by their paths
+            name = Path(path).stem if stems[Path(path).stem] == 1 else path
+            frames[name] = partial(file_frame, path)
+        return frames
+    if demo:
+        return {"packages": demo_frame}
+    sources = PROBING if family == "probe" else SPURIOUS
+    return {name: partial(hub_frame, *source) for name, source in sources.items()}
 
 
 # -------------------------------------------------------------------------------------------- model
 class LanguageModel:
-    """A language model, whole if it has a head, one of its layers, and its tokenizer."""
+    """A language model, whole if it has a head, the layer that is read, and its tokenizer."""
 
     def __init__(self, name, layer, device, dtype, ctx=2):
         from transformers import AutoConfig
@@ -713,15 +1114,18 @@ class LanguageModel:
         # A RUN may name it otherwise than the Hub; SAELens's have TransformerLens's names.
         with sgo_sae.loading(f"{name}, the language model (--model gives another),"):
             saved_as = str(AutoConfig.from_pretrained(name).architectures)
+        # The names of classes that have a head that predicts the next token.
         self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
         loaded = sgo_sae.load_lm(name, layer, device, dtype, ctx, whole=self.has_head)
-        self.lm, self.layer, self.tokenizer, _ = loaded
+        self.lm = loaded.lm
+        self.layer = loaded.layer
+        self.tokenizer = loaded.tokenizer
         self.width = self.lm.config.get_text_config().hidden_size
-        self.bos = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
+        self.bos_ids = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
 
     def ids(self, lists):
-        """Token ids (B, L) on the device, filled up on the right with -1."""
-        parts = [torch.tensor(ids) for ids in lists]
+        """Token ids (B, L) on the device, padded on the right with -1."""
+        parts = [torch.tensor(ids, dtype=torch.long) for ids in lists]
         ids_BL = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
         n_tokens = self.lm.get_input_embeddings().num_embeddings
         if ids_BL.max() >= n_tokens:
@@ -731,77 +1135,134 @@ class LanguageModel:
         return ids_BL.to(self.lm.device)
 
     def kept(self, ids_BL):
-        """The positions (B, L) that count: all but the first, special tokens and the filling."""
+        """The positions (B, L) that count: all but the first, special tokens and the padding."""
         return sgo_sae.kept_tokens(ids_BL, self.tokenizer) & (ids_BL >= 0)
 
     def read(self, ids_BL):
-        """The layer's output (B, L, D); the filling changes none of it."""
-        is_filled = bool((ids_BL < 0).any())
-        inputs = {"attention_mask": (ids_BL >= 0).long()} if is_filled else {}
+        """The layer's output (B, L, D); the padding changes none of it."""
+        is_padded = bool((ids_BL < 0).any())
+        inputs = {"attention_mask": (ids_BL >= 0).long()} if is_padded else {}
         x_BLD = sgo_sae.layer_output(self.lm, self.layer, ids_BL.clamp(min=0), **inputs)
         if not x_BLD[self.kept(ids_BL)].isfinite().all():
             raise InputError("the model's activations are not finite; try --dtype float32")
         return x_BLD
 
-    def batches(self, lists, desc, batch=64):
-        """The rows and token ids (B, L) of batches of like length."""
+    @cached_property
+    def is_causal(self):
+        """Whether a token changes nothing before it."""
+        n_tokens = self.lm.get_input_embeddings().num_embeddings
+        first_1L = torch.arange(8, device=self.lm.device)[None] % n_tokens
+        second_1L = first_1L.clone()
+        second_1L[0, -1] = (first_1L[0, -1] + 1) % n_tokens
+        x_1LD = sgo_sae.layer_output(self.lm, self.layer, first_1L)[:, :-1]
+        other_1LD = sgo_sae.layer_output(self.lm, self.layer, second_1L)[:, :-1]
+        return torch.allclose(x_1LD, other_1LD, rtol=1e-3, atol=1e-3)
+
+    def batches(self, lists, desc, advice, batch=64):
+        """The rows and token ids (B, L) of batches of similar length."""
         order = sorted(range(len(lists)), key=lambda t: len(lists[t]))
         starts = range(0, len(order), batch)
-        for start in each(starts, desc):
+        for start in each(starts, desc, advice):
             rows = order[start : start + batch]
             yield rows, self.ids([lists[t] for t in rows])
+
+    def pieces(self, ids):
+        """Pairs of a text and the number of tokens that it takes, which give the ids' whole text.
+
+        A character that several tokens share is one piece. A tokenizer that marks the beginning of
+        words, and drops that of the first one, has its spaces.
+        """
+        decode = partial(
+            self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        found = []
+        before = ""
+        waiting = 0  # tokens whose text is not yet known
+        for n in range(1, len(ids) + 1):
+            waiting += 1
+            text = decode(ids[:n])
+            if text.endswith("\ufffd") and n < len(ids):
+                continue
+            new = text[len(before) :] if text.startswith(before) else decode(ids[n - waiting : n])
+            found.append((new, waiting))
+            before = text
+            waiting = 0
+        return found
+
+    def text_of(self, token):
+        """The text of one token as it is within a text."""
+        anchor = self.tokenizer("a", add_special_tokens=False).input_ids
+        *_, (text, n_tokens) = self.pieces([*anchor, token])
+        if n_tokens > 1 or "\ufffd" in text:  # a part of a character
+            return self.tokenizer.convert_ids_to_tokens(token)
+        return text
+
+    def ids_after(self, anchor, text):
+        """The token ids of a text that follows another."""
+        before = self.tokenizer(anchor, add_special_tokens=False).input_ids
+        both = self.tokenizer(anchor + text, add_special_tokens=False).input_ids
+        if both[: len(before)] == before:
+            return both[len(before) :]
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
 
 @torch.no_grad()
 def mean_latents(model, saes, texts, desc, length=128):
-    """Means over each text's kept tokens, of the activations (T, D) and each SAE's latents (T, N).
+    """Means over each text's tokens that count: of its activations (T, D), and a list of each
+    SAE's latents (T, N).
 
-    A text is its first `length` tokens, BOS among them. The means are on the CPU.
+    A text is its first `length` tokens, BOS among them. Of a text without a token that counts, the
+    means are 0. They are on the CPU.
     """
     ids = model.tokenizer(texts, add_special_tokens=False).input_ids
-    ids = [model.bos + i[: length - len(model.bos)] for i in ids]
-    encoders = [nn.Identity()] + [sae.encode for sae in saes]
-    widths = [model.width] + [len(sae.b_enc) for sae in saes]
-    means = [torch.empty(len(texts), width) for width in widths]
-    for rows, ids_BL in model.batches(ids, desc):
+    ids = [model.bos_ids + i[: length - len(model.bos_ids)] for i in ids]
+    ids = [i or [0] for i in ids]  # the first token does not count, whatever it is
+    x_TD = torch.empty(len(texts), model.width)
+    latents = [torch.empty(len(texts), len(sae.b_enc)) for sae in saes]
+    for rows, ids_BL in model.batches(ids, desc, "Smaller --train and --test take less."):
         kept_BL = model.kept(ids_BL)
-        share_BL = kept_BL / kept_BL.sum(1, keepdim=True).clamp(min=1)
-        x_BLD = model.read(ids_BL).float()
-        for encode, mean_TN in zip(encoders, means):
-            mean_TN[rows] = torch.einsum("bln,bl->bn", encode(x_BLD), share_BL).cpu()
-    return means
+        share_BL1 = (kept_BL / kept_BL.sum(1, keepdim=True).clamp(min=1))[..., None]
+        x_BLD = model.read(ids_BL).float().masked_fill(~kept_BL[..., None], 0)
+        x_TD[rows] = (x_BLD * share_BL1).sum(1).cpu()
+        for sae, f_TN in zip(saes, latents):
+            f_TN[rows] = (sae.encode(x_BLD) * share_BL1).sum(1).cpu()
+    return x_TD, latents
 
 
 def alphabetic_words(tokenizer):
     """Token ids and letters, 0 to 25, of the tokens that are words, maybe after a space."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return [
-        (i, ord(text.strip().upper()[0]) - 65)
-        for i, text in enumerate(texts)
-        if re.fullmatch(" ?[A-Za-z]+", text)
-    ]
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    words = []
+    for i, (text, token) in enumerate(zip(texts, tokens)):
+        is_byte = re.fullmatch("<0x..>", str(token))  # a letter as a byte, which no text has
+        if re.fullmatch(" ?[A-Za-z]+", text) and not is_byte:
+            words.append((i, string.ascii_uppercase.index(text.strip()[0].upper())))
+    return words
 
 
 @torch.no_grad()
 def spelled_activations(model, words, vocabulary, rng, desc):
     """Activations (T, D) at words whose first letter a prompt asks for after ten random examples.
 
-    A prompt ends with the word, since what follows changes nothing there in a causal model. It is
-    put together from token ids, so that the word is one token.
+    A prompt is ten lines such as "\\n house has the first letter: H", and "\\n tree": it ends with
+    the word, since what follows changes nothing there in a causal model. SAEBench's goes on to the
+    colon, and reads six tokens before its end. A prompt is put together from token ids, so that a
+    word is one token.
     """
-    newline, question, *answers = model.tokenizer(
-        ["\n", " has the first letter:", *(f" {letter}" for letter in string.ascii_uppercase)],
-        add_special_tokens=False,
-    ).input_ids
+    newline = model.ids_after("a", "\n")
+    question = model.ids_after("a", " has the first letter:")
+    answers = [model.ids_after(":", f" {letter}") for letter in string.ascii_uppercase]
     prompts = []
     for word, _ in words:
+        # Eleven are drawn, so that ten are left where the word itself is among them.
         others = [other for other in rng.sample(vocabulary, 11) if other[0] != word]
-        prompt = list(model.bos)
+        prompt = list(model.bos_ids)
         for example, letter in others[:10]:
             prompt += newline + [example] + question + answers[letter]
         prompts.append(prompt + newline + [word])
     x_TD = torch.empty(len(prompts), model.width, device=model.lm.device)
-    for rows, ids_BL in model.batches(prompts, desc):
+    for rows, ids_BL in model.batches(prompts, desc, "Fewer --words take less."):
         last_B = (ids_BL >= 0).sum(1) - 1
         x_TD[rows] = model.read(ids_BL)[torch.arange(len(rows)), last_B].float()
     return x_TD
@@ -811,8 +1272,9 @@ def spelled_activations(model, words, vocabulary, rng, desc):
 def open_sae(path, device):
     """An autoencoder as SAEBench measures it, with the settings `cfg` that SAEBench asks for.
 
-    Its decoder rows have unit length wherever that changes no latent's being active. The path is
-    a folder of SAELens's format or a params.npz of Gemma Scope, on disk or OWNER/NAME/PATH.
+    The path is a folder of SAELens's format or a params.npz of Gemma Scope, on disk or
+    OWNER/NAME/PATH. Where latents have thresholds, decoder rows are scaled to unit length, as
+    SAEBench does; of a top-k autoencoder that could change which latents are active.
     """
     place = Path(path)
     if not place.exists():
@@ -820,7 +1282,7 @@ def open_sae(path, device):
 
         if len(place.parts) < 3 or Path(place.parts[0]).exists():
             raise InputError(f"{path}: there is no such file or folder")
-        owner, name, inside = path.split("/", 2)
+        owner, name, inside = str(path).split("/", 2)
         with sgo_sae.loading(f"{path}, which is no folder here and would be on the Hub,"):
             folder = snapshot_download(f"{owner}/{name}", allow_patterns=[inside, f"{inside}/*"])
         place = Path(folder, inside)
@@ -830,12 +1292,21 @@ def open_sae(path, device):
         sae, cfg = open_gemma_scope(place)
     else:
         sae = sgo_sae.load_sae(place)
-        cfg = json.loads(Path(place, "cfg.json").read_text())
+        cfg = json.loads((place / "cfg.json").read_text(encoding="utf-8"))
+    # SAELens 6 has what is not about the architecture in `metadata`.
     metadata = cfg.pop("metadata", None) or {}
-    sae.cfg = SAEConfig(**{"model_from_pretrained_kwargs": {}, **metadata, **cfg})
-    if hasattr(sae, "theta"):
+    known = {"model_from_pretrained_kwargs": {}, **metadata, **cfg}  # SAEBench asks for the first
+    for name, value in (known["model_from_pretrained_kwargs"] or {}).items():
+        if name in CHANGES_ACTIVATIONS and value:
+            raise InputError(f"{path} is for activations that TransformerLens changed, by {name}")
+    sae.cfg = SAEConfig(**known)
+    if isinstance(sae, sgo_sae.ThresholdSAE):
         sgo_sae.fold_decoder_norms(sae)
     return sae.to(device)
+
+
+# TransformerLens's settings by which the residual stream is no longer the model's own.
+CHANGES_ACTIVATIONS = ("center_writing_weights", "refactor_factored_attn_matrices")
 
 
 def open_gemma_scope(file):
@@ -858,7 +1329,7 @@ def open_gemma_scope(file):
     return sae, {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
 
 
-class SAEConfig(argparse.Namespace):
+class SAEConfig(types.SimpleNamespace):
     """What SAEBench asks of `sae.cfg`: model_name, hook_name, hook_layer, context_size, ..."""
 
     def to_dict(self):
@@ -871,36 +1342,91 @@ class BenchmarkSAE(nn.Module):
     def __init__(self, path, device="cpu"):
         super().__init__()
         self.sae = open_sae(path, device)
-        self.forward = self.sae.forward
+        self.cfg = self.sae.cfg
+        self.encode = self.sae.encode
+        self.decode = self.sae.decode
 
-    def __getattr__(self, name):
-        if name in ("cfg", "encode", "decode", "W_enc", "b_enc", "W_dec", "b_dec"):
-            return getattr(self.sae, name)
-        if name in ("device", "dtype"):
-            return getattr(self.sae.W_dec, name)
-        return super().__getattr__(name)
+    def forward(self, x):
+        return self.sae(x)
+
+    # SAEBench moves and converts it, so that its weights are looked up each time.
+    W_enc = property(lambda self: self.sae.W_enc)
+    b_enc = property(lambda self: self.sae.b_enc)
+    W_dec = property(lambda self: self.sae.W_dec)
+    b_dec = property(lambda self: self.sae.b_dec)
+    device = property(lambda self: self.sae.W_dec.device)
+    dtype = property(lambda self: self.sae.W_dec.dtype)
 
 
-# Settings of training that name no column of the table.
-FREE = ("seed", "out", "log_every", "save_every", "resume", "device")
+# ------------------------------------------------------------------------------------------ results
+class Part(NamedTuple):
+    """What was measured on one text or task, of an autoencoder."""
+
+    task: str
+    seed: int  # of the sample of texts or words; 0 where there is one alone
+    figures: dict
+
+
+class Record(NamedTuple):
+    """What was measured of a family, as eval.json has it."""
+
+    figures: dict  # the mean over the parts
+    parts: list
+    sample: dict  # how many texts, tokens or words
+    notes: list  # what lacked
+    is_whole: bool  # whether all was measured that was asked for
+    settings: dict  # what --resume compares
+
+
+def record_of(parts, sample, notes, is_whole, settings):
+    """The Record of Parts, with figures as JSON has them."""
+    parts = [{**part._asdict(), "figures": finite(part.figures)} for part in parts]
+    figures = finite(mean_of([part["figures"] for part in parts]))
+    notes = list(notes)
+    blank = [name for name, value in figures.items() if value is None]
+    if blank:
+        notes.append(f"{', '.join(blank)}: no finite number, as 0 / 0 is none")
+    if parts and not figures:
+        notes.append("not measured, there are too few latents")
+    return Record(figures, parts, sample, notes, is_whole, settings)
+
+
+# Settings of training that name no column of the table, since they change nothing that is learned,
+# or only the order of the data, which the seed of a run may change along with the weights.
+NOT_NAMED = ("seed", "data_seed", "lm_batch", "out", "log_every", "save_every", "resume", "device")
+
+
+def digest(path):
+    """What tells a file, or the files of a folder, from others under the same name."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(2**24):
+                total.update(block)
+    return total.hexdigest()[:16]
 
 
 class Subject:
-    """An autoencoder that is evaluated, what is known of it, and what eval.json says of it."""
+    """An autoencoder that is measured, what is known of it, and the Records of this call."""
 
     def __init__(self, path, device):
         self.path = path
         self.sae = open_sae(path, device)
-        self.cfg = vars(self.sae.cfg)
-        self.training = self.cfg.get("settings", {})
-        self.settings = {key: value for key, value in self.training.items() if key not in FREE}
+        self.width = len(self.sae.b_dec)
+        self.cfg = vars(self.sae.cfg)  # all that its files say of it
+        self.training = self.cfg.get("settings") or {}  # ours: all settings of its training
+        self.settings = {}  # those that can name its column of the table
+        for name, value in self.training.items():
+            if name not in NOT_NAMED:
+                self.settings[name] = value
         self.seed = self.training.get("seed", 0)
-        local = Path(path)
-        self.file = local / "eval.json" if local.is_dir() else local.with_suffix(".eval.json")
-        self.results = {}
-        if self.file.exists():
-            with sgo_sae.loading(str(self.file)):
-                self.results = json.loads(self.file.read_text())
+        self.name = None  # of its column, which hangs on the others: see name_subjects
+        self.records = {}
+        folder = Path(path)
+        self.file = folder / "eval.json" if folder.is_dir() else folder.with_suffix(".eval.json")
 
     def text(self):
         """The dataset that it was trained on, its subset and its column, or None."""
@@ -910,109 +1436,249 @@ class Subject:
 
     def layer(self):
         """The number of the layer whose output it is for, or None where it does not say."""
-        # The names of TransformerLens and of Hugging Face's modules.
-        names = r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)*(?:layers|h)\.(\d+)"
         if self.cfg.get("hook_head_index") is not None:
             raise InputError(
                 f"{self.path} is for one attention head, and a layer's output is measured"
             )
         hook = self.cfg.get("hook_name") or self.cfg.get("hook_point")  # SAELens before version 4
-        known = re.fullmatch(names, hook or "")
-        if hook and not known:
-            raise InputError(f"{self.path} is for {hook}, and only a layer's output is measured")
-        return int(known[1] or known[2]) if known else None
+        if not hook:
+            return None
+        for pattern in (
+            r"blocks\.(\d+)\.hook_resid_post",  # as TransformerLens names it
+            r"(?:\w+\.)*(?:layers|h)\.(\d+)",  # as Hugging Face's modules are named
+        ):
+            known = re.fullmatch(pattern, hook)
+            if known:
+                return int(known[1])
+        raise InputError(f"{self.path} is for {hook}, and only a layer's output is measured")
+
+    @cached_property
+    def digest(self):
+        """What tells its weights from others in the same place; empty on the Hub."""
+        path = Path(self.path)
+        if not path.exists():
+            return ""
+        weights = path / "sae_weights.safetensors"
+        return digest(weights if weights.exists() else path)
+
+    def stored(self):
+        """What eval.json has: a dict of families, each with the fields of a Record."""
+        if not self.file.exists():
+            return {}
+        with sgo_sae.loading(str(self.file)):
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise InputError(f"{self.file} holds no figures")
+            return content
+
+    def stored_record(self, family, settings):
+        """The whole Record of eval.json that has those settings, or None."""
+        content = self.stored().get(family, {})
+        if set(content) != set(Record._fields):  # of another version
+            return None
+        record = Record(**content)
+        return record if record.is_whole and record.settings == settings else None
 
     def keep(self, family, record):
-        """Puts what was measured into eval.json, where there is a folder for it."""
-        self.results[family] = record
-        if Path(self.path).exists():
-            self.file.write_text(json.dumps(self.results, indent=2))
+        """Takes a Record, and puts it into eval.json, where the RUN is on this disk.
+
+        A failure is not put there, nor what lacks a part where the file has it whole. Of two
+        evaluations at once each keeps its families, and a kill leaves the file that was there.
+        """
+        import filelock
+
+        self.records[family] = record
+        if not Path(self.path).exists() or not record.parts:
+            return
+        lock = self.file.with_name(f"{self.file.name}.lock")
+        with filelock.FileLock(lock):
+            content = self.stored()
+            if record.is_whole or not self.stored_record(family, record.settings):
+                content[family] = record._asdict()
+                text = json.dumps(content, indent=2, allow_nan=False)
+                sgo_sae.write_whole(self.file, lambda path: path.write_text(text))
+        lock.unlink(missing_ok=True)
 
 
-def agreed(values, flag):
-    """The value that all of those have that have one, or None."""
-    known = set(values) - {None}
-    if len(known) > 1:
-        raise InputError(f"the runs differ, {sorted(map(str, known))}: give {flag}")
-    return known.pop() if known else None
+def agreed(subjects, value_of, what, flag):
+    """The value that all of those have that have one, or None; InputError if there are several."""
+    path_of = {}
+    for subject in subjects:
+        value = value_of(subject)
+        if value is not None:
+            path_of.setdefault(value, subject.path)
+    if len(path_of) > 1:
+        found = " and ".join(f"{value} ({path})" for value, path in path_of.items())
+        raise InputError(f"the runs differ in {what}, {found}: give {flag}")
+    return next(iter(path_of), None)
 
 
 # --------------------------------------------------------------------------------------- evaluation
+TEXT_FAMILIES = ("core", "behaviour", "competition")
+TASK_FAMILIES = ("probe", "scr")
+
+
 class Evaluation:
     """Autoencoders of one layer, what they are measured with, and a method for each family.
 
-    A family's method returns for each autoencoder a dict of what it was measured on, the text or
-    a task with a seed, each with a dict of figures. It sets `sample`, how much was used, and adds
-    to `notes` what lacked. It raises InputError where it can't be measured.
+    A family's method takes the subjects, and returns for each a list of Parts. On the way it sets
+    `sample`, how much was used, and calls `lacks` with what could not be had. It raises InputError
+    where nothing can be measured.
     """
 
     def __init__(self, args, subjects, device, dtype):
         self.args = args
-        self.subjects = subjects
         self.device = device
         self.dtype = dtype
-        self.demo = all(subject.training.get("demo") for subject in subjects)
-        models = (subject.cfg.get("model_name") for subject in subjects)
-        named = args.model or agreed(models, "--model, or a call for each model")
-        layer = agreed((subject.layer() for subject in subjects), "a call for each layer")
-        self.name = named or sgo_sae.Config.model
-        self.layer = layer if args.layer is None else args.layer
-        if self.layer is None:
+        self.families = {
+            "core": self.measure_core,
+            "behaviour": self.measure_behaviour,
+            "competition": self.measure_competition,
+            "probe": self.measure_probe,
+            "scr": self.measure_scr,
+            "absorption": self.measure_absorption,
+        }
+        self.name = args.model or sgo_sae.Config.model
+        named = [s.cfg["model_name"] for s in subjects if s.cfg.get("model_name")]
+        if named and not args.model:
+            self.name = named[0]
+        layers = [subject.layer() for subject in subjects]
+        known = [layer for layer in layers if layer is not None]
+        if args.layer is None and not known:
             raise InputError("the runs do not name their layer: give --layer")
-        free = ("runs", "metrics", "resume", "paired", "html", "device")
-        self.settings = {name: value for name, value in vars(args).items() if name not in free}
-        self.settings.update(model=self.name, layer=self.layer, dtype=str(dtype))
+        self.layer = known[0] if args.layer is None else args.layer
+        # Those that are for something else are left out, and the others measured.
+        self.refused = {}
+        self.subjects = []
+        for subject, layer in zip(subjects, layers):
+            model = subject.cfg.get("model_name")
+            if layer not in (None, self.layer):
+                reason = f"it is for layer {layer}, and this call is for layer {self.layer}"
+            elif not args.model and model not in (None, self.name):
+                reason = f"it is for {model}, and this call is for {self.name} (--model chooses)"
+            else:
+                self.subjects.append(subject)
+                continue
+            self.refused[subject] = reason
+            sgo_sae.say(f"{subject.path} is left out: {reason}")
+        if not self.subjects:
+            raise InputError(f"{subject.path}: {reason}")
+        self.demo = all(subject.training.get("demo") for subject in self.subjects)
+        self.failures = {}  # of families, by what is known before the model is loaded
+        self.notes = []
+        self.sample = {}
+        self.is_whole = True
+
+    def lacks(self, reason):
+        """Notes what could not be had, so that a Record is not whole."""
+        self.notes.append(reason)
+        self.is_whole = False
+
+    def check(self, families):
+        """Finds out what can't be measured as far as it is known without the model, and says it.
+
+        It comes before `measure`.
+        """
+        for family in families:
+            self.notes = []
+            try:
+                if family in TEXT_FAMILIES:
+                    config = self.text_config()
+                    sgo_sae.check_name(config.dataset)
+                    if Path(config.dataset).exists():
+                        sgo_sae.load_texts(config)
+                if family in TASK_FAMILIES and self.args.probe:
+                    for _ in self.samples(family):
+                        pass
+            except InputError as error:
+                self.failures[family] = str(error)
+                sgo_sae.say(f"{family} can't be measured: {error}")
+            for note in self.notes:
+                sgo_sae.say(f"{family}: {note}")
+
+    def settings_of(self, family, subject):
+        """What the figures of a family and an autoencoder hang on, to compare with eval.json."""
+        args = self.args
+        settings = {"model": self.name, "layer": self.layer, "dtype": str(self.dtype)}
+        settings["weights"] = subject.digest
+        if family in TEXT_FAMILIES:
+            config = self.text_config()
+            for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
+                settings[name] = getattr(config, name)
+            settings["contexts"] = args.contexts
+            settings["text"] = digest(config.dataset) if Path(config.dataset).exists() else ""
+        elif family in TASK_FAMILIES:
+            settings.update(train=args.train, test=args.test, seed=args.seed)
+            settings["probe"] = {path: digest(path) for path in args.probe or ()}
+        else:
+            settings.update(words=args.words, seed=args.seed)
+        return settings
+
+    def fail(self, subject, family, reason):
+        """Keeps that a family of a subject has no figures."""
+        notes = [*self.notes, f"not measured, {reason}"]
+        subject.keep(family, record_of([], {}, notes, is_whole=False, settings={}))
 
     def measure(self, family):
         """Measures a family and puts it into eval.json; with --resume, what is not there yet."""
-        measured = []
-        for subject in self.subjects:
-            known = subject.results.get(family, {}).get("settings")
-            if not (self.args.resume and known == self.settings):
-                measured.append(subject)
-        if not measured:
-            return
-        self.sample = {}
         self.notes = []
+        self.sample = {}
+        self.is_whole = True
+        for subject, reason in self.refused.items():
+            self.fail(subject, family, reason)
+        if family in self.failures:
+            for subject in self.subjects:
+                self.fail(subject, family, self.failures[family])
+            return
+        settings_of = {}  # of the subjects that are to be measured
+        for subject in self.subjects:
+            settings = json.loads(json.dumps(self.settings_of(family, subject)))
+            stored = subject.stored_record(family, settings) if self.args.resume else None
+            if stored:
+                subject.records[family] = stored
+            elif subject.width != self.model.width:
+                widths = f"{subject.width} dimensions, and the model has {self.model.width}"
+                self.fail(subject, family, f"it is for {widths}")
+            else:
+                settings_of[subject] = settings
+        if not settings_of:
+            return
         try:
-            found = getattr(self, family)([subject.sae for subject in measured])
+            found = self.families[family](list(settings_of))
         except InputError as error:
-            self.notes.append(f"not measured, {error}")
-            found = [{}] * len(measured)
-        for subject, parts in zip(measured, found):
-            record = {
-                "figures": mean_of(parts.values()),
-                "parts": parts,
-                "sample": self.sample,
-                "notes": self.notes,
-                "settings": self.settings,
-            }
+            for subject in settings_of:
+                self.fail(subject, family, error)
+            return
+        for (subject, settings), parts in zip(settings_of.items(), found):
+            record = record_of(parts, self.sample, self.notes, self.is_whole, settings)
             subject.keep(family, record)
 
     @cached_property
     def model(self):
         sizes = [subject.cfg.get("context_size") or 0 for subject in self.subjects]
         longest = self.args.ctx or max(sizes) or sgo_sae.Config.ctx
-        model = LanguageModel(self.name, self.layer, self.device, self.dtype, longest)
-        for subject in self.subjects:
-            D = len(subject.sae.b_dec)
-            if D != model.width:
-                raise InputError(
-                    f"{subject.path} is for {D} dimensions, the model has {model.width}"
-                )
-        return model
+        return LanguageModel(self.name, self.layer, self.device, self.dtype, longest)
 
     def text_config(self):
-        """Where the text of core, behaviour and competition comes from: the same for all."""
-        ctx = self.args.ctx or agreed(
-            (subject.cfg.get("context_size") for subject in self.subjects), "--ctx"
+        """Where the text of core, behaviour and competition comes from: the same for all.
+
+        It is that of --text, or the demo's held-out text, or the validation split of the dataset
+        that the autoencoders were trained on.
+        """
+        args = self.args
+        ctx = args.ctx or agreed(
+            self.subjects, lambda subject: subject.cfg.get("context_size"), "their --ctx", "--ctx"
         )
-        config = sgo_sae.Config(ctx=ctx or sgo_sae.Config.ctx, data_seed=self.args.seed[0])
-        if self.args.text or self.demo:
-            config.dataset = self.args.text or f"{self.name}/heldout.jsonl"
+        config = sgo_sae.Config(ctx=ctx or sgo_sae.Config.ctx, data_seed=args.seed[0])
+        if args.text:
+            config.dataset = args.text
+            config.text_column = args.text_column
+            return config
+        if self.demo:
+            config.dataset = f"{self.name}/heldout.jsonl"  # which demo_files made
             return config
         config.split = "validation"
-        text = agreed((subject.text() for subject in self.subjects), "--text")
+        text = agreed(self.subjects, Subject.text, "their text", "--text")
         if text:
             config.dataset, config.subset, config.text_column = text
         if Path(config.dataset).exists():
@@ -1021,258 +1687,502 @@ class Evaluation:
 
     @cached_property
     def contexts(self):
-        """Contexts of text (T, L), and which of their tokens count (T, L)."""
+        """Contexts of text (R, L), and which of their tokens count (R, L)."""
         config = self.text_config()
         model = self.model
         rows = sgo_sae.load_texts(config)
-        texts = (row[config.text_column] for row in rows)  # once through
+        texts = (row[config.text_column] for row in rows)  # once through, and not for ever
         contexts = sgo_sae.token_contexts(texts, model.tokenizer, config.ctx)
         with sgo_sae.loading(config.dataset):
             lists = list(itertools.islice(contexts, self.args.contexts))
         if not lists:
             raise InputError(f"{config.dataset} does not fill a context of {config.ctx} tokens")
-        ids_TL = model.ids(lists)
-        return ids_TL, model.kept(ids_TL)
+        ids_RL = model.ids(lists)
+        return ids_RL, model.kept(ids_RL)
 
     @cached_property
     def activations(self):
-        """Activations (T, L, D) of the contexts, in the model's dtype."""
-        parts = each(self.contexts[0].split(32), "activations")
-        return torch.cat([self.model.read(ids_BL) for ids_BL in parts])
+        """Activations (R, L, D) of the contexts, in the model's dtype."""
+        parts = self.contexts[0].split(32)
+        read = each(parts, "activations", "Fewer --contexts take less.")
+        return torch.cat([self.model.read(ids_BL) for ids_BL in read])
 
-    def text(self):
-        """The contexts' ids (T, L) and kept tokens (T, L); sets the sample."""
-        ids_TL, kept_TL = self.contexts
-        self.sample = {"contexts": len(ids_TL), "tokens": kept_TL.sum().item()}
-        if len(ids_TL) < self.args.contexts:
-            self.notes.append(f"the text has {len(ids_TL)} contexts, not {self.args.contexts}")
-        return ids_TL, kept_TL
+    def counted_contexts(self):
+        """The contexts' ids (R, L) and kept tokens (R, L); sets the sample."""
+        ids_RL, kept_RL = self.contexts
+        self.sample = {"contexts": len(ids_RL), "tokens": kept_RL.sum().item()}
+        if len(ids_RL) < self.args.contexts:
+            self.notes.append(f"the text has {len(ids_RL)} contexts, not {self.args.contexts}")
+        return ids_RL, kept_RL
 
-    def core(self, saes):
-        ids_TL, kept_TL = self.text()
-        x_TD = self.activations[kept_TL]
-        return [{"text": reconstruction(sae, x_TD, ids_TL.shape[1])} for sae in each(saes, "core")]
+    def measure_core(self, subjects):
+        ids_RL, kept_RL = self.counted_contexts()
+        x_TD = self.activations[kept_RL]
+        found = []
+        for subject in each(subjects, "core"):
+            figures = reconstruction(subject.sae, x_TD, ids_RL.shape[1])
+            logged = last_penalty_share(subject)
+            if logged is not None:
+                figures["penalty_share"] = logged
+            found.append([Part("text", 0, figures)])
+        return found
 
-    def behaviour(self, saes):
+    def measure_behaviour(self, subjects):
         model = self.model
         if not model.has_head:
             raise InputError("the model has no language-model head")
-        found = behaviour(model.lm, model.layer, saes, *self.text())
-        return [{"text": figures} for figures in found]
+        saes = [subject.sae for subject in subjects]
+        found = behaviour(model.lm, model.layer, saes, *self.counted_contexts())
+        return [[Part("text", 0, figures)] for figures in found]
 
-    def competition(self, saes):
-        _, kept_TL = self.text()
-        x_TD = self.activations[kept_TL]
-        return [{"text": competition(sae, x_TD)} for sae in each(saes, "competition")]
-
-    def tasks(self, family, saes):
-        """Task by task: its name, the seed of its texts, the number to train on, their labels and
-        attributes (2, T), and the means over them of activations and of each autoencoder's latents.
-
-        Every text is read once, for all autoencoders.
-        """
-        for name, seed, chosen in load_tasks(family, self.args, self.demo, self.notes):
-            n_train = int((~chosen["is_test"]).sum())
-            self.sample[name] = {"train": n_train, "test": len(chosen) - n_train}
-            columns = torch.tensor(chosen[["label", "attribute"]].to_numpy(), device=self.device)
-            desc = f"{family}: {name}"
-            means = mean_latents(self.model, saes, chosen["text"].tolist(), desc)
-            yield (
-                name,
-                seed,
-                n_train,
-                columns.T,
-                (f_TN.to(self.device) for f_TN in each(means, desc)),
-            )
-        if not self.sample:
-            raise InputError("it has no task, or none whose texts can be had")
-
-    def probe(self, saes):
-        found = [{} for _ in saes]
-        for name, seed, n_train, (label_T, _), means in self.tasks("probe", saes):
-            residual = sparse_probing(next(means), label_T, n_train, "x", seed)
-            for parts, f_TN in zip(found, means):
-                own = sparse_probing(f_TN, label_T, n_train, "latents", seed)
-                parts[f"{name}, seed {seed}"] = {**own, **residual}
+    def measure_competition(self, subjects):
+        _, kept_RL = self.counted_contexts()
+        x_TD = self.activations[kept_RL]
+        found = []
+        for subject in each(subjects, "competition", "Fewer --contexts take less."):
+            found.append([Part("text", 0, competition(subject.sae, x_TD))])
         return found
 
-    def scr(self, saes):
-        found = [{} for _ in saes]
-        for name, _, n_train, attributes, means in self.tasks("scr", saes):
-            x_TD = next(means)
-            sets = scr_sets(attributes, n_train)
-            trained = {seed: scr_probes(x_TD, attributes, sets, seed) for seed in self.args.seed}
-            for parts, f_TN, sae in zip(found, means, saes):
-                data = (x_TD, f_TN, attributes, sets, sae.W_dec)
-                for seed, probes in trained.items():
-                    parts[f"{name}, seed {seed}"] = scr(*probes, *data)
+    def samples(self, family):
+        """Yields the Samples of a family's tasks, for each seed. A task that can't be had is noted."""
+        args = self.args
+        n_samples = 0
+        if family == "probe" and not args.probe and not self.demo:
+            self.notes.append(LEFT_OUT)
+        for name, load in task_frames(family, args.probe, self.demo).items():
+            try:
+                frame = load()
+                if family == "probe":
+                    # Of one's own texts, attributes are for SCR alone.
+                    if args.probe or self.demo:
+                        frame = frame.assign(attribute=0)
+                    draw = probing_sample
+                    wanted = frame["label"].nunique() * (args.train + args.test)
+                else:
+                    if "attribute" not in frame:
+                        raise InputError(f"{name} has no column `attribute`, which SCR needs")
+                    frame = frame[frame["attribute"].notna()]
+                    draw = scr_sample
+                    wanted = 3 * (args.train + args.test)  # two cells whole, and two half
+                samples = [draw(name, frame, args.train, args.test, seed) for seed in args.seed]
+            except InputError as error:
+                self.lacks(f"a task is left out, {error}")
+                continue
+            if len(samples[0].frame) < wanted:
+                self.notes.append(f"{name}: {len(samples[0].frame)} texts, not {wanted}")
+            n_samples += len(samples)
+            yield from samples
+        if n_samples == 0:
+            reasons = "; ".join(self.notes)
+            self.notes.clear()
+            raise InputError(reasons)
+
+    def texts_of(self, sample, family, saes):
+        """What is measured of a Sample: its labels and attributes (T,), how many texts are to train
+        on, and their mean activations (T, D) and a list of mean latents (T, N)."""
+        frame = sample.frame
+        n_train = int((~frame["is_test"]).sum())
+        self.sample[sample.task] = {"train": n_train, "test": len(frame) - n_train}
+        label_T = torch.tensor(frame["label"].to_numpy(), device=self.device)
+        attribute_T = torch.tensor(frame["attribute"].to_numpy(), device=self.device)
+        desc = f"{family}: {sample.task}"
+        x_TD, latents = mean_latents(self.model, saes, frame["text"].tolist(), desc)
+        n_empty = (x_TD == 0).all(1).sum().item()
+        if n_empty:
+            note = f"{sample.task}: {n_empty} texts have no token that counts, and are zeros"
+            if note not in self.notes:
+                self.notes.append(note)
+        return label_T, attribute_T, n_train, x_TD.to(self.device), latents
+
+    def measure_probe(self, subjects):
+        saes = [subject.sae for subject in subjects]
+        found = [[] for _ in subjects]
+        for sample in self.samples("probe"):
+            label_T, _, n_train, x_TD, latents = self.texts_of(sample, "probe", saes)
+            splits = class_splits(label_T, n_train, sample.seed)
+            of_x = {}
+            for k, score in sparse_probing(x_TD, splits, mean_difference).items():
+                of_x[f"x_{k}"] = score
+            of_x["x_all"] = full_probing(x_TD, splits, sample.seed)
+            for parts, f_TN in zip(found, each(latents, "probes")):
+                f_TN = f_TN.to(self.device)
+                figures = {}
+                for k, score in sparse_probing(f_TN, splits, mean_difference).items():
+                    figures[f"latents_{k}"] = score
+                for k, score in sparse_probing(f_TN, splits, standardised_difference).items():
+                    figures[f"standardised_{k}"] = score
+                figures["latents_all"] = full_probing(f_TN, splits, sample.seed)
+                parts.append(Part(sample.task, sample.seed, {**figures, **of_x}))
         return found
 
-    def absorption(self, saes):
-        found = [{} for _ in saes]
+    def measure_scr(self, subjects):
+        saes = [subject.sae for subject in subjects]
+        found = [[] for _ in subjects]
+        task = None
+        for sample in self.samples("scr"):
+            if sample.task != task:  # its texts are the same for all seeds
+                task = sample.task
+                texts = self.texts_of(sample, "scr", saes)
+            label_T, attribute_T, n_train, x_TD, latents = texts
+            sets = scr_sets(label_T, attribute_T, n_train)
+            probes = scr_probes(x_TD, label_T, attribute_T, sets, sample.seed)
+            for parts, sae, f_TN in zip(found, saes, latents):
+                f_TN = f_TN.to(self.device)
+                figures = scr(probes, x_TD, f_TN, label_T, attribute_T, sets, sae.W_dec)
+                parts.append(Part(sample.task, sample.seed, figures))
+        return found
+
+    def measure_absorption(self, subjects):
+        if not self.model.is_causal:
+            raise InputError("the model is not causal, and absorption reads words before their end")
+        found = [[] for _ in subjects]
+        reasons = []
         for seed in self.args.seed:
-            data = self.words(seed)
-            for parts, sae in zip(found, each(saes, "absorption")):
-                parts[f"words, seed {seed}"] = absorption(sae, *data, seed)
+            try:
+                words = self.words(seed)
+            except InputError as error:
+                reasons.append(f"seed {seed}: {error}")
+                continue
+            advice = "Fewer --words take less."
+            for parts, subject in zip(found, each(subjects, "absorption", advice)):
+                parts.append(Part("words", seed, absorption(subject.sae, words, seed)))
+        if len(reasons) == len(self.args.seed):
+            raise InputError("; ".join(reasons))
+        for reason in reasons:
+            self.lacks(f"words are left out, {reason}")
         return found
 
     def words(self, seed):
-        """What `absorption` asks for, in its order, of a random sample of words; sets `sample`."""
+        """A random sample of the tokenizer's Words; sets the sample's size."""
         model = self.model
         rng = random.Random(seed)
         vocabulary = alphabetic_words(model.tokenizer)
         rng.shuffle(vocabulary)
         words = vocabulary[: self.args.words]
-        if len(words) < 100:
-            raise InputError(f"there are {len(words)} words, 100 are needed")
+        if len(words) < FEWEST_WORDS:
+            raise InputError(
+                f"{FEWEST_WORDS} words are needed, and "
+                + (
+                    f"--words is {len(words)}"
+                    if self.args.words == len(words)
+                    else f"the tokenizer has {len(words)}"
+                )
+            )
         self.sample = {"words": len(words)}
         n_train = len(words) * 4 // 5
         x_TD = spelled_activations(model, words, vocabulary, rng, "words")
-        y_T = torch.tensor([letter for _, letter in words], device=x_TD.device)
-        W_CD, b_C = multi_probe(x_TD[:n_train], y_T[:n_train], 64, l2=1e-4, seed=seed)
-        recognised_U = recognised_words(x_TD[n_train:], y_T[n_train:], W_CD, b_C)
+        letter_T = torch.tensor([letter for _, letter in words], device=x_TD.device)
+        letter_U = letter_T[n_train:]
+        weight_AD, b_A = letter_probe(
+            x_TD[:n_train], letter_T[:n_train], **RESIDUAL_PROBE, seed=seed
+        )
+        positive_UA = x_TD[n_train:] @ weight_AD.T + b_A > 0
+        spelled_A = spelled_letters(positive_UA, letter_U)
+        if spelled_A.sum() < FEWEST_LETTERS:
+            raise InputError(
+                f"the model spells {spelled_A.sum()} of 26 letters with {len(words):,} of its "
+                f"{len(vocabulary):,} words, and {FEWEST_LETTERS} are needed"
+                + ("; more --words spell more" if len(words) < len(vocabulary) else "")
+            )
+        own_U = positive_UA[torch.arange(len(letter_U)), letter_U]
+        recognised_U = own_U & spelled_A[letter_U]
         # They are scored on new prompts, as in SAEBench.
-        again = list(itertools.compress(words[n_train:], recognised_U.tolist()))
-        x_VD = spelled_activations(model, again, vocabulary, rng, "new prompts")
-        return x_TD, y_T, n_train, x_VD, y_T[n_train:][recognised_U], W_CD
+        again = [word for word, kept in zip(words[n_train:], recognised_U.tolist()) if kept]
+        new_x_PD = spelled_activations(model, again, vocabulary, rng, "new prompts")
+        return Words(x_TD, letter_T, n_train, new_x_PD, letter_U[recognised_U], weight_AD)
+
+
+FEWEST_WORDS = 100  # of which a fifth is to test on; ours
 
 
 # -------------------------------------------------------------------------------------------- table
-# The figures of which more is better, and those of which less is.
-HIGHER = re.compile(r".*(: cosine|explained_variance|_score|latents_.*|: x_.*|scr_.*)")
-LOWER = re.compile(
-    r".*(mse.*|never_fire|dense|rare|ce_sae|kl_sae|over_chance|max_cos|: absorption|full)"
-)
+CONFIDENCE = 0.95  # of intervals
+MARKS = {"↑": 1, "↓": -1, "": 0}  # the sign of a change for the better
 
 
 def name_subjects(subjects):
-    """Gives each a `name`, that of its column: the settings in which it differs from the others.
+    """Gives each its `name`, that of its column: the settings in which it differs from the others.
 
-    Runs that differ in their seeds alone have the same. Those that don't say how they were trained
-    are named after their folder.
+    Runs that differ in their seeds alone have the same name. Those that don't say how they were
+    trained are named after their folder.
     """
     trained = [subject for subject in subjects if subject.settings]
     values = pandas.DataFrame([subject.settings for subject in trained]).astype(str)
     differing = [key for key in values if values[key].nunique() > 1]
-    taken = set()
+    if not differing:  # of one setting, what matters most
+        differing = [key for key in ("arch", "d_sae", "k", "alpha") if key in values]
     for subject in subjects:
         words = [f"{key} {subject.settings[key]}" for key in differing if key in subject.settings]
-        first = trained[0] if subject.settings else subject
-        subject.name = ", ".join(words) or Path(first.path.removesuffix("/params.npz")).name
-        if (subject.name, subject.seed) in taken:  # the same again, in another folder
+        folder = Path(subject.path.removesuffix("/params.npz"))
+        subject.name = ", ".join(words) or folder.name
+    # The same setting and seed again, in another folder.
+    count = Counter((subject.name, subject.seed) for subject in subjects)
+    first = set()
+    for subject in subjects:
+        column = (subject.name, subject.seed)
+        if count[column] > 1 and column in first:
             subject.name = subject.path
-        taken.add((subject.name, subject.seed))
+        first.add(column)
 
 
 def baseline_of(subjects):
-    """The name of the setting that others are compared with: the first unpenalised topk, else the
-    first setting of all."""
+    """The setting that others are compared with: the first unpenalised topk, else the first."""
     for subject in subjects:
-        if subject.settings.get("arch") == "topk" and subject.settings["alpha"] == 0:
+        if subject.settings.get("arch") == "topk" and subject.settings.get("alpha") == 0:
             return subject.name
     return subjects[0].name
 
 
-def table(subjects, families, baseline=None):
-    """Markdown: a line for each figure, a column for each setting, mean ± deviation over its seeds.
-
-    With a baseline, the other columns are differences to it, seed by seed, and the last one is half
-    the 95 % interval of such a difference.
-    """
+def measured(subjects, families):
+    """A frame of all figures: family, figure, setting, seed, sample (the seed of the evaluation)
+    and value, the mean over tasks. Figures that are None are left out."""
     rows = []
-    notes = []
     for subject in subjects:
         for family in families:
-            record = subject.results[family]
-            notes += [f"{family}: {note}" for note in record["notes"]]
-            for key, value in record["figures"].items():
-                rows.append((f"{family}: {key}", subject.name, subject.seed, value))
+            for part in subject.records[family].parts:
+                for name, value in part["figures"].items():
+                    if value is not None:
+                        column = (subject.name, subject.seed)
+                        rows.append((family, name, *column, part["seed"], part["task"], value))
+    keys = ["family", "figure", "setting", "seed", "sample"]
+    frame = pandas.DataFrame(rows, columns=[*keys, "task", "value"])
+    return frame.groupby(keys, as_index=False, sort=False)["value"].mean()
+
+
+def title_of(kind, name):
+    """The beginning of a figure's line."""
+    return " ".join(filter(None, [f"{kind.family}: {name.replace('_', ' ')}", kind.better]))
+
+
+def table(subjects, families, baseline=None):
+    """Markdown: a line for each figure and a column for each setting, then a legend, then notes.
+
+    A cell is the mean over the runs of a setting, which differ in their seeds, ± their deviation.
+    With a baseline, the other columns are differences to it, and the last one is half the interval
+    of such a difference.
+    """
+    frame = measured(subjects, families)
     seeds = Counter(subject.name for subject in subjects)
-    settings = sorted(seeds, key=lambda name: name != baseline)
-    head = [f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings]
+    settings = list(seeds)
+    notes = []
     if baseline:
-        head.append("±")
+        settings.sort(key=lambda name: name != baseline)
         notes.append(
-            f"All but the first column are differences to {baseline}; ± is half their 95 % "
-            "interval, from the variance of all settings. **Better** and _worse_ lie outside it."
+            f"All but the first column are differences to {baseline}. ± is half their "
+            f"{CONFIDENCE:.0%} interval, from the variance over seeds and samples of all settings "
+            "of the table. **Better** and _worse_ lie outside it."
         )
-    lines = [["", *head]]
-    frame = pandas.DataFrame(rows, columns=["figure", "setting", "seed", "value"])
-    for figure, part in frame.groupby("figure", sort=False):
-        values = part.pivot(index="seed", columns="setting", values="value")
-        values = values.reindex(columns=settings)
-        sign = bool(HIGHER.fullmatch(figure)) - bool(LOWER.fullmatch(figure))
-        if baseline:
-            cells = paired_cells(values, sign)
-        else:
-            # Of equal values it can be 1e-16.
-            cells = map(mean_cell, values.mean(), values.std().fillna(0).round(12))
-        lines.append([figure.replace("_", " ") + ("", " ↑", " ↓")[sign], *cells])
-    return "\n\n".join([markdown(lines), *dict.fromkeys(notes)])
+    head = [f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings]
+    lines = [["", *head, *(["±"] if baseline else [])]]
+    legend = []
+    for kind in FIGURES:
+        own = frame[frame["family"] == kind.family]
+        shown = [name for name in kind.names if (own["figure"] == name).any()]
+        for name in shown:
+            rows = own[own["figure"] == name]
+            if baseline:
+                cells = paired_cells(rows, settings, MARKS[kind.better], notes)
+            else:
+                cells = mean_cells(rows, settings, seeds)
+            lines.append([title_of(kind, name), *cells])
+        if shown:
+            legend.append(legend_line(kind, shown))
+    notes += notes_of(subjects, families)
+    parts = [markdown(lines), "\n".join(legend), *dict.fromkeys(notes)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def legend_line(kind, names):
+    """What the figures of a kind mean; those of several sizes are named once."""
+    first, *others = [name.replace("_", " ") for name in names]
+    sizes = [name.split()[-1] for name in others]
+    title = title_of(kind, ", ".join([first, *sizes]))
+    return f"- {title}: {kind.meaning}"
+
+
+def notes_of(subjects, families):
+    """The notes of all records, with the names of their runs where not all have them."""
+    notes = []
+    for family in families:
+        runs_of = {}
+        for subject in subjects:
+            for note in subject.records[family].notes:
+                runs_of.setdefault(note, []).append(subject.path)
+        for note, paths in runs_of.items():
+            of = "" if len(paths) == len(subjects) else f" of {', '.join(paths)}"
+            notes.append(f"{family}{of}: {note}")
+    return notes
 
 
 def markdown(lines):
     """Lines of cells as a table in Markdown, of which the first line is the head."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
+    head, *others = lines
     text = []
-    for name, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+    for name, *cells in [head, ["-" * width for width in widths], *others]:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
         text.append(f"| {name.ljust(widths[0])} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
 def decimals(number):
-    """How many decimals show two digits of a number that count."""
+    """Decimals that show two significant digits of a number."""
     return max(0, 1 - math.floor(math.log10(abs(number)))) if number else 0
 
 
+def mean_cells(rows, settings, seeds):
+    """A cell for each setting: the mean over its seeds ± their deviation.
+
+    It says how many seeds count where not all have the figure.
+    """
+    cells = []
+    for setting in settings:
+        own = rows[rows["setting"] == setting].groupby("seed")["value"].mean()
+        if own.empty:
+            cells.append("")
+            continue
+        # Of equal values the deviation can be 1e-16.
+        deviation = round(own.std(), 12) if len(own) > 1 else 0.0
+        cell = mean_cell(own.mean(), deviation)
+        cells.append(cell if len(own) == seeds[setting] else f"{cell} ({len(own)} seeds)")
+    return cells
+
+
 def mean_cell(mean, deviation):
-    """A mean ± its deviation over seeds; with none, the mean with four digits that count."""
-    if math.isnan(mean):
-        return ""
+    """A mean ± its deviation over seeds; with none, the mean with four significant digits."""
     digits = decimals(deviation or mean / 100)
     text = f"{mean:,.{digits}f}"
     return f"{text} ± {deviation:,.{digits}f}" if deviation else text
 
 
-def paired_cells(values, sign):
-    """Cells for a frame of seeds by settings, whose first column is the baseline.
+class Spread(NamedTuple):
+    """What a table of settings by seeds, or by samples, leaves unexplained."""
 
-    The variance of a difference comes from what seed and setting together leave unexplained, over
-    all settings: with three seeds, that of one setting alone would be luck. Seeds count that all
-    settings have.
+    variance: float
+    freedom: int
+
+    def half_interval(self, n):
+        """Half the interval of a difference of two settings' means over n seeds, or samples."""
+        if self.freedom == 0:
+            return 0.0
+        return student_t(self.freedom) * math.sqrt(2 * self.variance / n)
+
+
+def spread_of(values):
+    """The Spread of a frame of seeds, or samples, by settings, of which some may be missing.
+
+    It is the variance of the residuals of value = setting + seed, by least squares over all
+    settings: randomised blocks. With three seeds, the variance of one setting alone would be luck.
     """
-    x_SR = values.dropna().to_numpy()
-    S, R = x_SR.shape
-    if S == 0:
-        return [""] * (R + 1)
-    half = 0.0
-    freedom = (S - 1) * (R - 1)
-    if freedom:
-        residual_SR = x_SR - x_SR.mean(0) - x_SR.mean(1, keepdims=True) + x_SR.mean()
-        variance = (residual_SR.round(12) ** 2).sum() / freedom
-        half = student_t(freedom) * math.sqrt(2 * variance / S)
-    level, *others = x_SR.mean(0)
-    digits = decimals(half or level / 100)
+    long = values.stack().dropna()
+    if long.empty:
+        return Spread(0.0, 0)
+    design = pandas.get_dummies(long.index.to_frame(), columns=[0, 1], dtype=float).to_numpy()
+    y = long.to_numpy()
+    solution, _, rank, _ = numpy.linalg.lstsq(design, y)
+    freedom = len(y) - int(rank)
+    residual = (y - design @ solution).round(12)
+    return Spread((residual**2).sum() / freedom if freedom else 0.0, freedom)
+
+
+def paired_cells(rows, settings, sign, notes):
+    """Cells of one figure: the baseline's mean, the others' differences to it, and ±.
+
+    `rows` are of `measured`, the baseline the first of the settings. A difference is the mean over
+    the seeds that both have. Where these are fewer than elsewhere, its cell has a ± of its own. A
+    setting without the figure has no cell, and one that shares no seed a note.
+    """
+    # Of the samples, those count that every run has that has any.
+    samples_of_runs = [set(own["sample"]) for _, own in rows.groupby(["setting", "seed"])]
+    common = set.intersection(*samples_of_runs)
+    title = f"{rows['family'].iloc[0]}: {rows['figure'].iloc[0].replace('_', ' ')}"
+    if not common:
+        notes.append(f"{title}: the runs have no sample in common, and no difference")
+        return [""] * (len(settings) + 1)
+    if len(common) < rows["sample"].nunique():
+        notes.append(f"{title}: of {rows['sample'].nunique()} samples, {len(common)} count")
+    rows = rows[rows["sample"].isin(common)]
+    by_seed = rows.pivot_table(index="seed", columns="setting", values="value")
+    by_sample = rows.pivot_table(index="sample", columns="setting", values="value")
+    by_seed.index.name = by_seed.columns.name = None
+    by_sample.index.name = by_sample.columns.name = None
+    over_seeds = spread_of(by_seed)
+    over_samples = spread_of(by_sample)
+
+    baseline, *others = settings
+    if baseline not in by_seed:
+        notes.append(f"{title}: {baseline} has no figure, and there is no difference to it")
+        return [""] * (len(settings) + 1)
+    differences = {}
+    for other in others:
+        if other in by_seed:
+            differences[other] = (by_seed[other] - by_seed[baseline]).dropna()
+    most = max(map(len, differences.values()), default=0)
+
+    def half_interval(n_seeds):
+        half = over_seeds.half_interval(n_seeds) if n_seeds else 0.0
+        return math.hypot(half, over_samples.half_interval(len(common)))
+
+    usual = half_interval(most)
+    level = by_seed[baseline].mean()
+    digits = decimals(usual or level / 100)
     cells = [f"{level:,.{digits}f}"]
     for other in others:
-        change = other - level
+        if other not in differences:
+            cells.append("")
+            continue
+        if differences[other].empty:
+            cells.append("")
+            notes.append(f"{other} shares no seed with {baseline}, and has no difference to it")
+            continue
+        change = differences[other].mean()
+        n_seeds = len(differences[other])
+        half = half_interval(n_seeds)
         text = f"{change:+,.{digits}f}"
         if half and sign and abs(change) > half:
             text = f"**{text}**" if change * sign > 0 else f"_{text}_"
+        if n_seeds < most:
+            text += f" ± {half:,.{digits}f} ({n_seeds} of {most} seeds)"
         cells.append(text)
-    return [*cells, f"{half:,.{digits}f}" if half else ""]
+    return [*cells, f"{usual:,.{digits}f}" if usual else ""]
 
 
 def student_t(freedom):
-    """The 97.5 % quantile of Student's t."""
+    """The quantile of Student's t that a two-sided interval takes."""
 
-    def excess(t):  # of P(|T| > t), a regularised incomplete beta function, over 5 %
+    def excess(t):  # of P(|T| > t), a regularised incomplete beta function, over what is left
         x = freedom / (freedom + t**2)
-        return mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True) - 0.05
+        return mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True) - (1 - CONFIDENCE)
 
     return float(mpmath.findroot(excess, (1, 20), solver="anderson"))
+
+
+def paired_tables(subjects, families, baseline):
+    """A table of differences for each length of training.
+
+    Settings that were trained longer are not compared with the baseline, nor do they count in ±:
+    what a seed changes early on says nothing of later. Each length has the baseline's part taken
+    by its own unpenalised topk, or its first. What names no length stands with the baseline, and
+    all stand together where that names none.
+    """
+    named = next(subject for subject in subjects if subject.name == baseline)
+    length = named.settings.get("tokens")
+    groups = {length: []}
+    for subject in subjects:
+        own = length if length is None else subject.settings.get("tokens", length)
+        groups.setdefault(own, []).append(subject)
+    parts = []
+    for tokens, group in groups.items():
+        own = baseline if tokens == length else baseline_of(group)
+        if len(groups) > 1:
+            parts.append(f"Trained on {tokens:,} tokens:")
+        parts.append(table(group, families, own))
+    most = max(Counter(subject.name for subject in subjects).values())
+    n_samples = measured(subjects, families)["sample"].nunique()
+    if most == 1 and n_samples < 2:
+        parts.append("With one seed a setting there is no ±: train several, --seed 0 1 2.")
+    return "\n\n".join(parts)
 
 
 # --------------------------------------------------------------------------------------------- page
@@ -1282,56 +2192,119 @@ CURVES = {  # what a chart of the training shows, by its name in metrics.jsonl, 
     "omega": ("Ω in training, whatever its weight α", "Ω"),
     "dead": ("Latents inactive for 200 steps, in training", "latents"),
 }
-PAGE = """
+SHOWN_FIRST = (  # on the page, what the penalty did
+    ("core", "explained_variance"),
+    ("core", "dense"),
+    ("core", "penalty_share"),
+    ("competition", "pairs_over_chance"),
+    ("competition", "share_over_chance"),
+    ("competition", "mean_max_cos"),
+)
+N_PAIRS = 20  # pairs that the page shows of an autoencoder
+N_CONTEXTS = 3  # contexts of a latent, those of its highest peaks
+BEFORE, AFTER = 16, 8  # tokens around a peak
+N_EFFECTS = 8  # tokens that a latent raises most, and lowers most
+COLOURS = ("#2f8fd0", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#777777")
+PAGE = r"""
+{# The frame of a chart: x from 56 to 344, y from 184 up to 34. Curves end above the frame's lower
+   edge, at 190, so that one on the axis can be seen. #}
 {%- macro across(chart, x) -%}
 {{ "%.1f" % (56 + 288 * (x - chart.xs[0]) / (chart.xs[-1] - chart.xs[0])) }}
 {%- endmacro -%}
-{# A curve ends above the frame, so that one on the axis can be seen. #}
 {%- macro down(chart, y) -%}
 {{ "%.1f" % (184 - 150 * (y - chart.ys[0]) / (chart.ys[-1] - chart.ys[0])) }}
+{%- endmacro -%}
+{%- macro line(run) -%}
+<svg width="32" height="8" aria-hidden="true"><polyline style="{{ run.style }}"
+points="0,4 32,4"/></svg>
 {%- endmacro -%}
 <!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}: which latents compete</title>
 <style>
 :root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui; max-width: 1200px; margin: auto; padding: 1em }
+body { font: 15px/1.5 system-ui; max-width: 1240px; margin: auto; padding: 1em }
 figure { margin: 0 }
-pre { overflow-x: auto }
-small, figcaption, pre { font-size: 13px }
+small, figcaption, table { font-size: 13px }
 .row { display: grid; gap: 12px 24px;
   grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)) }
+.wide { overflow-x: auto }
+table { border-collapse: collapse }
+td, th { padding: 2px 8px; text-align: right; font-weight: normal; vertical-align: top }
+td:first-child, th:first-child { text-align: left; padding-left: 0 }
+td small { opacity: 0.7 }
+tr { border-bottom: 1px solid #8884 }
 text { font: 11px system-ui; fill: currentColor }
 path { stroke: #8884 }
 path, polyline { fill: none }
 polyline { stroke-width: 2 }
-.key { display: inline-block; margin-right: 1.5em }
-.s0 { stroke: #2f8fd0 }
-.s1 { stroke: #d55e00; stroke-dasharray: 6 }
-.s2 { stroke: #009e73; stroke-dasharray: 2 }
-.s3 { stroke: #cc79a7 }
-.s4 { stroke: #b8860b; stroke-dasharray: 6 }
-.s5 { stroke: #777777; stroke-dasharray: 2 }
-summary { font-weight: 600 }
+section { border-top: 1px solid #8888; padding-top: 4px }
+h3, h4 { margin: 8px 0 2px; font-size: 13px }
+h4 { font-weight: normal }
+summary { font-weight: 600; margin-top: 1em }
 i { font-style: normal;
   background: color-mix(in srgb, #e69f00 calc(var(--a) * 1%), transparent) }
-p { font: 13px/1.7 monospace; overflow-wrap: anywhere; margin: 2px 0 8px }
+p.text { font: 13px/1.7 monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  margin: 2px 0 8px }
 .both { border-bottom: 3px solid #2f8fd0 }
 </style>
-<h2>{{ title }}: which latents compete</h2>
-<div>Latents compete where they are active on the same tokens. w is the share of the rarer latent's
-tokens on which the other one is active too; two latents that have nothing to do with each other
-share some by chance. In the texts below, tokens are shaded by a latent's activation, and underlined
-where the other latent of the pair is active too.</div>
-<div>
-{% for name in names %}
-<span class="key"><svg width="32" height="8"><polyline class="s{{ loop.index0 % 6 }}"
-points="0,4 32,4"/></svg> {{ name }}</span>
+<h1>{{ title }}: which latents compete</h1>
+<p>Latents compete where they are active on the same tokens. <b>w</b> is the share of the rarer
+latent's tokens on which the other one is active too. Two latents that have nothing to do with each
+other share some by chance; <b>pairs over chance</b> share {{ "%.0f" % (100 * over) }} % of the rarer
+one's tokens beyond that. All of it is measured on {{ "{:,}".format(n_tokens) }} tokens of held-out
+text.</p>
+<h2>What the penalty did</h2>
+<div class="wide"><table>
+<tr><th></th>{% for run in runs %}<th>{{ line(run) }} {{ run.name }}</th>{% endfor %}</tr>
+{% for name, meaning, cells in summary %}
+<tr><td>{{ name }}<br><small>{{ meaning }}</small></td>
+{%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+<h2>The pairs that compete most</h2>
+<p>The autoencoders stand beside each other. Pairs are in the order of the tokens that they share
+beyond chance, (w − chance) times the tokens on which both are active. Below each latent stand the
+tokens whose prediction its decoder row raises and lowers most, by the unembedding alone, and the
+text around its {{ n_contexts }} highest peaks: tokens are shaded by its activation, and underlined
+where the other latent of the pair is active too.</p>
+{% for pairs in ranks %}
+<details{% if loop.index <= 5 %} open{% endif %}><summary>Pair {{ loop.index }}</summary>
+<div class="row">
+{% for pair in pairs %}
+<section><h3>{{ line(runs[loop.index0]) }} {{ runs[loop.index0].name }}</h3>
+{% if pair %}
+<h4>w {{ "%.2f" % pair.w }}, by chance {{ "%.2f" % pair.chance }}; both on
+{{ "{:,}".format(pair.both) }} tokens; cosine of decoder rows {{ "%.2f" % pair.cosine }}</h4>
+{% for latent in pair.latents %}
+<div><small><b>latent {{ latent.number }}</b>, on {{ "{:,}".format(latent.n_tokens) }} tokens</small>
+{% for word, tokens in latent.effects %}
+<br><small>{{ word }} {{ tokens | join("  ") }}</small>
+{% endfor %}
+{% for context in latent.contexts %}
+<p class="text">
+{%- for piece in context %}
+{%- set text = piece.text.replace("\n", "⏎\n") %}
+{%- if piece.own > 0 %}<i{% if piece.other > 0 %} class="both"{% endif %}
+ style="--a:{{ (15 + 75 * piece.own / latent.peak) | round | int }}" title="{{ "%.3g" % piece.own }}">
+{{- text }}</i>{% else %}{{ text }}{% endif %}
+{%- endfor %}
+</p>
 {% endfor %}
 </div>
+{% endfor %}
+{% else %}
+<h4>No other pair shares more tokens than by chance.</h4>
+{% endif %}
+</section>
+{% endfor %}
+</div>
+</details>
+{% endfor %}
+<h2>Curves</h2>
 <div class="row">
 {% for chart in charts if chart %}
-<figure><svg viewBox="0 0 360 230">
+<figure><svg viewBox="0 0 360 230" role="img" aria-label="{{ chart.caption }}">
 <path d="M48 22V190H352"/>
 <text x="2" y="12">{{ chart.y_name }}</text>
 <text x="200" y="224" text-anchor="middle">{{ chart.x_name }}</text>
@@ -1342,42 +2315,52 @@ points="0,4 32,4"/></svg> {{ name }}</span>
 <path d="M48 {{ down(chart, y) }}h304"/>
 <text x="42" y="{{ down(chart, y) }}" dy="4" text-anchor="end">{{ "%.4g" % y }}</text>
 {% endfor %}
-{% for line in chart.lines %}
-<polyline class="s{{ loop.index0 % 6 }}" points="
-{%- for x, y in line %}{{ across(chart, x) }},{{ down(chart, y) }} {% endfor %}"/>
+{% for points in chart.lines %}
+<polyline style="{{ runs[loop.index0].style }}" points="
+{%- for x, y in points %}{{ across(chart, x) }},{{ down(chart, y) }} {% endfor %}"/>
 {% endfor %}
 </svg><figcaption>{{ chart.caption }}.</figcaption></figure>
 {% endfor %}
 </div>
-{% for pairs in portraits %}
-<details open><summary>{{ names[loop.index0] }}: the pairs that compete most</summary>
-{% for pair in pairs %}
-<h4>w {{ "%.2f" % pair.w }}, by chance {{ "%.2f" % pair.chance }}, both on
-{{ "{:,}".format(pair.both) }} tokens, cosine of decoder rows {{ "%.2f" % pair.cosine }}</h4>
-<div class="row">
-{% for latent in pair.latents %}
-<div><small>latent {{ latent.number }}, on {{ "{:,}".format(latent.n_tokens) }} tokens</small>
-{% for word, tokens in latent.effects %}
-<br><small>{{ word }} {{ tokens | join("  ") }}</small>
+<h2>All figures</h2>
+{% for block in blocks %}
+{% if block.cells %}
+<div class="wide"><table>
+{% for cells in block.cells %}
+<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
-{% for context in latent.contexts %}
-<p>
-{%- for token, a, other in context %}
-{%- set text = token.replace("\\n", "⏎") %}
-{%- if a > 0 %}<i{% if other > 0 %} class="both"{% endif %}
- style="--a:{{ (15 + 75 * a / latent.peak) | round | int }}" title="{{ "%.3g" % a }}">
-{{- text }}</i>{% else %}{{ text }}{% endif %}
-{%- endfor %}
-</p>
+</table></div>
+{% else %}
+{% for text in block.lines %}
+<small>{{ text }}</small><br>
 {% endfor %}
-</div>
+{% endif %}
 {% endfor %}
-</div>
-{% endfor %}
-</details>
-{% endfor %}
-<pre>{{ table }}</pre></html>
+</html>
 """
+
+
+def training_log(subject):
+    """The lines of metrics.jsonl as a frame, empty where there is none.
+
+    A last line that a kill cut off is left out, and so are values that are no finite number.
+    """
+    file = Path(subject.path, "metrics.jsonl")
+    rows = []
+    if file.exists():
+        for text in file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(text))
+            except ValueError:
+                continue
+    frame = pandas.DataFrame(rows).reindex(columns=["tokens", *CURVES]).astype(float)
+    return frame.where(numpy.isfinite(frame))
+
+
+def last_penalty_share(subject):
+    """αΩ over the reconstruction term, the mean of the last tenth of the log; None without one."""
+    logged = training_log(subject)["penalty_share"].dropna()
+    return logged.tail(math.ceil(len(logged) / 10)).mean().item() if len(logged) else None
 
 
 def ticks(values):
@@ -1404,36 +2387,35 @@ def chart(lines, caption, x_name, y_name):
     }
 
 
-def training_curves(subject):
-    """The lines (points, 2) of the charts of training, by name; empty where nothing is known."""
-    file = Path(subject.path, "metrics.jsonl")
-    logged = pandas.read_json(file, lines=True) if file.exists() else pandas.DataFrame()
-    logged = logged.reindex(columns=["tokens", *CURVES])
-    return {key: logged[["tokens", key]].dropna().to_numpy() / (1e6, 1) for key in CURVES}
-
-
-def closest_pairs(shared_NN, n_tokens, count=20):
-    """The pairs of latents (i, j) that share most beyond chance, and a histogram of all pairs.
-
-    Pairs are in the order of w over chance times the tokens that they share.
-    """
+def closest_pairs(activity, count=N_PAIRS):
+    """The Pairs that share most tokens beyond chance, best first, and a histogram (20,) of how far
+    pairs are over chance, from 0 to 1."""
     histogram_20 = torch.zeros(20)
-    found = []
-    for rows_I, columns_J, over_IJ in over_chance(shared_NN, n_tokens):
-        histogram_20 += torch.histc(over_IJ[over_IJ > 0], 20, 0, 1).cpu()
-        score_IJ = over_IJ * shared_NN[rows_I][:, columns_J]
-        best = score_IJ.flatten().topk(min(count, score_IJ.numel()))
-        i, j = torch.unravel_index(best.indices, score_IJ.shape)
-        found += zip(best.values.tolist(), rows_I[i].tolist(), columns_J[j].tolist())
-    found.sort(reverse=True)
-    return [(i, j) for score, i, j in found[:count] if score > 0], histogram_20
+    best = []  # (score, the pair's fields)
+    for pairs in compared_pairs(activity):
+        over = pairs.w - pairs.chance
+        histogram_20 += torch.histc(over[over > 0], 20, 0, 1).cpu()
+        score = over * pairs.shared
+        top = score.topk(min(count, len(score)))
+        fields = zip(*(values[top.indices].tolist() for values in pairs))
+        best += zip(top.values.tolist(), fields)
+    best.sort(key=lambda scored: -scored[0])
+    return [Pairs(*fields) for score, fields in best[:count] if score > 0], histogram_20
 
 
-def latent_view(evaluation, sae, i, f_TL, other_TL):
+class Piece(NamedTuple):
+    """A piece of text, and the activations there of a latent and of the other of its pair."""
+
+    text: str
+    own: float
+    other: float
+
+
+def latent_view(evaluation, sae, i, f_RL, other_RL):
     """What the page says of a latent.
 
-    `effects` are the tokens that it raises and lowers, and `contexts` the tokens around its three
-    highest peaks, each with the activations of the latent and of the other one of its pair.
+    `effects` are the tokens that it raises and lowers, and `contexts` the Pieces of text around its
+    highest peaks.
     """
     model = evaluation.model
     effects = []
@@ -1441,20 +2423,25 @@ def latent_view(evaluation, sae, i, f_TL, other_TL):
         head = model.lm.get_output_embeddings()
         effect_V = head(sae.W_dec[i].to(head.weight.dtype))
         for word, sign in (("raises", 1), ("lowers", -1)):
-            top = (sign * effect_V).topk(8).indices
-            tokens = model.tokenizer.batch_decode(top[:, None])
-            effects.append((word, map(repr, tokens)))
+            top = (sign * effect_V).topk(N_EFFECTS).indices.tolist()
+            effects.append((word, [repr(model.text_of(token)) for token in top]))
     contexts = []
-    highest = f_TL.amax(1).topk(min(3, len(f_TL)))
-    for t in highest.indices[highest.values > 0].tolist():
-        peak = f_TL[t].argmax().item()
-        around = slice(max(0, peak - 16), peak + 9)
-        tokens = model.tokenizer.batch_decode(evaluation.contexts[0][t, around, None])
-        contexts.append(list(zip(tokens, f_TL[t, around].tolist(), other_TL[t, around].tolist())))
+    highest = f_RL.amax(1).topk(min(N_CONTEXTS, len(f_RL)))
+    for r in highest.indices[highest.values > 0].tolist():
+        peak = f_RL[r].argmax().item()
+        start = max(0, peak - BEFORE)
+        end = peak + AFTER + 1
+        pieces = []
+        for text, n_tokens in model.pieces(evaluation.contexts[0][r, start:end].tolist()):
+            own = f_RL[r, start : start + n_tokens].max().item()
+            other = other_RL[r, start : start + n_tokens].max().item()
+            pieces.append(Piece(text, own, other))
+            start += n_tokens
+        contexts.append(pieces)
     return {
         "number": i,
-        "n_tokens": (f_TL > 0).sum().item(),
-        "peak": f_TL.max().item(),
+        "n_tokens": (f_RL > 0).sum().item(),
+        "peak": f_RL.max().item(),
         "effects": effects,
         "contexts": contexts,
     }
@@ -1463,25 +2450,22 @@ def latent_view(evaluation, sae, i, f_TL, other_TL):
 @torch.no_grad()
 def portrait(evaluation, sae):
     """What the page shows of the closest pairs of latents, and the histogram of all pairs."""
-    kept_TL = evaluation.contexts[1]
-    x_TLD = evaluation.activations
-    n_tokens = kept_TL.sum().item()
-    shared_NN = shared_tokens(sae, x_TLD[kept_TL])
-    pairs, histogram_20 = closest_pairs(shared_NN, n_tokens)
-    latents = sorted(set(itertools.chain(*pairs)))
-    f_TLS = torch.cat([sae.encode(x_BLD.float())[..., latents] for x_BLD in x_TLD.split(16)])
-    f_of = dict(zip(latents, (f_TLS * kept_TL[..., None]).unbind(-1)))
+    kept_RL = evaluation.contexts[1]
+    x_RLD = evaluation.activations
+    activity = activity_of(sae, x_RLD[kept_RL])
+    closest, histogram_20 = closest_pairs(activity)
+    latents = sorted({pair.i for pair in closest} | {pair.j for pair in closest})
+    f_RLS = torch.cat([sae.encode(x_BLD.float())[..., latents] for x_BLD in x_RLD.split(16)])
+    f_of = dict(zip(latents, (f_RLS * kept_RL[..., None]).unbind(-1)))
     views = []
-    for i, j in pairs:
-        rarer, oftener = sorted(shared_NN.diagonal()[[i, j]].tolist())
-        both = shared_NN[i, j].item()
+    for i, j, shared, w, chance in closest:
         first = latent_view(evaluation, sae, i, f_of[i], f_of[j])
         second = latent_view(evaluation, sae, j, f_of[j], f_of[i])
         views.append(
             {
-                "both": int(both),
-                "w": both / rarer,
-                "chance": oftener / n_tokens,
+                "both": int(shared),
+                "w": w,
+                "chance": chance,
                 "cosine": F.cosine_similarity(sae.W_dec[i], sae.W_dec[j], dim=0).item(),
                 "latents": [first, second],
             }
@@ -1489,9 +2473,43 @@ def portrait(evaluation, sae):
     return views, histogram_20
 
 
-def page(evaluation, found):
-    """One HTML file: what is in the autoencoders, how they were trained, and the table `found`."""
-    subjects = evaluation.subjects
+def line_style(n):
+    """The colour and the dashes of the n-th run's lines; no two runs have the same."""
+    colour = COLOURS[n % len(COLOURS)]
+    dashes = n % len(COLOURS) % 3 * 4 + n // len(COLOURS) * 3
+    return f"stroke: {colour}; stroke-dasharray: {dashes or 'none'}"
+
+
+def summary_of(subjects):
+    """Lines of the page's first table: a figure's title, its meaning, and a cell for each
+    autoencoder."""
+    lines = []
+    for kind in FIGURES:
+        for name in kind.names:
+            if (kind.family, name) not in SHOWN_FIRST:
+                continue
+            values = [subject.records[kind.family].figures.get(name) for subject in subjects]
+            cells = ["" if value is None else mean_cell(value, 0.0) for value in values]
+            title = title_of(kind, name).removeprefix(f"{kind.family}: ")
+            lines.append((title, kind.meaning, cells))
+    return lines
+
+
+def blocks_of(found):
+    """The parts of what was printed: tables as lists of cells, and lines of text."""
+    blocks = []
+    for part in found.split("\n\n"):
+        lines = part.splitlines()
+        cells = []
+        if part.startswith("|"):
+            for text in lines[:1] + lines[2:]:
+                cells.append([cell.strip() for cell in re.split(r"(?<!\\)\|", text)[1:-1]])
+        blocks.append({"cells": cells, "lines": lines})
+    return blocks
+
+
+def page(evaluation, subjects, found):
+    """One HTML file: what the penalty did, which pairs compete, the training, and the table."""
     portraits = []
     histograms = []
     middle_20 = (numpy.arange(20) + 0.5) / 20
@@ -1508,27 +2526,45 @@ def page(evaluation, found):
             "log₁₀(1 + pairs)",
         )
     ]
-    curves = [training_curves(subject) for subject in subjects]
+    logs = [training_log(subject) for subject in subjects]
     for key, (caption, y_name) in CURVES.items():
-        charts.append(chart([own[key] for own in curves], caption, "million tokens", y_name))
+        lines = []
+        for log in logs:
+            known = log[["tokens", key]].dropna()
+            lines.append(numpy.stack([known["tokens"] / 1e6, known[key]], axis=1))
+        charts.append(chart(lines, caption, "million tokens", y_name))
+    runs = []
+    for n, subject in enumerate(subjects):
+        runs.append({"name": f"{subject.name}, seed {subject.seed}", "style": line_style(n)})
     return jinja2.Template(PAGE, autoescape=True, trim_blocks=True).render(
         title=f"{Path(evaluation.name).name}, layer {evaluation.layer}",
-        names=[f"{subject.name}, seed {subject.seed}" for subject in subjects],
+        runs=runs,
+        over=OVER_CHANCE,
+        n_tokens=evaluation.contexts[1].sum().item(),
+        n_contexts=N_CONTEXTS,
+        summary=summary_of(subjects),
+        ranks=list(itertools.zip_longest(*portraits)),
         charts=charts,
-        portraits=portraits,
-        table=found,
+        blocks=blocks_of(found),
     )
 
 
 # --------------------------------------------------------------------------------------------- main
 MEMORY_ADVICE = "smaller --contexts, --train, --test and --words need less"
+LARGEST_SEED = 2**32 - 1  # that numpy takes
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def at_least(least, most=math.inf):
+    """A converter of arguments to integers in a range."""
+
+    def integer(text):
+        value = int(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+
+    integer.__name__ = f"integer from {least}" + (f" to {most}" if most < math.inf else "")
+    return integer
 
 
 def new_parser():
@@ -1537,24 +2573,32 @@ def new_parser():
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="an SAE's folder, a folder of such, or a params.npz")
-    add("--metrics", nargs="+", choices=FAMILIES, default=FAMILIES, help="families to measure")
+    add(
+        "--metrics",
+        nargs="+",
+        choices=FAMILIES,
+        help="families to measure (default: all; of the demo, whose model can't spell, all but "
+        "absorption)",
+    )
     add("--resume", action="store_true", help="keep what eval.json has of the same settings")
     add("--model", help="language model, where a RUN names none that can be loaded")
-    add("--layer", type=int, help="layer, where a RUN does not name it")
-    add("--text", help="held-out text, column `text` (default: the demo's, or split `validation`)")
-    add("--contexts", type=positive, default=512, help="contexts of text")
-    add("--ctx", type=positive, help="tokens in a context (default: as in training)")
+    add("--layer", type=at_least(0), help="layer, where a RUN does not name it")
+    add("--text", help="held-out text: a file, or a dataset (default: the split `validation`)")
+    add("--text-column", default="text", help="its column that holds the text")
+    add("--contexts", type=at_least(1), default=512, help="contexts of text")
+    add("--ctx", type=at_least(2), help="tokens in a context (default: as in training)")
     add("--probe", nargs="+", help="files with the columns text, label and, for SCR, attribute")
-    add("--train", type=positive, default=2000, help="training texts of a class")
-    add("--test", type=positive, default=500, help="test texts of a class")
+    few = at_least(FEWEST_TEXTS)
+    add("--train", type=few, default=2000, help="training texts of a class")
+    add("--test", type=few, default=500, help="test texts of a class")
     add(
         "--words",
-        type=positive,
-        help="words of the absorption task (default: all the tokenizer has)",
+        type=at_least(FEWEST_WORDS),
+        help="words of the absorption task (default: all that the tokenizer has)",
     )
     add(
         "--seed",
-        type=int,
+        type=at_least(0, LARGEST_SEED),
         nargs="+",
         default=[0],
         help="seeds of samples and probes to take the mean over; the text is that of the first",
@@ -1562,9 +2606,10 @@ def new_parser():
     add(
         "--paired",
         action="store_true",
-        help="differences to the first RUN or to its topk SAE of alpha 0",
+        help="differences to the first topk SAE of alpha 0 in the first RUN, or to its first SAE",
     )
-    add("--html", metavar="FILE", help="write a page with the pairs that compete most")
+    add("--against", metavar="NAME", help="the same to the setting of that name in the table")
+    add("--html", metavar="FILE", help="write a page, too; it needs core and competition")
     add("--device", default="auto", help="cuda, cuda:1, cpu; auto is cuda where there is one")
     add(
         "--dtype",
@@ -1576,27 +2621,59 @@ def new_parser():
 
 
 def members(run):
-    """The paths of the autoencoders of a RUN: those of the folders in it, or its own."""
-    return sorted(str(path.parent) for path in Path(run).glob("*/cfg.json")) or [run]
+    """The paths of the autoencoders of a RUN: its own, and those of the folders in it."""
+    folders = sorted(path.parent for path in Path(run).rglob("cfg.json"))
+    return [str(folder) for folder in folders] or [str(run).rstrip("/")]
 
 
 def work(argv):
-    """Measures what the command line asks for."""
+    """Measures what the command line asks for. Returns the exit code."""
     args = new_parser().parse_args(argv)
+    args.seed = list(dict.fromkeys(args.seed))
+    if args.html and not Path(args.html).parent.is_dir():
+        raise InputError(f"--html {args.html}: there is no folder {Path(args.html).parent}")
+    if args.html and Path(args.html).is_dir():
+        raise InputError(f"--html {args.html} is a folder, and a file is needed")
     device, dtype = sgo_sae.find_device(args.device, args.dtype)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in training
-    runs = [members(run) for run in args.runs]
-    subjects = [Subject(path, device) for path in dict.fromkeys(itertools.chain(*runs))]
+    first_run = members(args.runs[0])
+    paths = [path for run in args.runs for path in members(run)]
+    subjects = [Subject(path, device) for path in dict.fromkeys(paths)]
     name_subjects(subjects)
+    baseline = args.against
+    if args.paired and not baseline:
+        baseline = baseline_of(subjects[: len(first_run)])
+    names = list(dict.fromkeys(subject.name for subject in subjects))
+    if baseline and baseline not in names:
+        raise InputError(f"--against {baseline}: the settings are {'; '.join(names)}")
     evaluation = Evaluation(args, subjects, device, dtype)
-    families = dict.fromkeys(args.metrics)
+    families = list(dict.fromkeys(args.metrics or FAMILIES))
+    if evaluation.demo and not args.metrics:
+        families.remove("absorption")
+    if args.html:
+        families += [name for name in ("core", "competition") if name not in families]
+    evaluation.check(families)
     for family in families:
         evaluation.measure(family)
-    baseline = baseline_of(subjects[: len(runs[0])]) if args.paired else None
-    found = table(subjects, families, baseline)
+    found = paired_tables(subjects, families, baseline) if baseline else table(subjects, families)
     print(found)
+    has_figures = []
+    for subject in subjects:
+        for family in families:
+            figures = subject.records[family].figures.values()
+            has_figures.append(any(value is not None for value in figures))
+    if not any(has_figures):
+        return 2
     if args.html:
-        Path(args.html).write_text(page(evaluation, found), encoding="utf-8")
+        shown = [subject for subject in subjects if subject.records["competition"].parts]
+        if shown:
+            text = page(evaluation, shown, found)
+            write = lambda path: path.write_text(text, encoding="utf-8")
+            sgo_sae.write_whole(Path(args.html), write)
+            sgo_sae.say(f"wrote {args.html}")
+        else:
+            sgo_sae.say(f"{args.html} is not written, since competition could not be measured")
+    return 0 if all(has_figures) else 1
 
 
 if __name__ == "__main__":

@@ -2277,15 +2277,14 @@ MEMORY_ADVICE = "smaller --dict, --batch, --buffer and --lm-batch need less"
 def main(argv, work=work, program="sgo_sae.py", memory_advice=MEMORY_ADVICE):
     """Does the work and returns the exit code. What the user can mend is one line, and code 2.
 
-    eval_sae.py has its own work, name and advice.
+    eval_sae.py has its own work, which may return a code, its own name and its own advice.
     """
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     logging.disable()  # the libraries raise what they also log
     with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
         try:
             with handling_signals(interrupt):
-                work(argv)
-            return 0
+                return work(argv) or 0
         except SystemExit as end:  # of the parser, or of a run that was stopped
             return end.code
         except Interrupted as interrupted:
