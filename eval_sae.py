@@ -6,8 +6,9 @@
     python eval_sae.py RUN [RUN ...] --html FILE   and a page: which latents compete, on what text
 
 A RUN is a folder that sgo_sae.py or SAELens wrote, a folder of such folders, or a params.npz of
-Gemma Scope, on disk or on the Hub as OWNER/NAME/PATH. The exit code is 0 where all that was asked
-for has its figures, 1 where some of it has none, and 2 where nothing could be measured.
+Gemma Scope, on disk or on the Hub as OWNER/NAME/PATH. The exit code is 0 where every RUN has
+figures of every family that was asked for, 1 where one of them has none, and 2 where none has any,
+or where the call can't be carried out.
 
 The sections, in this order:
 
@@ -28,12 +29,12 @@ The sections, in this order:
 
 A call goes from the end to the beginning. `work` in main makes a Subject of each autoencoder, and
 lets an Evaluation measure one family after another. A family's method reads the model once for
-all autoencoders, and hands tensors to the functions of the first sections, which know no files.
+all autoencoders, and hands tensors to the functions of the first sections. These open no files.
 
 Shapes are named as in sgo_sae.py: B tokens or texts of a batch, L positions, R contexts, D hidden
 size, N latents. Besides, T are all tokens, texts or words of a measurement and U those of its test
 part, P words on new prompts, E the tokens of a batch that count, V the vocabulary, A the letters
-of the alphabet, and S selected latents.
+of the alphabet, S selected latents, and I the rows of a part of a square.
 """
 
 import hashlib
@@ -70,16 +71,17 @@ LONG = 600  # seconds of work ahead that are announced
 def each(work, desc, advice=""):
     """Yields the parts of the work, beside a progress bar.
 
-    Where much of it is ahead, one line says how long it takes, and the advice how to shorten it.
+    Where much of it is ahead, one line says how long that will take. The advice is how to shorten
+    it.
     """
     start = time.monotonic()
-    announced = False
+    is_judged = False
     for done, part in enumerate(sgo_sae.progress_bar(work, desc=desc, leave=False)):
-        if done and not announced:
+        if done and not is_judged:
             spent = time.monotonic() - start
-            announced = spent > LONG / 30  # then it is known how long a part takes
+            is_judged = spent > LONG / 30  # then it is known how long a part takes
             ahead = spent / done * (len(work) - done)
-            if announced and ahead > LONG:
+            if is_judged and ahead > LONG:
                 sgo_sae.say(f"\n{desc}: about {ahead / 3600:.1f} hours are ahead. {advice}")
         yield part
 
@@ -106,7 +108,8 @@ def sized(name, sizes):
     return tuple(f"{name}_{size}" for size in sizes)
 
 
-# The order is that of the table. Names are those of eval.json.
+# The order is that of the table. Names are those of eval.json. A new figure takes an entry here, and
+# the same name in what the function of its family returns.
 FIGURES = (
     Figure("core", ("explained_variance",), "↑", "share of the variance of x that x̂ has; 1 is all"),
     Figure("core", ("mse",), "↓", "squared error per element, in the model's units"),
@@ -114,7 +117,7 @@ FIGURES = (
         "core",
         ("mse_benchmark",),
         "↓",
-        "a token's squared error over the number of tokens in 16 contexts, as SAEBench has it",
+        "a token's squared error divided by the tokens of 16 contexts, as SAEBench reports it",
     ),
     Figure("core", ("cosine",), "↑", "cosine of x and x̂, mean over the tokens; 1 is the best"),
     Figure("core", ("l0",), "", "active latents of a token"),
@@ -198,6 +201,11 @@ def finite(figures):
     for name, value in figures.items():
         known[name] = value if value is not None and math.isfinite(value) else None
     return known
+
+
+def ratio(part, whole):
+    """part / whole, NaN where whole is 0: there is no such figure, and a Record says so."""
+    return part / whole if whole else math.nan
 
 
 def mean_of(dicts):
@@ -299,12 +307,9 @@ def behaviour(lm, layer, saes, ids_RL, kept_RL):
             "ce_sae": ce_sae,
             "kl_zero": kl_zero,
             "kl_sae": kl_sae,
+            "ce_score": ratio(ce_zero - ce_sae, ce_zero - ce_clean),
+            "kl_score": 1 - ratio(kl_sae, kl_zero),
         }
-        # Where zero in the place of x changes nothing, there is no score.
-        if ce_zero != ce_clean:
-            figures["ce_score"] = (ce_zero - ce_sae) / (ce_zero - ce_clean)
-        if kl_zero != 0:
-            figures["kl_score"] = 1 - kl_sae / kl_zero
         found.append(figures)
     return found
 
@@ -338,7 +343,8 @@ MAX_PAIRS = 2**22  # pairs of latents whose counts are held at once
 
 
 class Pairs(NamedTuple):
-    """Pairs of latents i < j that are active together, each pair once, as vectors."""
+    """Pairs of latents i < j that are active together. The fields are vectors with an entry for
+    each pair, or numbers of one pair."""
 
     i: torch.Tensor
     j: torch.Tensor
@@ -348,8 +354,11 @@ class Pairs(NamedTuple):
 
 
 class Activity(NamedTuple):
-    """Which latents are active on which tokens: a vector of tokens and one of their latents, both
-    in ascending order."""
+    """Which latents are active on which tokens.
+
+    tokens[e] and latents[e] are entry e: a token, and a latent that is active on it. Entries are in
+    the order of their tokens, and those of a token in the order of its latents.
+    """
 
     n_tokens: int
     fired_N: torch.Tensor  # |M_i|
@@ -397,14 +406,14 @@ def compared_pairs(activity):
     latents = number_N[activity.latents]
     tokens = activity.tokens[latents >= 0]
     latents = latents[latents >= 0]
-    # An entry is a latent's being active on a token. The latents of a token are in ascending
-    # order, so that those that follow an entry until its token's end are its pairs i < j.
+    # An entry forms a pair i < j with each entry of its token that follows it. Token t has its
+    # entries before end_T[t], and latent i has its own before end_S[i] of entry_by_latent.
     end_T = torch.bincount(tokens, minlength=activity.n_tokens).cumsum(0)
     entry_by_latent = latents.argsort(stable=True)
-    last_S = fired_S.cumsum(0)
+    end_S = fired_S.cumsum(0)
     for rows_I in torch.arange(S, device=numbers.device).split(max(1, MAX_PAIRS // S)):
         first = int(rows_I[0])
-        entries = entry_by_latent[int(last_S[first] - fired_S[first]) : int(last_S[rows_I[-1]])]
+        entries = entry_by_latent[int(end_S[first] - fired_S[first]) : int(end_S[rows_I[-1]])]
         n_follow = end_T[tokens[entries]] - entries - 1
         shared = torch.zeros(len(rows_I) * S, dtype=torch.long, device=numbers.device)
         part_of = n_follow.cumsum(0) // MAX_COUNTED
@@ -412,7 +421,7 @@ def compared_pairs(activity):
             own = entries[part_of == part]
             n = n_follow[part_of == part]
             row = (latents[own] - first).repeat_interleave(n)
-            # The places of those that follow: own + 1, own + 2, ..., for each entry.
+            # Entry 5 with 2 that follow and entry 9 with 3 give 6, 7, 10, 11, 12.
             start = own + 1 - (n.cumsum(0) - n)
             follow = start.repeat_interleave(n) + torch.arange(len(row), device=row.device)
             shared += torch.bincount(row * S + latents[follow], minlength=len(shared))
@@ -434,21 +443,20 @@ def competition(sae, x_TD):
     for pairs in compared_pairs(activity):
         n_over += (pairs.w - pairs.chance > OVER_CHANCE).sum().item()
     n_compared = len(activity.compared)
-    figures = {
+    return {
         "pairs_over_chance": n_over,
+        "share_over_chance": ratio(n_over, math.comb(n_compared, 2)),
         "compared": n_compared,
         "rare": (activity.fired_N < RARE).double().mean().item(),
+        "mean_max_cos": nearest_cosine(sae.W_dec).mean().item(),
     }
-    if n_compared > 1:
-        figures["share_over_chance"] = n_over / math.comb(n_compared, 2)
-    if len(sae.W_dec) > 1:
-        figures["mean_max_cos"] = nearest_cosine(sae.W_dec).mean().item()
-    return figures
 
 
 @torch.no_grad()
 def nearest_cosine(W_dec_ND):
-    """The largest |cosine| of each decoder row with another (N,)."""
+    """The largest |cosine| of each decoder row with another (N,); NaN where there is no other."""
+    if len(W_dec_ND) == 1:
+        return torch.tensor([math.nan])
     W_ND = F.normalize(W_dec_ND, dim=1)
     nearest = []
     for rows_I in torch.arange(len(W_ND), device=W_ND.device).split(1024):
@@ -495,7 +503,7 @@ def logistic_regression(x_TS, y_T, weight_T=None):
         loss.backward()
         return loss
 
-    lbfgs.step(objective)
+    lbfgs.step(objective)  # within it, gradients are enabled
     return Probe(w_S.detach(), b.detach())
 
 
@@ -538,15 +546,18 @@ def accuracy(x_TD, y_T, probe):
 
 
 class ClassSplit(NamedTuple):
-    """The rows of texts by which a class is to be told from the others, and which are of it."""
+    """A class that a probe is to tell from the others."""
 
-    train: torch.Tensor
-    test: torch.Tensor
-    is_class_T: torch.Tensor
+    train: torch.Tensor  # rows of the texts to train on
+    test: torch.Tensor  # rows of those to test on
+    is_class_T: torch.Tensor  # whether a text is of the class
 
 
 def class_and_others(label_T, label, generator):
-    """Rows of the texts of a label, and of as many random others, the same number of each label."""
+    """Rows of the texts of a label, and of as many random others.
+
+    The others are of all other labels, as evenly as their number allows.
+    """
     order_T = torch.randperm(len(label_T), generator=generator).to(label_T.device)
     rows_of = {}
     for other in label_T.unique().tolist():
@@ -745,10 +756,11 @@ LATENT_PROBE = {"batch": 4096, "l2": 1e-6, "l1": 0.01}
 
 
 class Words(NamedTuple):
-    """Activations at words whose first letter a prompt asks for, and the probe of the letters.
+    """Words, and the probe of their first letters, 0 to 25.
 
-    Letters are 0 to 25. The first `n_train` words are to train on. Of the others, those that the
-    probe recognises are on new prompts, and these are scored.
+    A prompt asks for a word's first letter, and x is the activation at the word. The first
+    `n_train` words are to train on. The new x are those of the other words that the probe
+    recognises, on new prompts. They are scored.
     """
 
     x_TD: torch.Tensor
@@ -828,7 +840,8 @@ def letter_split(f_TS, y_T, n_train):
 def absorbed_share(f_PN, x_PD, W_dec_ND, direction_D, split_S):
     """The absorption fraction of each word (P,), and whether it is fully absorbed (P,).
 
-    Given are the letter's probe direction and the latents of its split.
+    Given are the letter's probe direction and the latents of its split. As in SAEBench, what a
+    latent carries is its activation times a cosine, which takes decoder rows of unit length.
     """
     direction_D = F.normalize(direction_D, dim=0)
     cosine_N = F.normalize(W_dec_ND, dim=1) @ direction_D
@@ -877,7 +890,7 @@ def absorption(sae, words, seed=0):
     weight_AN, _ = letter_probe(
         x_BD, letter_T[:n_train], **LATENT_PROBE, encode=sae.encode, seed=seed
     )
-    # SAEBench takes the largest weights, and not the largest in size: latents that speak for it.
+    # SAEBench takes the largest weights, not the largest absolute ones: latents that say yes.
     candidates_AS = weight_AN.topk(min(CANDIDATES, weight_AN.shape[1]), dim=1).indices
     parts = [sae.encode(x_BD)[:, candidates_AS] for x_BD in words.x_TD.split(4096)]
     f_TAS = torch.cat(parts)
@@ -950,7 +963,7 @@ def numbered(chosen):
 def probing_sample(name, frame, train, test, seed):
     """A Sample of `train` and `test` random texts of each label, as many of each attribute.
 
-    Where one label has fewer, each has as many as that.
+    Where one label, with one attribute, has fewer texts than that, each has as many as it.
     """
     sizes = cell_sizes(name, frame)
     n_attributes = frame["attribute"].nunique()
@@ -967,9 +980,9 @@ def probing_sample(name, frame, train, test, seed):
 def scr_sample(name, frame, train, test, seed):
     """A Sample of the first texts of each combination of the first two labels and attributes.
 
-    Where label and attribute are both the first, or both the second, these are `train` and `test`
-    texts, which are also the biased set; else half as many. They are the first ones whatever the
-    seed, as in SAEBench: it is that of the probes.
+    `train` and `test` are the numbers of texts where label and attribute are both the first, or
+    both the second. The biased set takes all of these. Of the two other combinations, half as many
+    are taken. As in SAEBench, the texts are the same whatever the seed, which is for the probes.
     """
     for column in ("label", "attribute"):
         values = sorted(frame[column].unique())
@@ -979,8 +992,8 @@ def scr_sample(name, frame, train, test, seed):
     cell_sizes(name, frame)
     is_second_label = frame["label"] == frame["label"].max()
     is_second_attribute = frame["attribute"] == frame["attribute"].max()
-    both = numpy.where(frame["is_test"], test, train)
-    wanted = numpy.where(is_second_label == is_second_attribute, both, both // 2)
+    if_equal = numpy.where(frame["is_test"], test, train)
+    wanted = numpy.where(is_second_label == is_second_attribute, if_equal, if_equal // 2)
     nth = frame.groupby(["is_test", "label", "attribute"]).cumcount()
     return Sample(name, seed, numbered(frame[nth < wanted]))
 
@@ -1023,7 +1036,7 @@ def file_frame(path):
         for kind in kinds - {str, int, float, bool, type(None)}:
             raise InputError(f"{path}: its column {column} has values of the kind {kind.__name__}")
         if str in kinds and len(kinds) > 1:
-            frame[column] = frame[column].astype(str)
+            frame[column] = frame[column].map(str, na_action="ignore")
     frame["is_test"] = frame["text"].map(lambda text: held_out(text, 5))
     return frame
 
@@ -1035,7 +1048,7 @@ SENTIMENT = ("canrager/amazon_reviews_mcauley_1and5", "text", "rating", None)
 NEWS = ("fancyzhx/ag_news", "text", "label", None)
 EUROPARL = ("Helsinki-NLP/europarl", "translation", None, None)
 LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
-# With the numbers of the classes, of SAEBench's dataset_info.py.
+# The numbers of the classes are those of SAEBench's dataset_info.py.
 PROBING = {
     "bias_in_bios 1": (BIOS, [0, 1, 2, 6, 9]),
     "bias_in_bios 2": (BIOS, [11, 13, 14, 18, 19]),
@@ -1046,8 +1059,8 @@ PROBING = {
     "europarl": (EUROPARL, [*LANGUAGES]),
 }
 LEFT_OUT = "github-code is left out, since `datasets` does not load it any more"
-# With the numbers of the first and of the second class, in whose order they are paired with the
-# attributes: what SAEBench has the biased probe learn.
+# The order of the two classes is SAEBench's. The first of them goes with the first attribute in
+# the biased set, the second with the second.
 SPURIOUS = {
     "professor, nurse": (BIOS, [21, 13]),
     "architect, journalist": (BIOS, [1, 11]),
@@ -1169,21 +1182,24 @@ class LanguageModel:
     def pieces(self, ids):
         """Pairs of a text and the number of tokens that it takes, which give the ids' whole text.
 
-        A character that several tokens share is one piece. A tokenizer that marks the beginning of
-        words, and drops that of the first one, has its spaces.
+        A character that several tokens share is one piece. Pieces are what the text gains with
+        each token, since some tokenizers, Llama's for one, drop the space before a token that is
+        decoded alone.
         """
         decode = partial(
             self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         found = []
         before = ""
-        waiting = 0  # tokens whose text is not yet known
+        waiting = 0  # tokens that are no whole character yet
         for n in range(1, len(ids) + 1):
             waiting += 1
             text = decode(ids[:n])
             if text.endswith("\ufffd") and n < len(ids):
                 continue
-            new = text[len(before) :] if text.startswith(before) else decode(ids[n - waiting : n])
+            new = text.removeprefix(before)
+            if new == text and before:  # the token changed the text before it
+                new = decode(ids[n - waiting : n])
             found.append((new, waiting))
             before = text
             waiting = 0
@@ -1208,11 +1224,11 @@ class LanguageModel:
 
 @torch.no_grad()
 def mean_latents(model, saes, texts, desc, length=128):
-    """Means over each text's tokens that count: of its activations (T, D), and a list of each
-    SAE's latents (T, N).
+    """Mean activations of texts (T, D), and a list of the mean latents (T, N) of each SAE, on the
+    CPU.
 
-    A text is its first `length` tokens, BOS among them. Of a text without a token that counts, the
-    means are 0. They are on the CPU.
+    A mean is over a text's tokens that count, among its first `length` ones, BOS included. It is 0
+    where there is none.
     """
     ids = model.tokenizer(texts, add_special_tokens=False).input_ids
     ids = [model.bos_ids + i[: length - len(model.bos_ids)] for i in ids]
@@ -1247,7 +1263,7 @@ def spelled_activations(model, words, vocabulary, rng, desc):
 
     A prompt is ten lines such as "\\n house has the first letter: H", and "\\n tree": it ends with
     the word, since what follows changes nothing there in a causal model. SAEBench's goes on to the
-    colon, and reads six tokens before its end. A prompt is put together from token ids, so that a
+    colon, and reads the sixth token from its end. A prompt is put together from token ids, so that a
     word is one token.
     """
     newline = model.ids_after("a", "\n")
@@ -1295,7 +1311,7 @@ def open_sae(path, device):
         cfg = json.loads((place / "cfg.json").read_text(encoding="utf-8"))
     # SAELens 6 has what is not about the architecture in `metadata`.
     metadata = cfg.pop("metadata", None) or {}
-    known = {"model_from_pretrained_kwargs": {}, **metadata, **cfg}  # SAEBench asks for the first
+    known = {"model_from_pretrained_kwargs": {}, **metadata, **cfg}  # SAEBench reads that key
     for name, value in (known["model_from_pretrained_kwargs"] or {}).items():
         if name in CHANGES_ACTIVATIONS and value:
             raise InputError(f"{path} is for activations that TransformerLens changed, by {name}")
@@ -1323,7 +1339,8 @@ def open_gemma_scope(file):
         N, D = weights["W_dec"].shape
         sae = sgo_sae.ThresholdSAE(D, N, N)
         weights["theta"] = weights.pop("threshold")
-        weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]  # it does not subtract b_dec
+        # Gemma Scope does not subtract b_dec from x, and our encode() does.
+        weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]
         sae.load_state_dict(weights)
     layer = re.search(r"layer_(\d+)", str(file))
     return sae, {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
@@ -1391,18 +1408,18 @@ def record_of(parts, sample, notes, is_whole, settings):
     return Record(figures, parts, sample, notes, is_whole, settings)
 
 
-# Settings of training that name no column of the table, since they change nothing that is learned,
-# or only the order of the data, which the seed of a run may change along with the weights.
+# Settings of training that name no column of the table. Runs that differ in them are the same
+# setting: they are trained on other devices or in other passes, or with another seed.
 NOT_NAMED = ("seed", "data_seed", "lm_batch", "out", "log_every", "save_every", "resume", "device")
 
 
-def digest(path):
+def digest_of(path):
     """What tells a file, or the files of a folder, from others under the same name."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     total = hashlib.sha256()
     for file in files:
-        total.update(file.name.encode())
+        total.update(str(file.relative_to(path)).encode())
         with file.open("rb") as stream:
             while block := stream.read(2**24):
                 total.update(block)
@@ -1427,6 +1444,7 @@ class Subject:
         self.records = {}
         folder = Path(path)
         self.file = folder / "eval.json" if folder.is_dir() else folder.with_suffix(".eval.json")
+        self.stored()  # what can't be read is said now, and not after hours
 
     def text(self):
         """The dataset that it was trained on, its subset and its column, or None."""
@@ -1458,8 +1476,10 @@ class Subject:
         path = Path(self.path)
         if not path.exists():
             return ""
-        weights = path / "sae_weights.safetensors"
-        return digest(weights if weights.exists() else path)
+        if path.is_file():
+            return digest_of(path)
+        ours = path / "sae_weights.safetensors"
+        return digest_of(ours if ours.exists() else path / "params.npz")
 
     def stored(self):
         """What eval.json has: a dict of families, each with the fields of a Record."""
@@ -1482,26 +1502,28 @@ class Subject:
     def keep(self, family, record):
         """Takes a Record, and puts it into eval.json, where the RUN is on this disk.
 
-        A failure is not put there, nor what lacks a part where the file has it whole. Of two
-        evaluations at once each keeps its families, and a kill leaves the file that was there.
+        A failure is not put there, nor what lacks a part where the file has it whole. Two
+        evaluations at once keep each other's families, and a kill leaves the file that was there.
         """
         import filelock
 
         self.records[family] = record
         if not Path(self.path).exists() or not record.parts:
             return
-        lock = self.file.with_name(f"{self.file.name}.lock")
-        with filelock.FileLock(lock):
+        # The lock's file stays: two processes could take it at once if it were removed.
+        with filelock.FileLock(self.file.with_name(".eval.lock")):
             content = self.stored()
             if record.is_whole or not self.stored_record(family, record.settings):
                 content[family] = record._asdict()
                 text = json.dumps(content, indent=2, allow_nan=False)
                 sgo_sae.write_whole(self.file, lambda path: path.write_text(text))
-        lock.unlink(missing_ok=True)
 
 
 def agreed(subjects, value_of, what, flag):
-    """The value that all of those have that have one, or None; InputError if there are several."""
+    """The one value that the subjects have, or None where none has any.
+
+    InputError where they have several. Those without a value do not count.
+    """
     path_of = {}
     for subject in subjects:
         value = value_of(subject)
@@ -1514,6 +1536,7 @@ def agreed(subjects, value_of, what, flag):
 
 
 # --------------------------------------------------------------------------------------- evaluation
+FEWEST_WORDS = 100  # of absorption, of which a fifth is to test on; ours
 TEXT_FAMILIES = ("core", "behaviour", "competition")
 TASK_FAMILIES = ("probe", "scr")
 
@@ -1588,8 +1611,7 @@ class Evaluation:
                     if Path(config.dataset).exists():
                         sgo_sae.load_texts(config)
                 if family in TASK_FAMILIES and self.args.probe:
-                    for _ in self.samples(family):
-                        pass
+                    list(self.samples(family))  # it raises and notes what is wrong with the files
             except InputError as error:
                 self.failures[family] = str(error)
                 sgo_sae.say(f"{family} can't be measured: {error}")
@@ -1606,10 +1628,10 @@ class Evaluation:
             for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
                 settings[name] = getattr(config, name)
             settings["contexts"] = args.contexts
-            settings["text"] = digest(config.dataset) if Path(config.dataset).exists() else ""
+            settings["text"] = digest_of(config.dataset) if Path(config.dataset).exists() else ""
         elif family in TASK_FAMILIES:
             settings.update(train=args.train, test=args.test, seed=args.seed)
-            settings["probe"] = {path: digest(path) for path in args.probe or ()}
+            settings["probe"] = {path: digest_of(path) for path in args.probe or ()}
         else:
             settings.update(words=args.words, seed=args.seed)
         return settings
@@ -1632,6 +1654,7 @@ class Evaluation:
             return
         settings_of = {}  # of the subjects that are to be measured
         for subject in self.subjects:
+            # As they will come back from eval.json, where a tuple is a list.
             settings = json.loads(json.dumps(self.settings_of(family, subject)))
             stored = subject.stored_record(family, settings) if self.args.resume else None
             if stored:
@@ -1655,6 +1678,10 @@ class Evaluation:
 
     @cached_property
     def model(self):
+        """The language model, which is loaded at its first use: by `measure`, and not by `check`.
+
+        InputError where it can't be loaded, so that nothing can be measured.
+        """
         sizes = [subject.cfg.get("context_size") or 0 for subject in self.subjects]
         longest = self.args.ctx or max(sizes) or sgo_sae.Config.ctx
         return LanguageModel(self.name, self.layer, self.device, self.dtype, longest)
@@ -1674,8 +1701,8 @@ class Evaluation:
             config.dataset = args.text
             config.text_column = args.text_column
             return config
-        if self.demo:
-            config.dataset = f"{self.name}/heldout.jsonl"  # which demo_files made
+        if self.demo:  # whose model is a folder, in which demo_files put the text, too
+            config.dataset = f"{self.name}/heldout.jsonl"
             return config
         config.split = "validation"
         text = agreed(self.subjects, Subject.text, "their text", "--text")
@@ -1834,7 +1861,7 @@ class Evaluation:
 
     def measure_absorption(self, subjects):
         if not self.model.is_causal:
-            raise InputError("the model is not causal, and absorption reads words before their end")
+            raise InputError("the model is not causal, and the prompts of absorption end too early")
         found = [[] for _ in subjects]
         reasons = []
         for seed in self.args.seed:
@@ -1860,14 +1887,7 @@ class Evaluation:
         rng.shuffle(vocabulary)
         words = vocabulary[: self.args.words]
         if len(words) < FEWEST_WORDS:
-            raise InputError(
-                f"{FEWEST_WORDS} words are needed, and "
-                + (
-                    f"--words is {len(words)}"
-                    if self.args.words == len(words)
-                    else f"the tokenizer has {len(words)}"
-                )
-            )
+            raise InputError(f"{FEWEST_WORDS} words are needed, the tokenizer has {len(words)}")
         self.sample = {"words": len(words)}
         n_train = len(words) * 4 // 5
         x_TD = spelled_activations(model, words, vocabulary, rng, "words")
@@ -1890,9 +1910,6 @@ class Evaluation:
         again = [word for word, kept in zip(words[n_train:], recognised_U.tolist()) if kept]
         new_x_PD = spelled_activations(model, again, vocabulary, rng, "new prompts")
         return Words(x_TD, letter_T, n_train, new_x_PD, letter_U[recognised_U], weight_AD)
-
-
-FEWEST_WORDS = 100  # of which a fifth is to test on; ours
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -1935,18 +1952,21 @@ def baseline_of(subjects):
 
 def measured(subjects, families):
     """A frame of all figures: family, figure, setting, seed, sample (the seed of the evaluation)
-    and value, the mean over tasks. Figures that are None are left out."""
+    and value, the mean over tasks. It is NaN where a task has none."""
     rows = []
     for subject in subjects:
         for family in families:
             for part in subject.records[family].parts:
                 for name, value in part["figures"].items():
-                    if value is not None:
-                        column = (subject.name, subject.seed)
-                        rows.append((family, name, *column, part["seed"], part["task"], value))
+                    rows.append((family, name, subject.name, subject.seed, part["seed"], value))
     keys = ["family", "figure", "setting", "seed", "sample"]
-    frame = pandas.DataFrame(rows, columns=[*keys, "task", "value"])
-    return frame.groupby(keys, as_index=False, sort=False)["value"].mean()
+    frame = pandas.DataFrame(rows, columns=[*keys, "value"]).astype({"value": float})
+    return frame.groupby(keys, as_index=False, sort=False)["value"].agg(whole_mean)
+
+
+def whole_mean(values):
+    """The mean, NaN where one of the values is."""
+    return values.mean(skipna=False)
 
 
 def title_of(kind, name):
@@ -1977,7 +1997,7 @@ def table(subjects, families, baseline=None):
     legend = []
     for kind in FIGURES:
         own = frame[frame["family"] == kind.family]
-        shown = [name for name in kind.names if (own["figure"] == name).any()]
+        shown = [name for name in kind.names if name in set(own["figure"])]
         for name in shown:
             rows = own[own["figure"] == name]
             if baseline:
@@ -2038,7 +2058,7 @@ def mean_cells(rows, settings, seeds):
     """
     cells = []
     for setting in settings:
-        own = rows[rows["setting"] == setting].groupby("seed")["value"].mean()
+        own = rows[rows["setting"] == setting].groupby("seed")["value"].agg(whole_mean).dropna()
         if own.empty:
             cells.append("")
             continue
@@ -2069,21 +2089,21 @@ class Spread(NamedTuple):
         return student_t(self.freedom) * math.sqrt(2 * self.variance / n)
 
 
-def spread_of(values):
-    """The Spread of a frame of seeds, or samples, by settings, of which some may be missing.
+def spread_of(rows, block):
+    """The Spread of the values of `rows`, of which each setting may have one in each block.
 
-    It is the variance of the residuals of value = setting + seed, by least squares over all
-    settings: randomised blocks. With three seeds, the variance of one setting alone would be luck.
+    Blocks are seeds, or samples. The variance is that of the residuals of value = setting + block,
+    by least squares over all settings: randomised blocks. With three seeds, the variance of one
+    setting alone would be luck.
     """
-    long = values.stack().dropna()
-    if long.empty:
-        return Spread(0.0, 0)
-    design = pandas.get_dummies(long.index.to_frame(), columns=[0, 1], dtype=float).to_numpy()
-    y = long.to_numpy()
+    means = rows.groupby(["setting", block], as_index=False)["value"].mean()
+    y = means["value"].to_numpy()
+    design = pandas.get_dummies(means[["setting", block]].astype(str), dtype=float).to_numpy()
     solution, _, rank, _ = numpy.linalg.lstsq(design, y)
     freedom = len(y) - int(rank)
-    residual = (y - design @ solution).round(12)
-    return Spread((residual**2).sum() / freedom if freedom else 0.0, freedom)
+    residual = y - design @ solution
+    residual[abs(residual) < 1e-12 * abs(y).max()] = 0  # equal values leave rounding errors
+    return Spread(ratio((residual**2).sum(), freedom), freedom)
 
 
 def paired_cells(rows, settings, sign, notes):
@@ -2091,24 +2111,22 @@ def paired_cells(rows, settings, sign, notes):
 
     `rows` are of `measured`, the baseline the first of the settings. A difference is the mean over
     the seeds that both have. Where these are fewer than elsewhere, its cell has a ± of its own. A
-    setting without the figure has no cell, and one that shares no seed a note.
+    setting without the figure has an empty cell, and one that shares no seed has a note, too.
     """
-    # Of the samples, those count that every run has that has any.
-    samples_of_runs = [set(own["sample"]) for _, own in rows.groupby(["setting", "seed"])]
-    common = set.intersection(*samples_of_runs)
     title = f"{rows['family'].iloc[0]}: {rows['figure'].iloc[0].replace('_', ' ')}"
+    rows = rows.dropna()
+    # A sample counts where every run has it that has any.
+    samples_of_runs = [set(own["sample"]) for _, own in rows.groupby(["setting", "seed"])]
+    common = set.intersection(*samples_of_runs) if samples_of_runs else set()
     if not common:
         notes.append(f"{title}: the runs have no sample in common, and no difference")
         return [""] * (len(settings) + 1)
     if len(common) < rows["sample"].nunique():
         notes.append(f"{title}: of {rows['sample'].nunique()} samples, {len(common)} count")
     rows = rows[rows["sample"].isin(common)]
+    over_seeds = spread_of(rows, "seed")
+    over_samples = spread_of(rows, "sample")
     by_seed = rows.pivot_table(index="seed", columns="setting", values="value")
-    by_sample = rows.pivot_table(index="sample", columns="setting", values="value")
-    by_seed.index.name = by_seed.columns.name = None
-    by_sample.index.name = by_sample.columns.name = None
-    over_seeds = spread_of(by_seed)
-    over_samples = spread_of(by_sample)
 
     baseline, *others = settings
     if baseline not in by_seed:
@@ -2151,7 +2169,8 @@ def paired_cells(rows, settings, sign, notes):
 def student_t(freedom):
     """The quantile of Student's t that a two-sided interval takes."""
 
-    def excess(t):  # of P(|T| > t), a regularised incomplete beta function, over what is left
+    def excess(t):
+        """P(|T| > t), a regularised incomplete beta function, less what the interval leaves out."""
         x = freedom / (freedom + t**2)
         return mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True) - (1 - CONFIDENCE)
 
@@ -2161,10 +2180,10 @@ def student_t(freedom):
 def paired_tables(subjects, families, baseline):
     """A table of differences for each length of training.
 
-    Settings that were trained longer are not compared with the baseline, nor do they count in ±:
-    what a seed changes early on says nothing of later. Each length has the baseline's part taken
-    by its own unpenalised topk, or its first. What names no length stands with the baseline, and
-    all stand together where that names none.
+    Settings that were trained for longer are not compared with the baseline, and do not enter its
+    ±, since seeds may matter more early on. Another length has a baseline of its own: its first
+    unpenalised topk, or its first setting. A setting that names no length stands in the baseline's
+    table. Where the baseline names none, all settings do.
     """
     named = next(subject for subject in subjects if subject.name == baseline)
     length = named.settings.get("tokens")
@@ -2180,8 +2199,12 @@ def paired_tables(subjects, families, baseline):
         parts.append(table(group, families, own))
     most = max(Counter(subject.name for subject in subjects).values())
     n_samples = measured(subjects, families)["sample"].nunique()
-    if most == 1 and n_samples < 2:
-        parts.append("With one seed a setting there is no ±: train several, --seed 0 1 2.")
+    if most == 1:
+        advice = "train several, --seed 0 1 2."
+        if n_samples > 1:
+            parts.append(f"With one seed a setting, ± is over samples alone: {advice}")
+        else:
+            parts.append(f"With one seed a setting there is no ±: {advice}")
     return "\n\n".join(parts)
 
 
@@ -2388,19 +2411,18 @@ def chart(lines, caption, x_name, y_name):
 
 
 def closest_pairs(activity, count=N_PAIRS):
-    """The Pairs that share most tokens beyond chance, best first, and a histogram (20,) of how far
-    pairs are over chance, from 0 to 1."""
+    """The pairs that share most tokens beyond chance, each as Pairs of numbers, best first; and a
+    histogram (20,) of how far all pairs are over chance, from 0 to 1."""
     histogram_20 = torch.zeros(20)
-    best = []  # (score, the pair's fields)
+    best = []
     for pairs in compared_pairs(activity):
         over = pairs.w - pairs.chance
         histogram_20 += torch.histc(over[over > 0], 20, 0, 1).cpu()
         score = over * pairs.shared
-        top = score.topk(min(count, len(score)))
-        fields = zip(*(values[top.indices].tolist() for values in pairs))
-        best += zip(top.values.tolist(), fields)
-    best.sort(key=lambda scored: -scored[0])
-    return [Pairs(*fields) for score, fields in best[:count] if score > 0], histogram_20
+        for n in score.topk(min(count, len(score))).indices.tolist():
+            best.append(Pairs(*(values[n].item() for values in pairs)))
+    best.sort(key=lambda pair: (pair.chance - pair.w) * pair.shared)
+    return [pair for pair in best[:count] if pair.w > pair.chance], histogram_20
 
 
 class Piece(NamedTuple):
@@ -2503,7 +2525,8 @@ def blocks_of(found):
         cells = []
         if part.startswith("|"):
             for text in lines[:1] + lines[2:]:
-                cells.append([cell.strip() for cell in re.split(r"(?<!\\)\|", text)[1:-1]])
+                row = re.split(r"(?<!\\)\|", text)[1:-1]
+                cells.append([cell.strip().replace("\\|", "|") for cell in row])
         blocks.append({"cells": cells, "lines": lines})
     return blocks
 

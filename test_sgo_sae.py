@@ -3437,7 +3437,7 @@ def test_dictionaries_of_few_latents_are_measured(N):
     """What they can't have is absent, and no figure."""
     sae = SAE(16, N, 1)
     x_TD = torch.randn(500, 16)
-    assert ("mean_max_cos" in eval_sae.competition(sae, x_TD)) == (N > 1)
+    assert math.isnan(eval_sae.competition(sae, x_TD)["mean_max_cos"]) == (N == 1)
     assert eval_sae.reconstruction(sae, x_TD)["l0"] <= 1
     words = planted_words(sae)
     assert 0 <= eval_sae.absorption(sae, words)["absorption"] <= 1
@@ -4318,7 +4318,8 @@ def test_two_evaluations_of_a_folder_keep_each_others_families(run, tmp_path):
         "scr": {"scr_2": 0.1},
     }
     names = {file.name for file in (tmp_path / "sae").iterdir()}
-    assert names == {"cfg.json", "sae_weights.safetensors", "metrics.jsonl", "eval.json"}
+    files = {"cfg.json", "sae_weights.safetensors", "metrics.jsonl", "eval.json", ".eval.lock"}
+    assert names == files
 
 
 def test_a_failure_takes_the_place_of_no_measurement(run, tmp_path):
@@ -4378,7 +4379,7 @@ def test_what_is_no_eval_json_is_refused_or_measured_again(run, tmp_path):
     for content in ("[1, 2]", '{"core": '):
         subject.file.write_text(content)
         with pytest.raises(InputError, match="eval.json"):
-            subject.stored()
+            eval_sae.Subject(str(tmp_path / "sae"), CPU)  # before anything is measured
 
 
 def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
@@ -4423,6 +4424,21 @@ def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
     save_file(weights, folder / "sae_weights.safetensors")
     assert again() == ["core", "probe"]
     assert again() == []
+
+
+def test_a_file_of_gemma_scope_is_known_by_its_content_alone(tmp_path):
+    """Also where its folder is named, in which eval.json stands."""
+    gemma_scope(tmp_path / "layer_1")
+    for path in (tmp_path / "layer_1", tmp_path / "layer_1" / "params.npz"):
+        first = eval_sae.Subject(str(path), CPU)
+        first.keep("core", record({"mse": 1.0}))
+        again = eval_sae.Subject(str(path), CPU)
+        assert again.digest == first.digest
+        assert again.stored()["core"]["figures"] == {"mse": 1.0}
+    digest = first.digest
+    shutil.rmtree(tmp_path / "layer_1")
+    gemma_scope(tmp_path / "layer_1", seed=1)
+    assert eval_sae.Subject(str(path), CPU).digest != digest
 
 
 def test_the_runs_of_a_folder_are_its_own_and_those_within(run, tmp_path):
@@ -4651,6 +4667,9 @@ def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, cap
     assert "- probe: latents 1, 2, 5, 20 ↑: accuracy of a probe on the latents" in first
     assert any(line.startswith("absorption: not measured, ") for line in lines)
     content = json.loads((run / "s0" / "eval.json").read_text())
+    for family, found in content.items():
+        kinds = [kind.names for kind in eval_sae.FIGURES if kind.family == family]
+        assert set(found["figures"]) <= {name for names in kinds for name in names}
     assert content["core"]["figures"]["l0"] == pytest.approx(4, abs=0.2)
     assert content["core"]["settings"]["contexts"] == 40
     assert content["probe"]["sample"]["words"] == {"train": 400, "test": 200}
@@ -5034,9 +5053,12 @@ def test_samples_enter_the_interval():
     over_samples = half(values_RSA.mean(1), 12.7062)
     row = cells_of(subjects, ("absorption",), baseline="alpha 0")[2]
     assert float(row[-1]) == pytest.approx(math.hypot(over_seeds, over_samples), rel=0.05)
-    # With one seed, the samples alone give an interval.
+    # With one seed, the samples alone give an interval, and it is said.
     first = [subject for subject in subjects if subject.seed == 0]
-    row = cells_of(first, ("absorption",), baseline="alpha 0")[2]
+    eval_sae.name_subjects(first)
+    found = eval_sae.paired_tables(first, ("absorption",), "alpha 0")
+    assert "With one seed a setting, ± is over samples alone" in found
+    row = cells_in(found)[2]
     assert float(row[-1]) == pytest.approx(half(values_RSA[:, 0], 12.7062), rel=0.05)
     # A sample that one run lacks does not count in any.
     parts = subjects[0].records["absorption"].parts
