@@ -191,7 +191,7 @@ FIGURES = (
     ),
     Figure("absorption", ("full",), "↓", "share of words on which one other latent carries it"),
     Figure("absorption", ("split_latents",), "", "latents that share a letter"),
-    Figure("absorption", ("letters",), "", "letters that the model spells, of 26"),
+    Figure("absorption", ("letters",), "", "letters that are scored, of 26; mean over samples"),
 )
 
 
@@ -696,7 +696,7 @@ def scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND):
     x are mean activations and f mean latents of texts. SAEBench has two directions: latents of the
     attribute are ablated so that the biased probe tells the label, or latents of the label so that
     it tells the attribute. The scores are those of the direction in which the biased probe is less
-    accurate before.
+    accurate before. Where it is as accurate in both, SAEBench has no score, and we take the first.
     """
     x_UD = x_TD[sets.clean_test]
     f_UN = f_TN[sets.clean_test]
@@ -1700,6 +1700,7 @@ class Evaluation:
         if args.text:
             config.dataset = args.text
             config.text_column = args.text_column
+            config.split = args.split
             return config
         if self.demo:  # whose model is a folder, in which demo_files put the text, too
             config.dataset = f"{self.name}/heldout.jsonl"
@@ -2070,8 +2071,12 @@ def mean_cells(rows, settings, seeds):
 
 
 def mean_cell(mean, deviation):
-    """A mean ± its deviation over seeds; with none, the mean with four significant digits."""
-    digits = decimals(deviation or mean / 100)
+    """A mean ± its deviation over seeds; with none, the mean with four significant digits.
+
+    A count of ten or more has no decimals.
+    """
+    is_count = mean == round(mean) and abs(mean) >= 10
+    digits = 0 if is_count and not deviation else decimals(deviation or mean / 100)
     text = f"{mean:,.{digits}f}"
     return f"{text} ± {deviation:,.{digits}f}" if deviation else text
 
@@ -2608,6 +2613,7 @@ def new_parser():
     add("--layer", type=at_least(0), help="layer, where a RUN does not name it")
     add("--text", help="held-out text: a file, or a dataset (default: the split `validation`)")
     add("--text-column", default="text", help="its column that holds the text")
+    add("--split", default="train", help="its split, where it has several")
     add("--contexts", type=at_least(1), default=512, help="contexts of text")
     add("--ctx", type=at_least(2), help="tokens in a context (default: as in training)")
     add("--probe", nargs="+", help="files with the columns text, label and, for SCR, attribute")

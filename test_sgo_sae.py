@@ -2125,7 +2125,7 @@ def test_run_is_complete_and_repeatable(train_argv, tmp_path, capsys):
     assert rows[0]["penalty_share"] == pytest.approx(weighed / rows[0]["reconstruction"])
     metadata = json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]
     assert metadata["settings"]["k"] == 4
-    assert metadata["torch_version"].startswith("2.13.0")
+    assert metadata["torch_version"] == torch.__version__
 
 
 @pytest.mark.parametrize(
@@ -3388,7 +3388,7 @@ def test_competition_is_that_of_its_definition(monkeypatch, at_once):
     f_TN = independent_latents(3000, 90)
     moderate = ((f_TN.sum(0) > 100) & (f_TN.sum(0) < 250)).nonzero()[:3, 0]
     f_TN[:, moderate[1]] = f_TN[:, moderate[0]] * (torch.rand(3000) < 0.8)
-    f_TN[:, moderate[2]] = f_TN[:, moderate[0]] * (torch.rand(3000) < 0.55)
+    f_TN[:, moderate[2]] = f_TN[:, moderate[0]] * (torch.rand(3000) < 0.63)
     for n, size in enumerate((19, 20, 300, 301)):
         f_TN[:, 80 + n] = 0
         f_TN[torch.randperm(3000)[:size], 80 + n] = 1
@@ -3399,6 +3399,9 @@ def test_competition_is_that_of_its_definition(monkeypatch, at_once):
         smaller, larger = sorted([len(one), len(other)])
         n_over += len(one & other) / smaller - larger / 3000 > 0.5
     n_pairs = len(compared) * (len(compared) - 1) / 2
+    first, third = M[moderate[0]], M[moderate[2]]
+    excess = len(first & third) / len(third) - len(first) / 3000
+    assert excess > 0.6  # this one and that of the second are over 0.5
     figures = competition_of(f_TN)
     assert figures["pairs_over_chance"] == n_over >= 2
     assert figures["compared"] == len(compared)
@@ -3499,10 +3502,10 @@ def test_a_probe_is_that_of_its_best_epoch_and_ends_without_a_better_one(monkeyp
 
 
 def test_a_probe_sees_as_many_of_its_class_as_of_the_others():
-    label_T = torch.tensor([0] * 50 + [1] * 60 + [2] * 70)[torch.randperm(180)] + 5
+    label_T = torch.tensor([0] * 50 + [1] * 61 + [2] * 70)[torch.randperm(181)] + 5
     rows = eval_sae.class_and_others(label_T, 6, torch.Generator())
-    assert torch.bincount(label_T[rows]).tolist()[5:] == [30, 60, 30]
-    assert len(rows.unique()) == 120
+    assert torch.bincount(label_T[rows]).tolist()[5:] == [31, 61, 30]
+    assert len(rows.unique()) == 122
     splits = eval_sae.class_splits(label_T, 100, seed=0)
     assert len(splits) == 3
     for label, (train, test, is_class_T) in zip((5, 6, 7), splits):
@@ -3770,6 +3773,8 @@ def absorbed(f_of, cosine_of, split=(0,), extra=0.0):
         ("the split's sum counts", 0.5, False, ([1, 1, 4], [1, 1, 0.5], (0, 1))),
         ("the residual points away", 0, False, ([0, 4, 0], [1, 0.5, 0.5], (0,), -3)),
         ("the split is negative", 1, False, ([1, 4, 0], [-0.5, 0.5, 0.5])),
+        ("the residual and the split point away", 0, False, ([4, 2, 0], [-0.5, 0.5, 0.5])),
+        ("the split is more negative", 1, False, ([4, 2, 0], [-0.5, 0.5, 0.5], (0,), 3)),
         ("none carries 40 % alone", 1, False, ([0, 0.78, 0.78], [1, 0.5, 0.5], (0,), 0.22)),
         ("one carries 41 % alone", 1, True, ([0, 0.82, 0.82], [1, 0.5, 0.5], (0,), 0.18)),
         ("full, of cosine 0.024", 0, False, ([0, 50, 0], [1, 0.024, 0.5])),
@@ -4532,6 +4537,8 @@ def test_runs_of_several_texts_are_not_measured_on_that_of_the_first(run, tmp_pa
         evaluation_of([one, two], "--ctx", "16").text_config()
     config = evaluation_of([one, two], "--ctx", "16", "--text", "held.jsonl").text_config()
     assert (config.dataset, config.split, config.ctx) == ("held.jsonl", "train", 16)
+    argv = ["--ctx", "16", "--text", "some/data", "--split", "test"]
+    assert evaluation_of([one, two], *argv).text_config().split == "test"
     evaluation = evaluation_of([run / "s0"])
     other = {"dataset": "some/data", "subset": "small", "text_column": "body"}
     evaluation.subjects[0].training.update(other)
@@ -4889,6 +4896,11 @@ def test_scored_are_the_words_that_the_probe_recognises_of_letters_that_the_mode
         return weight_AD, b_A
 
     monkeypatch.setattr(eval_sae, "letter_probe", letter_probe)
+    # It counts as spelled all the same, so that only the probe leaves it out.
+    spelled = eval_sae.spelled_letters
+    monkeypatch.setattr(
+        eval_sae, "spelled_letters", lambda *data: spelled(*data) | (torch.arange(26) == 4)
+    )
     words = evaluation.words(3)
     (x_TD, _), options = calls[0]
     assert options == {"batch": 64, "l2": 1e-4, "seed": 3}
@@ -5130,6 +5142,8 @@ def test_cells_of_odd_names_and_numbers():
     assert eval_sae.markdown([["", "a|b"], ["x", "1"]]).splitlines()[0] == r"|   | a\|b |"
     assert eval_sae.mean_cell(0.0, 0.0) == "0"
     assert eval_sae.mean_cell(123456.0, 0.0) == "123,456"
+    assert eval_sae.mean_cell(968.0, 0.0) == "968" and eval_sae.mean_cell(23.5, 0.0) == "23.50"
+    assert eval_sae.mean_cell(1.0, 0.0) == "1.000"
     assert eval_sae.mean_cell(0.00012346, 0.0) == "0.0001235"
     assert eval_sae.mean_cell(2.0, 0.0123) == "2.000 ± 0.012"
 
@@ -5148,14 +5162,18 @@ def test_the_legend_has_the_figures_that_are_shown():
 def test_closest_pairs_are_those_of_the_definition():
     f_TN = independent_latents(2000, 1100)
     rate_N = f_TN.mean(0)
-    i, j, k = ((rate_N > 0.02) & (rate_N < 0.1)).nonzero()[:3, 0].tolist()
+    i, j, k = ((rate_N > 0.04) & (rate_N < 0.09)).nonzero()[2:5, 0].tolist()
     f_TN[:, j] = f_TN[:, i]
     f_TN[:, k] = f_TN[:, i] * (torch.rand(2000) < 0.9)
+    # A rare pair shares all of its 25 tokens: it is furthest over chance, and shares fewest.
+    f_TN[:, :2] = (torch.arange(2000) < 25).float()[:, None]
     sae = argparse.Namespace(encode=torch.clone, b_enc=rate_N)
     activity = eval_sae.activity_of(sae, f_TN)
     assert torch.equal(torch.stack([activity.tokens, activity.latents], 1), f_TN.nonzero())
     assert torch.equal(activity.fired_N, (f_TN > 0).sum(0))
+    first, _ = eval_sae.closest_pairs(activity, 3)
     pairs, histogram_20 = eval_sae.closest_pairs(activity, 5)
+    assert first == pairs[:3]
     assert pairs[0][:2] == (i, j)
     assert {pair[:2] for pair in pairs[1:3]} == {(i, k), (j, k)}
     assert len(pairs) == 5
@@ -5168,7 +5186,7 @@ def test_closest_pairs_are_those_of_the_definition():
         assert pair.w == pytest.approx(shared / sizes[0])
     score = [(pair.w - pair.chance) * pair.shared for pair in pairs]
     assert score == sorted(score, reverse=True)
-    assert histogram_20[-3:].sum() == 3
+    assert histogram_20[-3:].sum() == 4
 
 
 def test_page_shows_pairs_and_contexts_of_a_planted_dictionary(planted_page):
@@ -6045,7 +6063,7 @@ def test_memory_of_the_papers_runs_on_a_gpu(archs, sizes, most, monkeypatch):
     cfgs = [config_of(arch, d_sae) for arch, d_sae in zip(archs, sizes)]
     gb = (gemma_bytes() + held_bytes(cfgs, monkeypatch)) / 1e9
     print(f"{', '.join(archs)}, N {sizes}: {gb:.2f} GB")
-    assert most - 0.6 < gb <= most
+    assert gb <= most
 
 
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "relu"])
