@@ -6,7 +6,8 @@
     python eval_sae.py RUN [RUN ...] --html FILE   and a page: which latents compete, on what text
 
 A RUN is a folder that sgo_sae.py or SAELens wrote, a folder of such folders, or a params.npz of
-Gemma Scope, on disk or on the Hub as OWNER/NAME/PATH. The exit code is 0 where every RUN has
+Gemma Scope, on disk or on the Hub as OWNER/NAME/PATH. The figures of a params.npz go to
+params.eval.json beside it; of what is on the Hub they are only printed. The exit code is 0 where every RUN has
 figures of every family that was asked for, 1 where one of them has none, and 2 where none has any,
 or where the call can't be carried out.
 
@@ -28,8 +29,8 @@ The sections, in this order:
     main           from the command line to the table
 
 A call goes from the end to the beginning. `work` in main makes a Subject of each autoencoder, and
-lets an Evaluation measure one family after another. A family's method reads the model once for
-all autoencoders, and hands tensors to the functions of the first sections. These open no files.
+lets an Evaluation measure one family after another. A family's method reads the model for all
+autoencoders together, and hands tensors to the functions of the first sections. These open no files.
 
 Shapes are named as in sgo_sae.py: B tokens or texts of a batch, L positions, R contexts, D hidden
 size, N latents. Besides, T are all tokens, texts or words of a measurement and U those of its test
@@ -37,6 +38,7 @@ part, P words on new prompts, E the tokens of a batch that count, V the vocabula
 of the alphabet, S selected latents, and I the rows of a part of a square.
 """
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -82,7 +84,7 @@ def each(work, desc, advice=""):
             is_judged = spent > LONG / 30  # then it is known how long a part takes
             ahead = spent / done * (len(work) - done)
             if is_judged and ahead > LONG:
-                sgo_sae.say(f"\n{desc}: about {ahead / 3600:.1f} hours are ahead. {advice}")
+                sgo_sae.say(f"\n{desc} alone: about {ahead / 3600:.1f} hours. {advice}")
         yield part
 
 
@@ -111,7 +113,12 @@ def sized(name, sizes):
 # The order is that of the table. Names are those of eval.json. A new figure takes an entry here, and
 # the same name in what the function of its family returns.
 FIGURES = (
-    Figure("core", ("explained_variance",), "↑", "share of the variance of x that x̂ has; 1 is all"),
+    Figure(
+        "core",
+        ("explained_variance",),
+        "↑",
+        "share of x's variance that x̂ has; SAEBench's formula differs",
+    ),
     Figure("core", ("mse",), "↓", "squared error per element, in the model's units"),
     Figure(
         "core",
@@ -219,11 +226,10 @@ MAX_LOGITS = 2**27  # logits at once; in float32 they are 0.5 GB, four contexts 
 
 
 @torch.no_grad()
-def reconstruction(sae, x_TD, ctx=128):
-    """How well x̂ stands for x over all tokens: a dict of figures, in the units of x.
+def reconstruction(sae, x_TD, per_context=127):
+    """How well x̂ stands for x over all tokens: a dict of figures.
 
-    FIGURES says what each means. `ctx` is the length of the contexts that the tokens come from, of
-    which SAEBench leaves out BOS.
+    FIGURES says what each means. `per_context` is how many tokens of a context count on average.
     """
     x_TD = x_TD.float()
     T, D = x_TD.shape
@@ -241,7 +247,7 @@ def reconstruction(sae, x_TD, ctx=128):
     figures = {
         "explained_variance": 1 - error_T.sum() / variance_T.sum(),
         "mse": error_T.mean() / D,
-        "mse_benchmark": error_T.mean() / (BENCHMARK_CONTEXTS * (ctx - 1)),
+        "mse_benchmark": error_T.mean() / (BENCHMARK_CONTEXTS * per_context),
         "cosine": F.cosine_similarity(x_TD, xhat_TD, dim=1).mean(),
         "l0": fired_N.double().sum() / T,
         "l1": l1,
@@ -334,7 +340,7 @@ def cross_entropy(log_p_EV, ids_BL, kept_BL):
     """Cross-entropy, in nats, summed over the tokens that count and are followed by another."""
     next_BL = torch.full_like(ids_BL, -100)  # which nll_loss leaves out
     next_BL[:, :-1] = ids_BL[:, 1:]
-    return F.nll_loss(log_p_EV.double(), next_BL[kept_BL], reduction="sum").item()
+    return F.nll_loss(log_p_EV, next_BL[kept_BL], reduction="none").double().sum().item()
 
 
 # -------------------------------------------------------------------------------------- competition
@@ -467,6 +473,9 @@ def nearest_cosine(W_dec_ND):
 
 
 # ------------------------------------------------------------------------------------------- probes
+FULL_PROBE = {"epochs": 100, "batch": 250, "lr": 1e-2}  # SAEBench's, on all latents
+
+
 class Probe(NamedTuple):
     """A linear probe: positive where w·x + b > 0."""
 
@@ -515,9 +524,9 @@ def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, pat
     cross-entropy are written out: on batches so small, autograd takes longer than they do.
     """
     y_T = y_T.float()
-    bound = x_TD.shape[1] ** -0.5  # as nn.Linear draws its weights
+    bound = x_TD.shape[1] ** -0.5  # within which nn.Linear draws its weights
     w_D = torch.zeros(x_TD.shape[1]).uniform_(-bound, bound, generator=generator).to(x_TD.device)
-    b = torch.zeros((), device=x_TD.device)
+    b = torch.zeros(()).uniform_(-bound, bound, generator=generator).to(x_TD.device)
     adam = torch.optim.AdamW([w_D, b], lr=lr, fused=True)
     best = Probe(w_D.clone(), b.clone())
     best_score = -1.0
@@ -556,7 +565,8 @@ class ClassSplit(NamedTuple):
 def class_and_others(label_T, label, generator):
     """Rows of the texts of a label, and of as many random others.
 
-    The others are of all other labels, as evenly as their number allows.
+    The others are of all other labels. As in SAEBench, each gives as many, rounded up, and what is
+    too much is left out at random.
     """
     order_T = torch.randperm(len(label_T), generator=generator).to(label_T.device)
     rows_of = {}
@@ -565,7 +575,8 @@ def class_and_others(label_T, label, generator):
     own = rows_of.pop(label)
     share = math.ceil(len(own) / len(rows_of))
     others = torch.cat([rows[:share] for rows in rows_of.values()])
-    return torch.cat([own, others[: len(own)]])
+    chosen = torch.randperm(len(others), generator=generator)[: len(own)]
+    return torch.cat([own, others[chosen.to(others.device)]])
 
 
 def class_splits(label_T, n_train, seed):
@@ -598,7 +609,7 @@ def standardised_difference(x_TN, y_T):
 def sparse_probing(x_TN, splits, score):
     """Test accuracy of probes on the few latents of the highest score, mean over the classes.
 
-    The keys of the dict are the numbers of latents.
+    The keys of the dict are the numbers of latents, no more than there are.
     """
     found = []
     for train, test, is_class_T in splits:
@@ -607,6 +618,8 @@ def sparse_probing(x_TN, splits, score):
         order_N = score(x_TN[train], y_T).argsort(descending=True)
         scores = {}
         for k in PROBE_SIZES:
+            if k > len(order_N):
+                break
             top_S = order_N[:k]
             probe = logistic_regression(x_TN[train][:, top_S], y_T)
             scores[k] = accuracy(x_TN[test][:, top_S], y_U, probe)
@@ -623,7 +636,7 @@ def full_probing(x_TN, splits, seed):
     found = []
     for train, test, is_class_T in splits:
         data = (x_TN[train], is_class_T[train], x_TN[test], is_class_T[test])
-        probe = linear_probe(*data, generator, epochs=100, batch=250, lr=1e-2)
+        probe = linear_probe(*data, generator, **FULL_PROBE)
         found.append(accuracy(x_TN[test], is_class_T[test], probe))
     return numpy.mean(found).item()
 
@@ -783,7 +796,7 @@ def letter_probe(x_TD, letter_T, batch, l2, l1=0.0, encode=None, seed=0):
 
     Positive words are weighted by their rarity. With `encode` it is on latents, which are computed
     batch by batch: those of all words would take 18 GB at N 32,768. The gradients are written out,
-    as above.
+    as in linear_probe.
     """
     generator = torch.Generator().manual_seed(seed)
     encode = encode or nn.Identity()
@@ -857,6 +870,7 @@ def absorbed_share(f_PN, x_PD, W_dec_ND, direction_D, split_S):
     absorbers_P = others_PN.topk(n_absorbers, dim=1).values.sum(1)
     absorbed_P = torch.minimum(absorbers_P, target_P - split_P)
     share_P = (absorbed_P / (absorbed_P + split_P)).clamp(0, 1)
+    # Each of these overrules what stands before it.
     share_P[split_P <= 0] = 1
     share_P[split_P >= target_P] = 0
     share_P[absorbers_P < CARRIED * target_P] = 0
@@ -1001,8 +1015,9 @@ def scr_sample(name, frame, train, test, seed):
 def demo_frame():
     """The demo's texts, paragraphs of the standard library.
 
-    The label is the package, one of the five with the most texts. The attribute is whether the
-    paragraph has a docstring. No file has texts of both parts.
+    The label is the package, one of the five that have most texts in their smallest combination of
+    attribute and part. The attribute is whether the paragraph has a docstring. No file has texts of
+    both parts.
     """
     files = pandas.DataFrame(sgo_sae.library_texts(), columns=["file", "text"])
     files["is_test"] = files["file"].map(lambda file: held_out(file, 3))
@@ -1011,7 +1026,6 @@ def demo_frame():
     frame = files.explode("text", ignore_index=True)
     frame = frame[frame["text"].str.len() > 80].copy()
     frame["attribute"] = frame["text"].str.contains('"""')
-    # The size of a package is that of its smallest combination of attribute and part.
     sizes = frame.groupby(["label", "attribute", "is_test"]).size()
     smallest = sizes.unstack(["attribute", "is_test"], fill_value=0).min(axis=1)
     return frame[frame["label"].isin(smallest.nlargest(5).index)]
@@ -1029,7 +1043,8 @@ def file_frame(path):
         frame = pandas.DataFrame(list(rows))
     if not {"text", "label"} <= set(frame):
         columns = next(iter(sgo_sae.open_dataset(config)), {})
-        raise InputError(f"{path} needs the columns text and label, and has {', '.join(columns)}")
+        found = ", ".join(map(str, columns)) or "nothing"
+        raise InputError(f"{path} needs the columns text and label, and has {found}")
     frame = frame[frame["text"].map(sgo_sae.is_text) & frame["label"].notna()].copy()
     for column in frame.columns.intersection(["label", "attribute"]):
         kinds = {type(value) for value in frame[column]}
@@ -1155,7 +1170,10 @@ class LanguageModel:
         """The layer's output (B, L, D); the padding changes none of it."""
         is_padded = bool((ids_BL < 0).any())
         inputs = {"attention_mask": (ids_BL >= 0).long()} if is_padded else {}
-        x_BLD = sgo_sae.layer_output(self.lm, self.layer, ids_BL.clamp(min=0), **inputs)
+        try:
+            x_BLD = sgo_sae.layer_output(self.lm, self.layer, ids_BL.clamp(min=0), **inputs)
+        except IndexError as error:  # of a table of positions
+            raise InputError(f"the model can't read {ids_BL.shape[1]} tokens at once") from error
         if not x_BLD[self.kept(ids_BL)].isfinite().all():
             raise InputError("the model's activations are not finite; try --dtype float32")
         return x_BLD
@@ -1167,8 +1185,8 @@ class LanguageModel:
         first_1L = torch.arange(8, device=self.lm.device)[None] % n_tokens
         second_1L = first_1L.clone()
         second_1L[0, -1] = (first_1L[0, -1] + 1) % n_tokens
-        x_1LD = sgo_sae.layer_output(self.lm, self.layer, first_1L)[:, :-1]
-        other_1LD = sgo_sae.layer_output(self.lm, self.layer, second_1L)[:, :-1]
+        x_1LD = self.read(first_1L)[:, :-1]
+        other_1LD = self.read(second_1L)[:, :-1]
         return torch.allclose(x_1LD, other_1LD, rtol=1e-3, atol=1e-3)
 
     def batches(self, lists, desc, advice, batch=64):
@@ -1222,8 +1240,13 @@ class LanguageModel:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
 
+TASK_LENGTH = 128  # tokens of a text of a task, as in SAEBench
+EXAMPLES = 10  # lines of a prompt that show what is asked, as in SAEBench
+WORDS_TO_TRAIN = 0.8  # share of the words, as in SAEBench
+
+
 @torch.no_grad()
-def mean_latents(model, saes, texts, desc, length=128):
+def mean_latents(model, saes, texts, desc, length=TASK_LENGTH):
     """Mean activations of texts (T, D), and a list of the mean latents (T, N) of each SAE, on the
     CPU.
 
@@ -1271,10 +1294,10 @@ def spelled_activations(model, words, vocabulary, rng, desc):
     answers = [model.ids_after(":", f" {letter}") for letter in string.ascii_uppercase]
     prompts = []
     for word, _ in words:
-        # Eleven are drawn, so that ten are left where the word itself is among them.
-        others = [other for other in rng.sample(vocabulary, 11) if other[0] != word]
+        # One more is drawn, so that enough are left where the word itself is among them.
+        others = [other for other in rng.sample(vocabulary, EXAMPLES + 1) if other[0] != word]
         prompt = list(model.bos_ids)
-        for example, letter in others[:10]:
+        for example, letter in others[:EXAMPLES]:
             prompt += newline + [example] + question + answers[letter]
         prompts.append(prompt + newline + [word])
     x_TD = torch.empty(len(prompts), model.width, device=model.lm.device)
@@ -1342,6 +1365,8 @@ def open_gemma_scope(file):
         # Gemma Scope does not subtract b_dec from x, and our encode() does.
         weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]
         sae.load_state_dict(weights)
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise InputError(f"{file}: its weights are not finite")
     layer = re.search(r"layer_(\d+)", str(file))
     return sae, {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
 
@@ -1426,6 +1451,16 @@ def digest_of(path):
     return total.hexdigest()[:16]
 
 
+def stamp_of(folder):
+    """Names, sizes and times of the files of a folder that are too large to read for a digest."""
+    stamps = []
+    for file in sorted(Path(folder).rglob("*")):
+        if file.is_file():
+            status = file.stat()
+            stamps.append([str(file.relative_to(folder)), status.st_size, status.st_mtime_ns])
+    return stamps
+
+
 class Subject:
     """An autoencoder that is measured, what is known of it, and the Records of this call."""
 
@@ -1472,14 +1507,14 @@ class Subject:
 
     @cached_property
     def digest(self):
-        """What tells its weights from others in the same place; empty on the Hub."""
+        """What tells its files from others in the same place; empty on the Hub."""
         path = Path(self.path)
         if not path.exists():
             return ""
         if path.is_file():
             return digest_of(path)
-        ours = path / "sae_weights.safetensors"
-        return digest_of(ours if ours.exists() else path / "params.npz")
+        names = ("sae_weights.safetensors", "cfg.json", "params.npz")
+        return " ".join(digest_of(path / name) for name in names if (path / name).exists())
 
     def stored(self):
         """What eval.json has: a dict of families, each with the fields of a Record."""
@@ -1493,30 +1528,35 @@ class Subject:
 
     def stored_record(self, family, settings):
         """The whole Record of eval.json that has those settings, or None."""
-        content = self.stored().get(family, {})
-        if set(content) != set(Record._fields):  # of another version
-            return None
+        content = self.stored().get(family)
+        if not isinstance(content, dict) or set(content) != set(Record._fields):
+            return None  # it is of another version
         record = Record(**content)
         return record if record.is_whole and record.settings == settings else None
 
     def keep(self, family, record):
         """Takes a Record, and puts it into eval.json, where the RUN is on this disk.
 
-        A failure is not put there, nor what lacks a part where the file has it whole. Two
-        evaluations at once keep each other's families, and a kill leaves the file that was there.
+        A failure is not put there, nor what lacks a part where the file has it whole. Of a family
+        the file has one Record, the last one, whatever its settings. Two evaluations at once keep
+        each other's families, and a kill leaves the file that was there. Where it can't be
+        written, that is said, and the figures are only printed.
         """
         import filelock
 
         self.records[family] = record
         if not Path(self.path).exists() or not record.parts:
             return
-        # The lock's file stays: two processes could take it at once if it were removed.
-        with filelock.FileLock(self.file.with_name(".eval.lock")):
-            content = self.stored()
-            if record.is_whole or not self.stored_record(family, record.settings):
-                content[family] = record._asdict()
-                text = json.dumps(content, indent=2, allow_nan=False)
-                sgo_sae.write_whole(self.file, lambda path: path.write_text(text))
+        try:
+            # The lock's file stays: two processes could take it at once if it were removed.
+            with filelock.FileLock(self.file.with_name(".eval.lock")):
+                content = self.stored()
+                if record.is_whole or not self.stored_record(family, record.settings):
+                    content[family] = record._asdict()
+                    text = json.dumps(content, indent=2, allow_nan=False)
+                    sgo_sae.write_whole(self.file, lambda path: path.write_text(text))
+        except OSError as error:
+            sgo_sae.say(f"\n{self.file} can't be written, its {family} is only printed: {error}")
 
 
 def agreed(subjects, value_of, what, flag):
@@ -1622,7 +1662,9 @@ class Evaluation:
         """What the figures of a family and an autoencoder hang on, to compare with eval.json."""
         args = self.args
         settings = {"model": self.name, "layer": self.layer, "dtype": str(self.dtype)}
-        settings["weights"] = subject.digest
+        settings["files"] = subject.digest
+        if Path(self.name).is_dir():
+            settings["model_files"] = stamp_of(self.name)
         if family in TEXT_FAMILIES:
             config = self.text_config()
             for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
@@ -1632,7 +1674,7 @@ class Evaluation:
         elif family in TASK_FAMILIES:
             settings.update(train=args.train, test=args.test, seed=args.seed)
             settings["probe"] = {path: digest_of(path) for path in args.probe or ()}
-        else:
+        elif family == "absorption":
             settings.update(words=args.words, seed=args.seed)
         return settings
 
@@ -1668,9 +1710,14 @@ class Evaluation:
             return
         try:
             found = self.families[family](list(settings_of))
-        except InputError as error:
+        except (InputError, RuntimeError) as error:
+            reason = str(error)
+            if isinstance(error, RuntimeError):
+                if "allocate" not in reason:
+                    raise
+                reason = f"out of memory, {MEMORY_ADVICE}: {reason[:200]}"
             for subject in settings_of:
-                self.fail(subject, family, error)
+                self.fail(subject, family, reason)
             return
         for (subject, settings), parts in zip(settings_of.items(), found):
             record = record_of(parts, self.sample, self.notes, self.is_whole, settings)
@@ -1697,10 +1744,12 @@ class Evaluation:
             self.subjects, lambda subject: subject.cfg.get("context_size"), "their --ctx", "--ctx"
         )
         config = sgo_sae.Config(ctx=ctx or sgo_sae.Config.ctx, data_seed=args.seed[0])
+        if config.ctx < 2:
+            raise InputError(f"contexts of {config.ctx} token have none that counts: give --ctx")
         if args.text:
             config.dataset = args.text
-            config.text_column = args.text_column
-            config.split = args.split
+            config.text_column = args.text_column or config.text_column
+            config.split = args.split or config.split
             return config
         if self.demo:  # whose model is a folder, in which demo_files put the text, too
             config.dataset = f"{self.name}/heldout.jsonl"
@@ -1739,16 +1788,18 @@ class Evaluation:
         """The contexts' ids (R, L) and kept tokens (R, L); sets the sample."""
         ids_RL, kept_RL = self.contexts
         self.sample = {"contexts": len(ids_RL), "tokens": kept_RL.sum().item()}
+        if not kept_RL.any():
+            raise InputError("no token of the text counts: all are special tokens")
         if len(ids_RL) < self.args.contexts:
             self.notes.append(f"the text has {len(ids_RL)} contexts, not {self.args.contexts}")
         return ids_RL, kept_RL
 
     def measure_core(self, subjects):
-        ids_RL, kept_RL = self.counted_contexts()
+        _, kept_RL = self.counted_contexts()
         x_TD = self.activations[kept_RL]
         found = []
         for subject in each(subjects, "core"):
-            figures = reconstruction(subject.sae, x_TD, ids_RL.shape[1])
+            figures = reconstruction(subject.sae, x_TD, len(x_TD) / len(kept_RL))
             logged = last_penalty_share(subject)
             if logged is not None:
                 figures["penalty_share"] = logged
@@ -1890,7 +1941,7 @@ class Evaluation:
         if len(words) < FEWEST_WORDS:
             raise InputError(f"{FEWEST_WORDS} words are needed, the tokenizer has {len(words)}")
         self.sample = {"words": len(words)}
-        n_train = len(words) * 4 // 5
+        n_train = int(WORDS_TO_TRAIN * len(words))
         x_TD = spelled_activations(model, words, vocabulary, rng, "words")
         letter_T = torch.tensor([letter for _, letter in words], device=x_TD.device)
         letter_U = letter_T[n_train:]
@@ -2124,7 +2175,8 @@ def paired_cells(rows, settings, sign, notes):
     samples_of_runs = [set(own["sample"]) for _, own in rows.groupby(["setting", "seed"])]
     common = set.intersection(*samples_of_runs) if samples_of_runs else set()
     if not common:
-        notes.append(f"{title}: the runs have no sample in common, and no difference")
+        lacks = "the runs have no sample in common" if len(rows) else "no run has it"
+        notes.append(f"{title}: {lacks}, and there is no difference")
         return [""] * (len(settings) + 1)
     if len(common) < rows["sample"].nunique():
         notes.append(f"{title}: of {rows['sample'].nunique()} samples, {len(common)} count")
@@ -2144,12 +2196,14 @@ def paired_cells(rows, settings, sign, notes):
     most = max(map(len, differences.values()), default=0)
 
     def half_interval(n_seeds):
+        # Seeds and samples are drawn apart from each other, so that their variances add.
         half = over_seeds.half_interval(n_seeds) if n_seeds else 0.0
         return math.hypot(half, over_samples.half_interval(len(common)))
 
     usual = half_interval(most)
     level = by_seed[baseline].mean()
-    digits = decimals(usual or level / 100)
+    largest = max((abs(difference.mean()) for difference in differences.values()), default=0)
+    digits = decimals(usual or level / 100 or largest / 100)
     cells = [f"{level:,.{digits}f}"]
     for other in others:
         if other not in differences:
@@ -2203,7 +2257,7 @@ def paired_tables(subjects, families, baseline):
             parts.append(f"Trained on {tokens:,} tokens:")
         parts.append(table(group, families, own))
     most = max(Counter(subject.name for subject in subjects).values())
-    n_samples = measured(subjects, families)["sample"].nunique()
+    n_samples = measured(subjects, families).groupby("family")["sample"].nunique().max()
     if most == 1:
         advice = "train several, --seed 0 1 2."
         if n_samples > 1:
@@ -2261,6 +2315,8 @@ table { border-collapse: collapse }
 td, th { padding: 2px 8px; text-align: right; font-weight: normal; vertical-align: top }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
 td small { opacity: 0.7 }
+.better { font-weight: 700 }
+.worse { font-style: italic }
 tr { border-bottom: 1px solid #8884 }
 text { font: 11px system-ui; fill: currentColor }
 path { stroke: #8884 }
@@ -2291,8 +2347,8 @@ text.</p>
 {% endfor %}
 </table></div>
 <h2>The pairs that compete most</h2>
-<p>The autoencoders stand beside each other. Pairs are in the order of the tokens that they share
-beyond chance, (w − chance) times the tokens on which both are active. Below each latent stand the
+<p>The autoencoders stand beside each other. Pairs are in the order of (w − chance) times the tokens
+on which both are active. Below each latent stand the
 tokens whose prediction its decoder row raises and lowers most, by the unembedding alone, and the
 text around its {{ n_contexts }} highest peaks: tokens are shaded by its activation, and underlined
 where the other latent of the pair is active too.</p>
@@ -2355,7 +2411,7 @@ where the other latent of the pair is active too.</p>
 {% if block.cells %}
 <div class="wide"><table>
 {% for cells in block.cells %}
-<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr>{% for cell in cells %}<td class="{{ cell.mark }}">{{ cell.text }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
 {% else %}
@@ -2378,17 +2434,21 @@ def training_log(subject):
     if file.exists():
         for text in file.read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(json.loads(text))
+                row = json.loads(text)
             except ValueError:
                 continue
+            if isinstance(row, dict):
+                rows.append(row)
     frame = pandas.DataFrame(rows).reindex(columns=["tokens", *CURVES]).astype(float)
     return frame.where(numpy.isfinite(frame))
 
 
 def last_penalty_share(subject):
     """αΩ over the reconstruction term, the mean of the last tenth of the log; None without one."""
-    logged = training_log(subject)["penalty_share"].dropna()
-    return logged.tail(math.ceil(len(logged) / 10)).mean().item() if len(logged) else None
+    logged = training_log(subject)["penalty_share"]
+    if logged.isna().all():
+        return None
+    return whole_mean(logged.tail(math.ceil(len(logged) / 10))).item()
 
 
 def ticks(values):
@@ -2416,8 +2476,8 @@ def chart(lines, caption, x_name, y_name):
 
 
 def closest_pairs(activity, count=N_PAIRS):
-    """The pairs that share most tokens beyond chance, each as Pairs of numbers, best first; and a
-    histogram (20,) of how far all pairs are over chance, from 0 to 1."""
+    """The pairs with the largest (w - chance) · shared, each as Pairs of numbers, largest first; and
+    a histogram (20,) of how far all pairs are over chance, from 0 to 1."""
     histogram_20 = torch.zeros(20)
     best = []
     for pairs in compared_pairs(activity):
@@ -2503,6 +2563,7 @@ def portrait(evaluation, sae):
 def line_style(n):
     """The colour and the dashes of the n-th run's lines; no two runs have the same."""
     colour = COLOURS[n % len(COLOURS)]
+    # The six colours come with dashes of 0, 4, 8, 0, 4 and 8; the next six runs have 3 more each.
     dashes = n % len(COLOURS) % 3 * 4 + n // len(COLOURS) * 3
     return f"stroke: {colour}; stroke-dasharray: {dashes or 'none'}"
 
@@ -2522,6 +2583,16 @@ def summary_of(subjects):
     return lines
 
 
+def page_cell(cell):
+    """A cell of the table as the page shows it: its text, and whether it is better or worse."""
+    mark = ""
+    if cell.startswith("**"):
+        mark = "better"
+    elif cell.startswith("_"):
+        mark = "worse"
+    return {"text": cell.strip("*_").replace("\\|", "|"), "mark": mark}
+
+
 def blocks_of(found):
     """The parts of what was printed: tables as lists of cells, and lines of text."""
     blocks = []
@@ -2531,7 +2602,7 @@ def blocks_of(found):
         if part.startswith("|"):
             for text in lines[:1] + lines[2:]:
                 row = re.split(r"(?<!\\)\|", text)[1:-1]
-                cells.append([cell.strip().replace("\\|", "|") for cell in row])
+                cells.append([page_cell(cell.strip()) for cell in row])
         blocks.append({"cells": cells, "lines": lines})
     return blocks
 
@@ -2600,29 +2671,51 @@ def new_parser():
         "eval_sae.py RUN [RUN ...] [--flag VALUE ...]", __doc__.splitlines()[0]
     )
     add = parser.add_argument
+    # Where there is no default, --help shows none.
+    optional = ("metrics", "model", "layer", "text", "text_column", "split", "ctx", "probe")
+    optional += ("words", "against", "html")
+    parser.set_defaults(**dict.fromkeys(optional))
+    none = argparse.SUPPRESS
     add("runs", nargs="+", metavar="RUN", help="an SAE's folder, a folder of such, or a params.npz")
     add(
         "--metrics",
         nargs="+",
         choices=FAMILIES,
+        default=none,
         help="families to measure (default: all; of the demo, whose model can't spell, all but "
         "absorption)",
     )
     add("--resume", action="store_true", help="keep what eval.json has of the same settings")
-    add("--model", help="language model, where a RUN names none that can be loaded")
-    add("--layer", type=at_least(0), help="layer, where a RUN does not name it")
-    add("--text", help="held-out text: a file, or a dataset (default: the split `validation`)")
-    add("--text-column", default="text", help="its column that holds the text")
-    add("--split", default="train", help="its split, where it has several")
+    add("--model", default=none, help="language model, where a RUN names none that can be loaded")
+    add("--layer", type=at_least(0), default=none, help="layer, where a RUN does not name it")
+    add(
+        "--text",
+        default=none,
+        help="held-out text: a file, or a dataset (default: the demo's, or the split `validation` "
+        "of what a RUN was trained on)",
+    )
+    add("--text-column", default=none, help="the column of --text that holds it (default: text)")
+    add("--split", default=none, help="the split of --text (default: train)")
     add("--contexts", type=at_least(1), default=512, help="contexts of text")
-    add("--ctx", type=at_least(2), help="tokens in a context (default: as in training)")
-    add("--probe", nargs="+", help="files with the columns text, label and, for SCR, attribute")
+    add(
+        "--ctx",
+        type=at_least(2),
+        default=none,
+        help="tokens in a context (default: as in training)",
+    )
+    add(
+        "--probe",
+        nargs="+",
+        default=none,
+        help="files with the columns text, label and, for SCR, attribute (default: SAEBench's)",
+    )
     few = at_least(FEWEST_TEXTS)
     add("--train", type=few, default=2000, help="training texts of a class")
     add("--test", type=few, default=500, help="test texts of a class")
     add(
         "--words",
         type=at_least(FEWEST_WORDS),
+        default=none,
         help="words of the absorption task (default: all that the tokenizer has)",
     )
     add(
@@ -2637,8 +2730,18 @@ def new_parser():
         action="store_true",
         help="differences to the first topk SAE of alpha 0 in the first RUN, or to its first SAE",
     )
-    add("--against", metavar="NAME", help="the same to the setting of that name in the table")
-    add("--html", metavar="FILE", help="write a page, too; it needs core and competition")
+    add(
+        "--against",
+        metavar="NAME",
+        default=none,
+        help="the same to the setting of that name in the table",
+    )
+    add(
+        "--html",
+        metavar="FILE",
+        default=none,
+        help="write a page, too; it needs core and competition",
+    )
     add("--device", default="auto", help="cuda, cuda:1, cpu; auto is cuda where there is one")
     add(
         "--dtype",
@@ -2663,15 +2766,31 @@ def work(argv):
         raise InputError(f"--html {args.html}: there is no folder {Path(args.html).parent}")
     if args.html and Path(args.html).is_dir():
         raise InputError(f"--html {args.html} is a folder, and a file is needed")
+    if not args.text and (args.split or args.text_column):
+        raise InputError("--split and --text-column are of --text, which is not given")
     device, dtype = sgo_sae.find_device(args.device, args.dtype)
+    if device.type == "mps":
+        raise InputError("--device mps: it has no float64, which the probes take; use cpu")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in training
     first_run = members(args.runs[0])
     paths = [path for run in args.runs for path in members(run)]
-    subjects = [Subject(path, device) for path in dict.fromkeys(paths)]
+    subjects = []
+    broken = []
+    for path in dict.fromkeys(paths):
+        try:
+            subjects.append(Subject(path, device))
+        except InputError as error:
+            if len(paths) == 1:
+                raise
+            broken.append(f"{path} is left out: {error}")
+            sgo_sae.say(broken[-1])
+    if not subjects:
+        raise InputError("none of the runs can be opened")
     name_subjects(subjects)
     baseline = args.against
     if args.paired and not baseline:
-        baseline = baseline_of(subjects[: len(first_run)])
+        first = [subject for subject in subjects if subject.path in first_run]
+        baseline = baseline_of(first or subjects)
     names = list(dict.fromkeys(subject.name for subject in subjects))
     if baseline and baseline not in names:
         raise InputError(f"--against {baseline}: the settings are {'; '.join(names)}")
@@ -2685,8 +2804,8 @@ def work(argv):
     for family in families:
         evaluation.measure(family)
     found = paired_tables(subjects, families, baseline) if baseline else table(subjects, families)
-    print(found)
-    has_figures = []
+    print("\n\n".join([found, *broken]))
+    has_figures = [False for _ in broken]
     for subject in subjects:
         for family in families:
             figures = subject.records[family].figures.values()

@@ -3233,7 +3233,7 @@ def test_long_work_is_announced(monkeypatch, capsys):
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     assert list(eval_sae.each(range(61), "words", "Fewer --words take less.")) == list(range(61))
     printed = capsys.readouterr().err
-    assert printed.count("words: about 1.0 hours are ahead. Fewer --words take less.") == 1
+    assert printed.count("words alone: about 1.0 hours. Fewer --words take less.") == 1
     clock = count(0, 1)
     list(eval_sae.each(range(61), "words", "Fewer --words take less."))
     assert "hours" not in capsys.readouterr().err
@@ -3288,7 +3288,7 @@ def test_reconstruction_is_that_of_its_definition():
     assert all(value not in (0, 1) for value in expected.values())
     between = [n for n in n_active if 120 < n <= 300]  # dense is over 10 %, and not over 4
     assert between and any(300 < n < 1200 for n in n_active)
-    found = eval_sae.reconstruction(sae, x_TD, ctx=65)
+    found = eval_sae.reconstruction(sae, x_TD, per_context=64)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -3444,6 +3444,10 @@ def test_dictionaries_of_few_latents_are_measured(N):
     assert eval_sae.reconstruction(sae, x_TD)["l0"] <= 1
     words = planted_words(sae)
     assert 0 <= eval_sae.absorption(sae, words)["absorption"] <= 1
+    splits = eval_sae.class_splits(torch.arange(500) % 2, 400, 0)
+    f_TN = sae.encode(x_TD).detach()
+    found = eval_sae.sparse_probing(f_TN, splits, eval_sae.mean_difference)
+    assert list(found) == [k for k in (1, 2, 5, 20) if k <= N]
 
 
 # ------------------------------------------------------------------------------------------- probes
@@ -3470,7 +3474,7 @@ def test_the_probe_on_many_columns_is_autograds():
     own = eval_sae.linear_probe(x_TD, y_T, x_TD, y_T, generator, 1, batch=6, lr=0.02, l1=0.01)
     generator.manual_seed(3)
     w_D = torch.zeros(8).uniform_(-(8**-0.5), 8**-0.5, generator=generator).requires_grad_()
-    b = torch.zeros((), requires_grad=True)
+    b = torch.zeros(()).uniform_(-(8**-0.5), 8**-0.5, generator=generator).requires_grad_()
 
     def loss_of(rows):
         entropy = F.binary_cross_entropy_with_logits(x_TD[rows] @ w_D + b, y_T[rows].float())
@@ -3504,7 +3508,8 @@ def test_a_probe_is_that_of_its_best_epoch_and_ends_without_a_better_one(monkeyp
 def test_a_probe_sees_as_many_of_its_class_as_of_the_others():
     label_T = torch.tensor([0] * 50 + [1] * 61 + [2] * 70)[torch.randperm(181)] + 5
     rows = eval_sae.class_and_others(label_T, 6, torch.Generator())
-    assert torch.bincount(label_T[rows]).tolist()[5:] == [31, 61, 30]
+    first, own, last = torch.bincount(label_T[rows]).tolist()[5:]
+    assert own == 61 and sorted([first, last]) == [30, 31]
     assert len(rows.unique()) == 122
     splits = eval_sae.class_splits(label_T, 100, seed=0)
     assert len(splits) == 3
@@ -4215,6 +4220,15 @@ def test_pieces_give_the_whole_text_with_whole_characters(kind):
 # ------------------------------------------------------------------------------------- autoencoders
 
 
+def test_a_file_of_gemma_scope_that_is_not_finite_is_refused(tmp_path):
+    weights = gemma_scope(tmp_path / "layer_3")
+    weights["W_enc"][0, 0] = math.nan
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    numpy.savez(tmp_path / "layer_3" / "params.npz", **arrays)
+    with pytest.raises(InputError, match="its weights are not finite"):
+        eval_sae.open_sae(tmp_path / "layer_3", "cpu")
+
+
 def test_gemma_scope_file_is_read_and_its_decoder_norms_folded(tmp_path):
     p = gemma_scope(tmp_path / "layer_3")
     x_BD = torch.randn(50, 16)
@@ -4381,10 +4395,35 @@ def test_what_is_no_eval_json_is_refused_or_measured_again(run, tmp_path):
     subject = eval_sae.Subject(str(tmp_path / "sae"), CPU)
     subject.file.write_text('{"core": {"figures": {"mse": 1.0}, "settings": {"contexts": 9}}}')
     assert subject.stored_record("core", {"contexts": 9}) is None  # of an older version
+    subject.file.write_text('{"core": null}')
+    assert subject.stored_record("core", {"contexts": 9}) is None
     for content in ("[1, 2]", '{"core": '):
         subject.file.write_text(content)
         with pytest.raises(InputError, match="eval.json"):
             eval_sae.Subject(str(tmp_path / "sae"), CPU)  # before anything is measured
+
+
+def test_a_folder_that_can_not_be_written_costs_no_figure(
+    run, texts, tmp_path, monkeypatch, capsys
+):
+    folder = copy_of(run, tmp_path / "sae")
+    (folder / ".eval.lock").mkdir()  # so that it can't be opened
+    assert evaluated([folder, "--text", texts, "--metrics", "core", "--contexts", "9"]) == 0
+    printed = capsys.readouterr()
+    assert "core: mse" in printed.out
+    assert "eval.json can't be written, its core is only printed" in printed.err
+
+
+def test_a_broken_run_of_several_costs_itself(run, texts, tmp_path, capsys):
+    copy_of(run, tmp_path / "runs" / "good")
+    copy_of(run, tmp_path / "runs" / "bad")
+    (tmp_path / "runs" / "bad" / "sae_weights.safetensors").write_text("half")
+    argv = ["--text", texts, "--metrics", "core", "--contexts", "9"]
+    assert evaluated([tmp_path / "runs", *argv]) == 1
+    printed = capsys.readouterr()
+    assert "core: mse" in printed.out
+    assert f"{tmp_path / 'runs' / 'bad'} is left out: " in printed.out
+    assert evaluated([tmp_path / "runs" / "bad", *argv]) == 2
 
 
 def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
@@ -4427,6 +4466,9 @@ def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
     weights = load_file(folder / "sae_weights.safetensors")
     weights["b_enc"] += 0.01
     save_file(weights, folder / "sae_weights.safetensors")
+    assert again() == ["core", "probe"]
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**config, "k": 3}))
     assert again() == ["core", "probe"]
     assert again() == []
 
@@ -4588,6 +4630,21 @@ def test_runs_of_two_context_sizes_are_probed_together(run, probe_file, texts, t
     assert "core can't be measured: the runs differ in their --ctx" in printed.err.splitlines()[0]
 
 
+def test_a_model_of_few_positions_says_so(model, tmp_path, texts, capsys):
+    """The texts of tasks have up to 128 tokens, whatever the contexts have."""
+    saved("opt", model, tmp_path / "lm")
+    cfg = sgo_sae.Config(model=str(tmp_path / "lm"), layer=1, k=4, ctx=16)
+    sgo_sae.save_sae(SAE(32, 64, 4), cfg, tmp_path / "sae")
+    rows = [{"text": f"{i} {TEXT * 2}", "label": i % 2} for i in range(400)]
+    write_rows(tmp_path / "long.jsonl", rows)
+    argv = [tmp_path / "sae", "--probe", tmp_path / "long.jsonl", "--train", 40, "--test", 20]
+    argv += ["--text", texts, "--contexts", 9, "--metrics", "probe", "core"]
+    assert evaluated(argv) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"probe: not measured, the model can't read \d+ tokens at once", printed)
+    assert "core: mse" in printed
+
+
 def test_two_files_of_one_name_are_two_tasks(run, probe_file, tmp_path):
     (tmp_path / "other").mkdir()
     same_name = tmp_path / "other" / Path(probe_file).name
@@ -4680,6 +4737,9 @@ def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, cap
     assert content["core"]["figures"]["l0"] == pytest.approx(4, abs=0.2)
     assert content["core"]["settings"]["contexts"] == 40
     assert content["probe"]["sample"]["words"] == {"train": 400, "test": 200}
+    core, sample = content["core"]["figures"], content["core"]["sample"]
+    counted = 16 * sample["tokens"] / sample["contexts"]
+    assert core["mse_benchmark"] == pytest.approx(core["mse"] * 16 / counted)  # of 16 dimensions
     logged = [line["penalty_share"] for line in metrics_of(run / "s0")]
     assert len(logged) <= 10
     assert content["core"]["figures"]["penalty_share"] == pytest.approx(logged[-1])
@@ -4687,10 +4747,10 @@ def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, cap
     assert re.search(r"the text has \d{2,3} contexts, not 100000", capsys.readouterr().out)
 
 
-def test_what_was_measured_stays_when_a_later_family_fails(
+def test_a_family_that_takes_too_much_memory_costs_itself(
     run, texts, probe_file, capsys, monkeypatch
 ):
-    """And is not measured again with --resume."""
+    """And what was measured is not measured again with --resume."""
     argv = small_evaluation(run, texts, probe_file)
     for seed in (0, 1):
         (run / f"s{seed}" / "eval.json").unlink(missing_ok=True)
@@ -4699,12 +4759,13 @@ def test_what_was_measured_stays_when_a_later_family_fails(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_sae.Evaluation, "measure_absorption", full)
-        assert evaluated(argv) == 2
-    last = last_line(capsys)
-    assert "out of memory, smaller --contexts, --train, --test and --words" in last
+        patch.setattr(eval_sae.Evaluation, "measure_behaviour", full)
+        assert evaluated(argv) == 1
+    printed = capsys.readouterr().out
+    words = "behaviour: not measured, out of memory, smaller --contexts, --train, --test and"
+    assert words in printed and "probe: latents 1" in printed
     stored = json.loads((run / "s0" / "eval.json").read_text())
-    assert set(stored) == set(eval_sae.FAMILIES) - {"absorption"}
+    assert set(stored) == set(eval_sae.FAMILIES) - {"absorption", "behaviour"}
     monkeypatch.setattr(eval_sae, "reconstruction", full)  # it is not called
     assert evaluated([*argv, "--metrics", "core", "--resume"]) == 0
     assert "core: mse" in capsys.readouterr().out
@@ -4744,6 +4805,7 @@ def test_a_model_that_can_not_be_loaded_ends_the_call(run, texts, capsys):
         (["RUN", "--layer", "-1"], "invalid integer from 0 value: '-1'"),
         (["RUN", "--html", "nowhere/page.html"], "--html nowhere/page.html: there is no folder"),
         (["RUN", "--html", "FOLDER"], "is a folder, and a file is needed"),
+        (["RUN", "--split", "test"], "--split and --text-column are of --text, which is not given"),
         (["RUN", "--against", "beauty"], "--against beauty: the settings are arch topk, d_sae 64"),
         (["NARROW", "--metrics", "core"], "cfg.json"),
     ],
@@ -5138,6 +5200,22 @@ def test_what_the_user_names_is_compared_with(run, tmp_path, texts, capsys):
     assert "are differences to arch topk, d_sae 64" in capsys.readouterr().out
 
 
+def test_a_difference_to_nothing_has_its_digits():
+    """The share of the penalty is 0 at α 0, and with one seed there is no ±."""
+    subjects = [
+        Measured("a", {"arch": "topk", "alpha": alpha}, 0, {"penalty_share": share})
+        for alpha, share in ((0, 0.0), (1, 0.07594))
+    ]
+    row = cells_of(subjects, baseline="alpha 0")[2]
+    assert row[1:] == ["0.00000", "+0.07594", ""]
+
+
+def test_the_page_shows_what_is_better_and_worse():
+    assert eval_sae.page_cell("**+0.1**") == {"text": "+0.1", "mark": "better"}
+    assert eval_sae.page_cell("_−2_") == {"text": "−2", "mark": "worse"}
+    assert eval_sae.page_cell(r"a\|b") == {"text": "a|b", "mark": ""}
+
+
 def test_cells_of_odd_names_and_numbers():
     assert eval_sae.markdown([["", "a|b"], ["x", "1"]]).splitlines()[0] == r"|   | a\|b |"
     assert eval_sae.mean_cell(0.0, 0.0) == "0"
@@ -5244,13 +5322,16 @@ def test_a_log_is_read_as_far_as_it_is_whole(tmp_path):
     """A kill may cut its last line, and values may be none."""
     lines = [{"tokens": 10 * n, "penalty_share": n / 100} for n in range(1, 25)]
     lines[3]["omega"] = math.inf
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"tokens": 250, "pena'
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '12\n{"tokens": 250, "pena'
     (tmp_path / "metrics.jsonl").write_text(text)
     log = eval_sae.training_log(argparse.Namespace(path=tmp_path))
     assert log["tokens"].tolist() == [10 * n for n in range(1, 25)]
     assert log["omega"].isna().all() and log["dead"].isna().all()
     share = eval_sae.last_penalty_share(argparse.Namespace(path=tmp_path))
     assert share == pytest.approx((22 + 23 + 24) / 3 / 100)  # the last tenth of 24 lines
+    lines[-1]["penalty_share"] = None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert math.isnan(eval_sae.last_penalty_share(argparse.Namespace(path=tmp_path)))
     assert eval_sae.last_penalty_share(argparse.Namespace(path=tmp_path / "none")) is None
 
 
@@ -5299,7 +5380,7 @@ def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
     summary = text[places[0] : places[1]]
     for figure in ("explained variance ↑", "dense ↓", "pairs over chance ↓", "penalty share"):
         assert figure in summary
-    assert "share of the variance of x that x̂ has" in summary
+    assert "share of x's variance that x̂ has" in summary
     n_tokens = json.loads((out / "eval.json").read_text())["core"]["sample"]["tokens"]
     assert f"measured on {n_tokens:,} tokens of held-out text" in text
     for row in printed.out.splitlines():
@@ -5761,7 +5842,8 @@ def test_core_gives_saebenchs_figures(model):
     ids_RL = saebench_tokens()
     kept_RL = sgo_sae.kept_tokens(ids_RL, tokenizer)
     x_RLD = sgo_sae.layer_output(lm, lm.model.layers[1], ids_RL)
-    found = eval_sae.reconstruction(saebench_sae(), x_RLD[kept_RL], ctx=24)
+    per_context = kept_RL.sum().item() / len(kept_RL)
+    found = eval_sae.reconstruction(saebench_sae(), x_RLD[kept_RL], per_context)
     for name, expected in SAEBENCH["core"].items():
         rel = 1e-2 if name in ("mse_benchmark", "bias") else 1e-4
         assert found[name] == pytest.approx(expected, rel=rel), name
@@ -6153,14 +6235,28 @@ def test_gpu_trains_as_a_cpu_does(arch, real_gpu):
 
 @on_a_gpu
 def test_gpu_run_is_stopped_resumed_and_evaluated(
-    train_argv, texts, tmp_path, monkeypatch, capsys, real_gpu
+    train_argv, texts, probe_file, speller, tmp_path, monkeypatch, capsys, real_gpu
 ):
+    """By all families; on the CPU the figures of the text are the same."""
     argv = train_argv(device="cuda", **LONG)
     stop_at(monkeypatch, 113)
     assert sgo_sae.main(argv) == 143
     assert sgo_sae.main([*argv, "--resume"]) == 0
-    assert evaluated([tmp_path / "run", "--text", texts, "--contexts", 8, "--metrics", "core"]) == 0
-    assert "explained variance" in capsys.readouterr().out
+    sizes = ["--contexts", 8, "--train", 40, "--test", 20, "--dtype", "float32"]
+    argv = [tmp_path / "run", "--text", texts, "--probe", probe_file, *sizes]
+    families = ["core", "behaviour", "competition", "probe", "scr"]
+    found = {}
+    for device in ("cpu", "cuda"):
+        more = ["--device", device, "--html", tmp_path / "page.html"]
+        assert evaluated([*argv, "--metrics", *families, *more]) == 0
+        found[device] = json.loads((tmp_path / "run" / "eval.json").read_text())
+    for family in ("core", "behaviour"):
+        figures = [found[device][family]["figures"] for device in ("cpu", "cuda")]
+        assert figures[1] == pytest.approx(figures[0], rel=0.02, abs=0.02)
+    folder = speller.sae(tmp_path / "speller", "absorbing")
+    assert evaluated([folder, "--metrics", "absorption", "--words", "1040"]) == 0
+    full = json.loads((folder / "eval.json").read_text())["absorption"]["figures"]["full"]
+    assert full == pytest.approx(1 / 8, abs=0.06)
 
 
 @on_a_gpu
