@@ -811,7 +811,7 @@ def run(model, texts, tmp_path_factory):
 
 def copy_of(run, folder, **metadata):
     """A folder with the autoencoder of a run, as another trainer would have written it."""
-    shutil.copytree(run / "s0", folder, ignore=shutil.ignore_patterns("eval.json"))
+    shutil.copytree(run / "s0", folder, ignore=shutil.ignore_patterns("eval.json", ".eval.lock"))
     config = json.loads((folder / "cfg.json").read_text())
     for name in ("settings", "activation_scale", "dataset_path"):
         config["metadata"].pop(name)
