@@ -1527,12 +1527,12 @@ class Subject:
             return content
 
     def stored_record(self, family, settings):
-        """The whole Record of eval.json that has those settings, or None."""
+        """The Record of eval.json that has those settings, or None. It may not be whole."""
         content = self.stored().get(family)
         if not isinstance(content, dict) or set(content) != set(Record._fields):
             return None  # it is of another version
         record = Record(**content)
-        return record if record.is_whole and record.settings == settings else None
+        return record if record.settings == settings else None
 
     def keep(self, family, record):
         """Takes a Record, and puts it into eval.json, where the RUN is on this disk.
@@ -1551,7 +1551,8 @@ class Subject:
             # The lock's file stays: two processes could take it at once if it were removed.
             with filelock.FileLock(self.file.with_name(".eval.lock")):
                 content = self.stored()
-                if record.is_whole or not self.stored_record(family, record.settings):
+                known = self.stored_record(family, record.settings)
+                if record.is_whole or not (known and known.is_whole):
                     content[family] = record._asdict()
                     text = json.dumps(content, indent=2, allow_nan=False)
                     sgo_sae.write_whole(self.file, lambda path: path.write_text(text))
@@ -1631,6 +1632,8 @@ class Evaluation:
         self.notes = []
         self.sample = {}
         self.is_whole = True
+        self.settings_of_pending = {}  # of the subjects that are being measured
+        self.earlier = {}  # the Parts, by task and seed, that an earlier call has measured of them
 
     def lacks(self, reason):
         """Notes what could not be had, so that a Record is not whole."""
@@ -1694,34 +1697,59 @@ class Evaluation:
             for subject in self.subjects:
                 self.fail(subject, family, self.failures[family])
             return
-        settings_of = {}  # of the subjects that are to be measured
+        self.settings_of_pending = {}
+        self.earlier = {}
         for subject in self.subjects:
             # As they will come back from eval.json, where a tuple is a list.
             settings = json.loads(json.dumps(self.settings_of(family, subject)))
             stored = subject.stored_record(family, settings) if self.args.resume else None
-            if stored:
+            if stored and stored.is_whole:
                 subject.records[family] = stored
             elif subject.width != self.model.width:
                 widths = f"{subject.width} dimensions, and the model has {self.model.width}"
                 self.fail(subject, family, f"it is for {widths}")
             else:
-                settings_of[subject] = settings
-        if not settings_of:
+                self.settings_of_pending[subject] = settings
+                self.earlier[subject] = {}
+                for part in stored.parts if stored else ():
+                    self.earlier[subject][part["task"], part["seed"]] = Part(**part)
+                    self.sample.update(stored.sample)
+        pending = list(self.settings_of_pending)
+        if not pending:
             return
         try:
-            found = self.families[family](list(settings_of))
+            found = self.families[family](pending)
         except (InputError, RuntimeError) as error:
             reason = str(error)
             if isinstance(error, RuntimeError):
                 if "allocate" not in reason:
                     raise
                 reason = f"out of memory, {MEMORY_ADVICE}: {reason[:200]}"
-            for subject in settings_of:
+            for subject in pending:
                 self.fail(subject, family, reason)
             return
-        for (subject, settings), parts in zip(settings_of.items(), found):
-            record = record_of(parts, self.sample, self.notes, self.is_whole, settings)
+        self.keep(family, found, self.is_whole)
+
+    def keep(self, family, found, is_whole):
+        """Keeps what was found of each pending subject, a list of Parts, as its Record."""
+        for (subject, settings), parts in zip(self.settings_of_pending.items(), found):
+            record = record_of(parts, self.sample, self.notes, is_whole, settings)
             subject.keep(family, record)
+
+    def add(self, family, found, task, seed, measure):
+        """Adds what `measure` returns, a dict of figures for each pending subject, to their Parts.
+
+        They are kept as they are so far, so that a kill loses one task with one seed at most. With
+        --resume, what all subjects have already is not measured again.
+        """
+        earlier = [parts.get((task, seed)) for parts in self.earlier.values()]
+        if all(earlier):
+            new = earlier
+        else:
+            new = [Part(task, seed, figures) for figures in measure()]
+        for parts, part in zip(found, new):
+            parts.append(part)
+        self.keep(family, found, is_whole=False)
 
     @cached_property
     def model(self):
@@ -1874,41 +1902,57 @@ class Evaluation:
         return label_T, attribute_T, n_train, x_TD.to(self.device), latents
 
     def measure_probe(self, subjects):
-        saes = [subject.sae for subject in subjects]
         found = [[] for _ in subjects]
         for sample in self.samples("probe"):
-            label_T, _, n_train, x_TD, latents = self.texts_of(sample, "probe", saes)
-            splits = class_splits(label_T, n_train, sample.seed)
-            of_x = {}
-            for k, score in sparse_probing(x_TD, splits, mean_difference).items():
-                of_x[f"x_{k}"] = score
-            of_x["x_all"] = full_probing(x_TD, splits, sample.seed)
-            for parts, f_TN in zip(found, each(latents, "probes")):
-                f_TN = f_TN.to(self.device)
-                figures = {}
-                for k, score in sparse_probing(f_TN, splits, mean_difference).items():
-                    figures[f"latents_{k}"] = score
-                for k, score in sparse_probing(f_TN, splits, standardised_difference).items():
-                    figures[f"standardised_{k}"] = score
-                figures["latents_all"] = full_probing(f_TN, splits, sample.seed)
-                parts.append(Part(sample.task, sample.seed, {**figures, **of_x}))
+            measure = partial(self.probe_of_sample, sample, subjects)
+            self.add("probe", found, sample.task, sample.seed, measure)
+        return found
+
+    def probe_of_sample(self, sample, subjects):
+        """Figures of probing with a Sample: a dict for each subject."""
+        saes = [subject.sae for subject in subjects]
+        label_T, _, n_train, x_TD, latents = self.texts_of(sample, "probe", saes)
+        splits = class_splits(label_T, n_train, sample.seed)
+        of_x = {}
+        for k, score in sparse_probing(x_TD, splits, mean_difference).items():
+            of_x[f"x_{k}"] = score
+        of_x["x_all"] = full_probing(x_TD, splits, sample.seed)
+        found = []
+        for f_TN in each(latents, "probes"):
+            f_TN = f_TN.to(self.device)
+            figures = {}
+            for k, score in sparse_probing(f_TN, splits, mean_difference).items():
+                figures[f"latents_{k}"] = score
+            for k, score in sparse_probing(f_TN, splits, standardised_difference).items():
+                figures[f"standardised_{k}"] = score
+            figures["latents_all"] = full_probing(f_TN, splits, sample.seed)
+            found.append({**figures, **of_x})
         return found
 
     def measure_scr(self, subjects):
-        saes = [subject.sae for subject in subjects]
         found = [[] for _ in subjects]
-        task = None
+        read = {}
         for sample in self.samples("scr"):
-            if sample.task != task:  # its texts are the same for all seeds
-                task = sample.task
-                texts = self.texts_of(sample, "scr", saes)
-            label_T, attribute_T, n_train, x_TD, latents = texts
-            sets = scr_sets(label_T, attribute_T, n_train)
-            probes = scr_probes(x_TD, label_T, attribute_T, sets, sample.seed)
-            for parts, sae, f_TN in zip(found, saes, latents):
-                f_TN = f_TN.to(self.device)
-                figures = scr(probes, x_TD, f_TN, label_T, attribute_T, sets, sae.W_dec)
-                parts.append(Part(sample.task, sample.seed, figures))
+            measure = partial(self.scr_of_sample, sample, subjects, read)
+            self.add("scr", found, sample.task, sample.seed, measure)
+        return found
+
+    def scr_of_sample(self, sample, subjects, read):
+        """Figures of SCR with a Sample: a dict for each subject.
+
+        `read` has what was read of the last task, whose texts are the same for all seeds.
+        """
+        saes = [subject.sae for subject in subjects]
+        if sample.task not in read:
+            read.clear()
+            read[sample.task] = self.texts_of(sample, "scr", saes)
+        label_T, attribute_T, n_train, x_TD, latents = read[sample.task]
+        sets = scr_sets(label_T, attribute_T, n_train)
+        probes = scr_probes(x_TD, label_T, attribute_T, sets, sample.seed)
+        found = []
+        for sae, f_TN in zip(saes, latents):
+            f_TN = f_TN.to(self.device)
+            found.append(scr(probes, x_TD, f_TN, label_T, attribute_T, sets, sae.W_dec))
         return found
 
     def measure_absorption(self, subjects):
@@ -1918,18 +1962,21 @@ class Evaluation:
         reasons = []
         for seed in self.args.seed:
             try:
-                words = self.words(seed)
+                measure = partial(self.absorption_of_sample, seed, subjects)
+                self.add("absorption", found, "words", seed, measure)
             except InputError as error:
                 reasons.append(f"seed {seed}: {error}")
-                continue
-            advice = "Fewer --words take less."
-            for parts, subject in zip(found, each(subjects, "absorption", advice)):
-                parts.append(Part("words", seed, absorption(subject.sae, words, seed)))
         if len(reasons) == len(self.args.seed):
             raise InputError("; ".join(reasons))
         for reason in reasons:
             self.lacks(f"words are left out, {reason}")
         return found
+
+    def absorption_of_sample(self, seed, subjects):
+        """Figures of absorption with a sample of words: a dict for each subject."""
+        words = self.words(seed)
+        parts = each(subjects, "absorption", "Fewer --words take less.")
+        return [absorption(subject.sae, words, seed) for subject in parts]
 
     def words(self, seed):
         """A random sample of the tokenizer's Words; sets the sample's size."""

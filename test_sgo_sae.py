@@ -3388,7 +3388,11 @@ def test_competition_is_that_of_its_definition(monkeypatch, at_once):
     f_TN = independent_latents(3000, 90)
     moderate = ((f_TN.sum(0) > 100) & (f_TN.sum(0) < 250)).nonzero()[:3, 0]
     f_TN[:, moderate[1]] = f_TN[:, moderate[0]] * (torch.rand(3000) < 0.8)
-    f_TN[:, moderate[2]] = f_TN[:, moderate[0]] * (torch.rand(3000) < 0.63)
+    # The third shares 60 of its 100 tokens with the first.
+    is_first = f_TN[:, moderate[0]] > 0
+    f_TN[:, moderate[2]] = 0
+    f_TN[is_first.nonzero()[:60, 0], moderate[2]] = 1
+    f_TN[(~is_first).nonzero()[:40, 0], moderate[2]] = 1
     for n, size in enumerate((19, 20, 300, 301)):
         f_TN[:, 80 + n] = 0
         f_TN[torch.randperm(3000)[:size], 80 + n] = 1
@@ -3401,7 +3405,7 @@ def test_competition_is_that_of_its_definition(monkeypatch, at_once):
     n_pairs = len(compared) * (len(compared) - 1) / 2
     first, third = M[moderate[0]], M[moderate[2]]
     excess = len(first & third) / len(third) - len(first) / 3000
-    assert excess > 0.6  # this one and that of the second are over 0.5
+    assert 0.5 < excess < 0.6
     figures = competition_of(f_TN)
     assert figures["pairs_over_chance"] == n_over >= 2
     assert figures["compared"] == len(compared)
@@ -4354,8 +4358,8 @@ def test_a_failure_takes_the_place_of_no_measurement(run, tmp_path):
     assert subject.stored_record("core", {"contexts": 9}) == whole
     subject.keep("core", record({"mse": 3.0}, is_whole=False, settings={"contexts": 8}))
     assert subject.stored()["core"]["figures"] == {"mse": 3.0}
-    # And it is not what --resume keeps.
-    assert subject.stored_record("core", {"contexts": 8}) is None
+    assert not subject.stored_record("core", {"contexts": 8}).is_whole
+    assert subject.stored_record("core", {"contexts": 7}) is None
     subject.keep("core", record({"mse": 4.0}, settings={"contexts": 8}))
     assert subject.stored_record("core", {"contexts": 8}).figures == {"mse": 4.0}
 
@@ -4709,6 +4713,40 @@ def test_figures_are_meaned_over_seeds(run, probe_file):
             key: (first["figures"][key] + second["figures"][key]) / 2 for key in first["figures"]
         }
         assert both["figures"] == pytest.approx(means)
+
+
+@pytest.mark.parametrize("family", ["probe", "scr"])
+def test_an_evaluation_that_is_stopped_goes_on_with_the_next_sample(
+    run, probe_file, tmp_path, monkeypatch, capsys, family
+):
+    """And gives what one that never stopped gives."""
+    folder = copy_of(run, tmp_path / "sae")
+    argv = [folder, "--metrics", family, "--probe", probe_file, "--train", "40", "--test", "20"]
+    argv += ["--seed", "0", "1", "2"]
+    assert evaluated(argv) == 0
+    whole = json.loads((folder / "eval.json").read_text())[family]
+    (folder / "eval.json").unlink()
+    name = {"probe": "full_probing", "scr": "scr_probes"}[family]
+    original = getattr(eval_sae, name)
+    seeds = []
+
+    def stopped(*data):
+        seeds.append(data[-1])
+        if seeds[-1] == 2:
+            raise sgo_sae.Interrupted(signal.SIGINT)
+        return original(*data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_sae, name, stopped)
+        assert evaluated(argv) == 130
+    stored = json.loads((folder / "eval.json").read_text())[family]
+    assert not stored["is_whole"]
+    assert stored["parts"] == whole["parts"][:2]
+    seeds.clear()
+    monkeypatch.setattr(eval_sae, name, lambda *data: seeds.append(data[-1]) or original(*data))
+    assert evaluated([*argv, "--resume"]) == 0
+    assert set(seeds) == {2}
+    assert json.loads((folder / "eval.json").read_text())[family] == whole
 
 
 def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, capsys):
