@@ -5085,6 +5085,20 @@ def test_intervals_pool_the_variance_over_the_settings():
     assert cells_of(subjects)[4][1:] == ["0.7000"] * 5  # though their mean is not exact
 
 
+def test_a_difference_within_the_interval_is_not_marked():
+    """Nor is one without an interval."""
+    values = {0: (1.0, 1.1, 0.95), 1: (1.02, 1.05, 1.0)}
+    subjects = []
+    for alpha, of_seeds in values.items():
+        for seed, value in enumerate(of_seeds):
+            settings = {"arch": "topk", "alpha": alpha}
+            subjects.append(Measured(f"{alpha}-{seed}", settings, seed, {"mse": value}))
+    row = cells_of(subjects, baseline="alpha 0")[2]
+    assert float(row[2]) == pytest.approx(0.0067, abs=5e-3) and float(row[3]) > 0.05
+    first = [subject for subject in subjects if subject.seed == 0]
+    assert cells_of(first, baseline="alpha 0")[2][1:] == ["1.000", "+0.020", ""]
+
+
 def test_a_setting_without_a_figure_takes_none_from_the_others():
     subjects, _ = paired_subjects(n_settings=3, n_seeds=3)
     whole = cells_of(subjects, baseline="alpha 0")
