@@ -1069,7 +1069,20 @@ def paired_subjects(n_settings, n_seeds):
 
 @pytest.fixture
 def planted_page():
-    """An evaluation of six latents on 40 contexts of 32 tokens, whose token n is the text <n>."""
+    """An evaluation of six latents on 40 contexts of 32 tokens, whose token n is the text <n>.
+
+    A token whose number is a multiple of 5 is one piece of text with the next one.
+    """
+
+    def pieces(ids):
+        found = []
+        n = 0
+        while n < len(ids):
+            size = 2 if ids[n] % 5 == 0 else 1
+            found.append((f"<{ids[n]}>", size))
+            n += size
+        return found
+
     rate_N = torch.tensor([0.09, 0.09, 0.08, 0.08, 0.08, 0.0])
     f_RLN = torch.rand(40, 32, 6) * (torch.rand(40, 32, 6) < rate_N)
     f_RLN[..., 1] = torch.where(torch.rand(40, 32) < 0.8, f_RLN[..., 0] / 2, 0)
@@ -1080,7 +1093,7 @@ def planted_page():
         has_head=True,
         lm=argparse.Namespace(get_output_embeddings=lambda: head),
         text_of=lambda token: f"<{token}>",
-        pieces=lambda ids: [(f"<{token}>", 1) for token in ids],
+        pieces=pieces,
     )
     return argparse.Namespace(
         activations=f_RLN,
@@ -5342,11 +5355,14 @@ def test_page_shows_pairs_and_contexts_of_a_planted_dictionary(planted_page):
         peaks = f_RLN[..., i].amax(1).topk(3)
         assert view["peak"] == peaks.values[0]
         for context, r in zip(view["contexts"], peaks.indices.tolist(), strict=True):
-            assert f"<{r * 32 + f_RLN[r, :, i].argmax().item()}>" in [p.text for p in context]
-            for piece in context:
-                place = divmod(int(piece.text[1:-1]), 32)
-                assert place[0] == r
-                assert (piece.own, piece.other) == (f_RLN[place][i], f_RLN[place][1 - i])
+            peak = max(piece.own for piece in context)
+            assert peak == f_RLN[r, :, i].max()
+            for piece in context[:-1]:
+                number = int(piece.text[1:-1])
+                own = slice(number - 32 * r, number - 32 * r + (2 if number % 5 == 0 else 1))
+                assert 0 <= own.start < own.stop <= 32
+                expected = (f_RLN[r, own, i].max(), f_RLN[r, own, 1 - i].max())
+                assert (piece.own, piece.other) == expected
 
 
 @pytest.mark.parametrize("values", [[0, 0.93], [-5, 170], [0, 0.07, 0.061], [3, 7], [1e-9, 2e-9]])
