@@ -1338,11 +1338,30 @@ def test_logged_figures_are_those_of_the_definitions(arch, plain, tmp_path):
         "penalty_share": 0.5 * omega / reconstruction,
         "mse": reconstruction / 16 / 0.25,  # in the model's units
         "explained_variance": 1 - reconstruction / variance,
+        "cosine": F.cosine_similarity(x_BD, x_BD - error_BD, dim=1).mean().item(),
         "l0": l0,
         "step": 1,
         "tokens": 2048,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_run_begins_at_the_geometric_median_of_its_first_activations(normalize):
+    """Scaled to a mean squared norm of D where --normalize asks for it; no batch is lost."""
+    parts = [3 * torch.randn(64, 8).exp() for _ in range(3)]
+    data = [sgo_sae.Batch(x_BD, *[0] * (len(sgo_sae.Batch._fields) - 1)) for x_BD in parts]
+    run = sgo_sae.Run(sgo_sae.Config(d_sae=32, k=4, batch=64, normalize=normalize), 8, CPU)
+    scale, rest = sgo_sae.begin([run], iter(data), 3)
+    x_TD = scale * torch.cat(parts)
+    if normalize:
+        assert x_TD.square().sum(1).mean().item() == pytest.approx(8, rel=1e-4)
+    else:
+        assert scale == 1
+    b_dec_D = run.sae.b_dec.detach()
+    assert F.normalize(x_TD - b_dec_D, dim=1).sum(0).norm() < 0.1
+    assert (x_TD.mean(0) - b_dec_D).norm() > 0.1 * b_dec_D.norm()
+    assert all(torch.equal(batch.x_BD, x_BD) for batch, x_BD in zip(rest, parts, strict=True))
 
 
 def test_schedules_at_their_corners():
@@ -3152,6 +3171,7 @@ def test_values_that_mean_none_are_none(tmp_path, none):
         (["cfg.json", "sae.safetensors"], "sparsify's format"),
         (["config.json", "params.safetensors"], "Gemma Scope 2's format"),
         (["hyperparams.json"], "hyperparams.json, which is an unknown format"),
+        (["sae_weights.safetensors"], "which is an unknown format; needed are cfg.json and"),
         ([], "there is no such folder, or it is empty"),
     ],
 )
