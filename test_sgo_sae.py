@@ -4327,7 +4327,7 @@ def test_autoencoders_that_would_be_measured_wrongly_are_refused(
     sgo_sae.save_sae(SAE(16, 64, 4), sgo_sae.Config(model=model[0], layer=1, k=4), tmp_path / "sae")
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config | change))
-    assert evaluated([str(tmp_path / "sae"), "--text", texts]) == 2
+    assert evaluated([str(tmp_path / "sae"), "--text", texts, "--metrics", "core"]) == 2
     assert words in last_line(capsys)
 
 
