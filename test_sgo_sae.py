@@ -863,8 +863,8 @@ def planted_letters(absorbing):
     Where it is absorbing, one A word in 25 has latent 52, whose decoder row has a cosine of 0.71
     with the letter's, in the place of the letter's own.
     """
-    nth_T, letter_T = torch.cartesian_prod(torch.arange(200), torch.arange(26)).T
-    f_TN = 4.0 * F.one_hot(letter_T, 53) + 0.5 * F.one_hot(torch.randint(26, 52, (5200,)), 53)
+    nth_T, letter_T = torch.cartesian_prod(torch.arange(100), torch.arange(26)).T
+    f_TN = 4.0 * F.one_hot(letter_T, 53) + 0.5 * F.one_hot(torch.randint(26, 52, (2600,)), 53)
     W_ND = torch.eye(60)[:53]
     W_ND[52] = F.normalize(torch.eye(60)[0] + torch.eye(60)[58], dim=0)
     if absorbing:
@@ -873,7 +873,7 @@ def planted_letters(absorbing):
     decode = torch.linalg.pinv(W_ND)
     sae = planted_sae(W_ND)
     sae.encode = lambda x: (x @ decode).clamp(min=0)
-    n_train = 150 * 26
+    n_train = 75 * 26
     words = eval_sae.Words(
         x_TD, letter_T, n_train, x_TD[n_train:], letter_T[n_train:], 20 * torch.eye(60)[:26]
     )
@@ -3918,7 +3918,7 @@ def test_absorption_is_the_mean_over_letters_of_planted_words(monkeypatch):
         sae, words = planted_letters(absorbing)
         monkeypatch.setattr(eval_sae, "letter_probe", lambda *data, **_: (planted, None))
         found = eval_sae.absorption(sae, words)
-        share = 2 / 50 / 26 if absorbing else 0
+        share = 1 / 25 / 26 if absorbing else 0
         expected = {"full": share, "absorption": share, "split_latents": 1, "letters": 26}
         assert found == pytest.approx(expected, abs=1e-6)
     # What counts is what the scored words are on their new prompts.
