@@ -202,14 +202,6 @@ FIGURES = (
 )
 
 
-def finite(figures):
-    """The figures as JSON has them: None where one is no finite number, such as 0 / 0."""
-    known = {}
-    for name, value in figures.items():
-        known[name] = value if value is not None and math.isfinite(value) else None
-    return known
-
-
 def ratio(part, whole):
     """part / whole, NaN where whole is 0: there is no such figure, and a Record says so."""
     return part / whole if whole else math.nan
@@ -1422,8 +1414,8 @@ class Record(NamedTuple):
 
 def record_of(parts, sample, notes, is_whole, settings):
     """The Record of Parts, with figures as JSON has them."""
-    parts = [{**part._asdict(), "figures": finite(part.figures)} for part in parts]
-    figures = finite(mean_of([part["figures"] for part in parts]))
+    parts = [{**part._asdict(), "figures": sgo_sae.finite(part.figures)} for part in parts]
+    figures = sgo_sae.finite(mean_of([part["figures"] for part in parts]))
     notes = list(notes)
     blank = [name for name, value in figures.items() if value is None]
     if blank:
@@ -1661,11 +1653,10 @@ class Evaluation:
             for note in self.notes:
                 sgo_sae.say(f"{family}: {note}")
 
-    def settings_of(self, family, subject):
-        """What the figures of a family and an autoencoder hang on, to compare with eval.json."""
+    def settings_of(self, family):
+        """What the figures of a family hang on beside the autoencoder, to compare with eval.json."""
         args = self.args
         settings = {"model": self.name, "layer": self.layer, "dtype": str(self.dtype)}
-        settings["files"] = subject.digest
         if Path(self.name).is_dir():
             settings["model_files"] = stamp_of(self.name)
         if family in TEXT_FAMILIES:
@@ -1699,9 +1690,10 @@ class Evaluation:
             return
         self.settings_of_pending = {}
         self.earlier = {}
+        # As they will come back from eval.json, where a tuple is a list.
+        common = json.loads(json.dumps(self.settings_of(family)))
         for subject in self.subjects:
-            # As they will come back from eval.json, where a tuple is a list.
-            settings = json.loads(json.dumps(self.settings_of(family, subject)))
+            settings = {**common, "files": subject.digest}
             stored = subject.stored_record(family, settings) if self.args.resume else None
             if stored and stored.is_whole:
                 subject.records[family] = stored
@@ -1742,14 +1734,18 @@ class Evaluation:
         They are kept as they are so far, so that a kill loses one task with one seed at most. With
         --resume, what all subjects have already is not measured again.
         """
-        earlier = [parts.get((task, seed)) for parts in self.earlier.values()]
-        if all(earlier):
-            new = earlier
-        else:
+        known = [parts.pop((task, seed), None) for parts in self.earlier.values()]
+        new = known
+        if not all(known):
             new = [Part(task, seed, figures) for figures in measure()]
         for parts, part in zip(found, new):
             parts.append(part)
-        self.keep(family, found, is_whole=False)
+        if not all(known):
+            # With what is still to come of an earlier call, so that a kill does not lose it.
+            so_far = [
+                [*parts, *earlier.values()] for parts, earlier in zip(found, self.earlier.values())
+            ]
+            self.keep(family, so_far, is_whole=False)
 
     @cached_property
     def model(self):
@@ -2032,11 +2028,10 @@ def name_subjects(subjects):
         folder = Path(subject.path.removesuffix("/params.npz"))
         subject.name = ", ".join(words) or folder.name
     # The same setting and seed again, in another folder.
-    count = Counter((subject.name, subject.seed) for subject in subjects)
     first = set()
     for subject in subjects:
         column = (subject.name, subject.seed)
-        if count[column] > 1 and column in first:
+        if column in first:
             subject.name = subject.path
         first.add(column)
 
@@ -2819,8 +2814,8 @@ def work(argv):
     if device.type == "mps":
         raise InputError("--device mps: it has no float64, which the probes take; use cpu")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in training
-    first_run = members(args.runs[0])
-    paths = [path for run in args.runs for path in members(run)]
+    runs = [members(run) for run in args.runs]
+    paths = list(itertools.chain(*runs))
     subjects = []
     broken = []
     for path in dict.fromkeys(paths):
@@ -2836,7 +2831,7 @@ def work(argv):
     name_subjects(subjects)
     baseline = args.against
     if args.paired and not baseline:
-        first = [subject for subject in subjects if subject.path in first_run]
+        first = [subject for subject in subjects if subject.path in runs[0]]
         baseline = baseline_of(first or subjects)
     names = list(dict.fromkeys(subject.name for subject in subjects))
     if baseline and baseline not in names:

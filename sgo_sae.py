@@ -1580,12 +1580,17 @@ def begin(runs, data, steps):
     return scale, itertools.chain(first, data)
 
 
-def json_line(figures):
-    """A line of metrics.jsonl. JSON has no infinite numbers: in their place stands null."""
+def finite(figures):
+    """The figures as JSON has them: None where one is no finite number, such as 0 / 0."""
     known = {}
     for name, value in figures.items():
         known[name] = value if value is not None and math.isfinite(value) else None
-    return json.dumps(known) + "\n"
+    return known
+
+
+def json_line(figures):
+    """A line of metrics.jsonl."""
+    return json.dumps(finite(figures)) + "\n"
 
 
 class Interrupted(BaseException):

@@ -3256,7 +3256,7 @@ def test_the_readme_explains_every_figure():
 def test_a_mean_lacks_what_one_of_its_parts_lacks():
     found = eval_sae.mean_of([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": None}])
     assert found["a"] == 2 and math.isnan(found["b"])
-    assert eval_sae.finite({"a": math.inf, "b": math.nan, "c": 2}) == {"a": None, "b": None, "c": 2}
+    assert sgo_sae.finite({"a": math.inf, "b": math.nan, "c": 2}) == {"a": None, "b": None, "c": 2}
     assert eval_sae.mean_of([]) == {}
 
 
@@ -4775,6 +4775,17 @@ def test_an_evaluation_that_is_stopped_goes_on_with_the_next_sample(
     stored = json.loads((folder / "eval.json").read_text())[family]
     assert not stored["is_whole"]
     assert stored["parts"] == whole["parts"][:2]
+    # Beside a run that has nothing yet, all is measured again; stopped there, it loses nothing.
+    other = copy_of(run, tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_sae, name, stopped)
+        seeds.clear()
+        assert evaluated([argv[0], other, *argv[1:], "--resume"]) == 130
+        patch.setattr(eval_sae, name, lambda *data: stopped(*data[:-1], data[-1] and 2))
+        (other / "eval.json").unlink()
+        assert evaluated([argv[0], other, *argv[1:], "--resume"]) == 130
+    assert len(json.loads((other / "eval.json").read_text())[family]["parts"]) == 1
+    assert json.loads((folder / "eval.json").read_text())[family]["parts"] == whole["parts"][:2]
     seeds.clear()
     monkeypatch.setattr(eval_sae, name, lambda *data: seeds.append(data[-1]) or original(*data))
     assert evaluated([*argv, "--resume"]) == 0
