@@ -51,6 +51,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -79,6 +80,7 @@ class Config:
     seed: int = 0  # seed of the initial weights (list)
     # The loss, Eq. 2
     alpha: float = 0.075  # weight of the SGO penalty, in any --arch; 0 trains without it (list)
+    weights: str = "coactivation"  # w_ij: that of Eq. 3, or uniform, an ablation: all 1 (list)
     alpha_start: float = None  # weight at step 0, then rising (default: alpha · 0.01 / 0.075)
     alpha_warmup: float = 0.205  # share of the steps until alpha is reached: 1,000 of 4,882
     lam: float = 0.04  # lambda, the weight of the sparsity term; relu and jumprelu change it
@@ -113,7 +115,7 @@ class Config:
 
 
 FLAGS = {"d_sae": "--dict", "lam": "--sparsity"}  # the other flags are the names of their settings
-LISTS = ("arch", "d_sae", "k", "alpha", "seed")
+LISTS = ("arch", "d_sae", "k", "alpha", "weights", "seed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AT_LEAST = {  # the others may be 0
     "d_sae": 1,
@@ -210,12 +212,17 @@ def coactivation_weights(f_BN):
     return both_NN / torch.minimum(size_N[:, None], size_N[None, :]).clamp(min=1)
 
 
-def orthogonality(f_BN):
+def uniform_weights(f_BN):
+    """An ablation of Eq. 3, ours: w_ij = 1 (N, N)."""
+    return f_BN.new_ones(f_BN.shape[1], f_BN.shape[1])
+
+
+def orthogonality(f_BN, weights=coactivation_weights):
     """Third term of Eq. 2, unit x⁴: Ω = Σ_{i≠j} w_ij ⟨f_i, f_j⟩², each pair in both its orders.
 
     Ours: ⟨f_i, f_j⟩ is divided by B, and i = j is left out. w, a ratio of counts, has no gradient.
     """
-    w_NN = coactivation_weights(f_BN.detach()).fill_diagonal_(0)
+    w_NN = weights(f_BN.detach()).fill_diagonal_(0)
     gram_NN = f_BN.T @ f_BN / len(f_BN)  # ⟨f_i, f_j⟩
     return (w_NN * gram_NN**2).sum()
 
@@ -306,6 +313,7 @@ def geometric_median(x_BD, iterations=100):
 #     the baselines          `loss_terms`, with Ω by `sgo_penalty_dense`
 #     --plain                `loss_terms`, with Ω by `orthogonality`
 #
+# and with --weights uniform `uniform_penalty` and `uniform_penalty_dense` in the first two.
 # `select` is the one definition of which latents are active. `topk_loss_terms` repeats, for speed,
 # `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. Who changes those
 # changes both, or derives a class, which is then trained by `loss_terms`. The update is that of
@@ -439,6 +447,31 @@ def sgo_penalty_dense(f_BN):
     return penalty_from(gradient_by_tiles, f_BN)
 
 
+def uniform_penalty(vals_BK, idx_BK, d_sae):
+    """`orthogonality` with `uniform_weights`, of latents as `sgo_penalty` takes them.
+
+    Nothing is counted. As ‖fᵀ f‖² = ‖f fᵀ‖², products of B × B tokens stand for N × N latents.
+    """
+    with torch.autocast(vals_BK.device.type, enabled=False):
+        vals_BK = vals_BK.to(torch.promote_types(vals_BK.dtype, torch.float32))
+        f_BN = dense(vals_BK, idx_BK, d_sae)
+        gram_BB = weighted_rows(f_BN.T.contiguous(), vals_BK, idx_BK)  # f fᵀ
+        return uniform_omega(gram_BB, f_BN)
+
+
+def uniform_penalty_dense(f_BN):
+    """`orthogonality` with `uniform_weights`, of latents f (B, N)."""
+    with torch.autocast(f_BN.device.type, enabled=False):
+        f_BN = f_BN.to(torch.promote_types(f_BN.dtype, torch.float32))
+        return uniform_omega(f_BN @ f_BN.T, f_BN)
+
+
+def uniform_omega(gram_BB, f_BN):
+    """Σ_{i≠j} ⟨f_i, f_j⟩² from the products of tokens f fᵀ: all pairs, less those of i = j."""
+    own_N = f_BN.square().sum(0)  # B ⟨f_i, f_i⟩
+    return (gram_BB.square().sum() - own_N.square().sum()) / len(f_BN) ** 2
+
+
 def dense(vals_BK, idx_BK, d_sae):
     """Latents f (B, N) that have these values at these numbers, and are 0 elsewhere."""
     return vals_BK.new_zeros(len(vals_BK), d_sae).scatter(1, idx_BK, vals_BK)
@@ -451,11 +484,11 @@ def encode_selected(sae, x_BD, select):
     return select(sae.pre_activations(x_BD))
 
 
-def decode_selected(sae, vals_BK, idx_BK):
-    """The weighted sum (B, D) of the K selected rows of W_dec, without b_dec."""
+def weighted_rows(matrix_ND, vals_BK, idx_BK):
+    """f times a matrix, (B, D): for each token, the sum of its K selected rows, weighted."""
     if vals_BK.is_cpu:
-        return F.embedding_bag(idx_BK, sae.W_dec, per_sample_weights=vals_BK, mode="sum")
-    return dense(vals_BK, idx_BK, len(sae.b_enc)) @ sae.W_dec
+        return F.embedding_bag(idx_BK, matrix_ND, per_sample_weights=vals_BK, mode="sum")
+    return dense(vals_BK, idx_BK, len(matrix_ND)) @ matrix_ND
 
 
 def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
@@ -465,7 +498,7 @@ def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
     """
     N = len(sae.b_enc)
     vals_BK, idx_BK = encode_selected(sae, x_BD, sae.select)
-    xhat_BD = decode_selected(sae, vals_BK, idx_BK) + sae.b_dec
+    xhat_BD = weighted_rows(sae.W_dec, vals_BK, idx_BK) + sae.b_dec
     place_BK = torch.where(vals_BK > 0, idx_BK, N)  # an entry of 0 is at the extra place N
     fired = torch.zeros(N + 1, dtype=torch.bool, device=x_BD.device)
     return Terms(
@@ -1382,6 +1415,8 @@ def paper_alpha(x_BD):
 
 def alpha_advice(cfg, x_BD):
     normalize = "" if cfg.normalize else " or --normalize"
+    if cfg.weights != "coactivation":
+        return f"use a smaller --alpha{normalize}"
     strength = f"the paper's strength is α {paper_alpha(x_BD):.2g} here"
     return f"use a smaller --alpha{normalize} ({strength})"
 
@@ -1403,23 +1438,18 @@ def scheduled_alpha(cfg, step, steps):
     return alpha_at(step, cfg.alpha, start, int(cfg.alpha_warmup * steps))
 
 
-def omega_of_selected(vals_BK, idx_BK, d_sae):
-    """Ω over the tokens of all processes."""
-    return sgo_penalty(gather_tokens(vals_BK), gather_tokens(idx_BK), d_sae)
+class Penalty(NamedTuple):
+    """Ω with the weights w of a --weights, in three ways."""
+
+    weights: Callable  # w (N, N) of `method`
+    of_selected: Callable  # Ω of a token's selected latents
+    of_dense: Callable  # Ω of latents f (B, N)
 
 
-def omega_of_dense(f_BN):
-    """Ω over the tokens of all processes."""
-    return sgo_penalty_dense(gather_tokens(f_BN))
-
-
-def plain_omega(f_BN):
-    """Ω over the tokens of all processes."""
-    return orthogonality(gather_tokens(f_BN))
-
-
-def no_omega(*latents):
-    return 0.0
+PENALTIES = {
+    "coactivation": Penalty(coactivation_weights, sgo_penalty, sgo_penalty_dense),
+    "uniform": Penalty(uniform_weights, uniform_penalty, uniform_penalty_dense),
+}
 
 
 class Run:
@@ -1438,18 +1468,30 @@ class Run:
         self.last_fired_N = torch.zeros(cfg.d_sae, dtype=torch.long, device=device)
         self.history = []  # the lines of metrics.jsonl
         self.failure = None
+        self.penalty = PENALTIES[cfg.weights]
         if torchrun():
             average_gradients(self.sae)
 
     def terms(self, x_BD):
         """The `Terms` of Eq. 2; the section `fast` tells which way trains what."""
-        sae = self.sae
-        penalized = self.cfg.alpha > 0
+        if type(self.sae) is SAE and not self.cfg.plain:
+            return topk_loss_terms(self.sae, x_BD, self.omega_of_selected)
+        return loss_terms(self.sae, x_BD, self.omega)
+
+    def omega_of_selected(self, vals_BK, idx_BK, d_sae):
+        """Ω over the tokens of all processes, or 0 where α is 0."""
+        if self.cfg.alpha == 0:
+            return 0.0
+        return self.penalty.of_selected(gather_tokens(vals_BK), gather_tokens(idx_BK), d_sae)
+
+    def omega(self, f_BN):
+        """The same of latents f (B, N)."""
+        if self.cfg.alpha == 0:
+            return 0.0
+        f_BN = gather_tokens(f_BN)
         if self.cfg.plain:
-            return loss_terms(sae, x_BD, plain_omega if penalized else no_omega)
-        if type(sae) is SAE:
-            return topk_loss_terms(sae, x_BD, omega_of_selected if penalized else no_omega)
-        return loss_terms(sae, x_BD, omega_of_dense if penalized else no_omega)
+            return orthogonality(f_BN, self.penalty.weights)
+        return self.penalty.of_dense(f_BN)
 
     def step(self, x_BD, step, steps):
         """One training step, in this order:
@@ -1481,7 +1523,7 @@ class Run:
         #     def select(pre_BN):
         #         vals_BK, idx_BK = pre_BN.masked_fill(~dead_N, -math.inf).topk(512)
         #         return vals_BK.relu(), idx_BK
-        #     aux_BD = decode_selected(self.sae, *encode_selected(self.sae, x_BD, select))
+        #     aux_BD = weighted_rows(self.sae.W_dec, *encode_selected(self.sae, x_BD, select))
         #     loss += (x_BD - terms.xhat_BD - aux_BD).square().sum(1).mean() / 32
         fired_N = all_reduce_(terms.fired_N.int(), "MAX") > 0
         self.last_fired_N.masked_fill_(fired_N, step + 1)
@@ -1499,6 +1541,7 @@ class Run:
     def log(self, x_BD, done, scale, **more):
         """Adds a line to metrics.jsonl, and says once if Ω outweighs the reconstruction."""
         dead = int((done - self.last_fired_N >= DEAD_AFTER).sum())
+        omega = self.penalty.of_dense
         m = {
             "step": done,
             "tokens": done * self.cfg.batch,
@@ -1507,7 +1550,7 @@ class Run:
             "activation_scale": scale,
             "gradient_norm": self.gradient_norm,
             "dead": dead if done >= DEAD_AFTER else None,  # earlier, none can be
-            **figures_of(self.sae, gather_tokens(x_BD), self.lam, self.alpha, scale),
+            **figures_of(self.sae, gather_tokens(x_BD), self.lam, self.alpha, scale, omega),
             **more,
         }
         if m["penalty_share"] > 1 and all(past["penalty_share"] <= 1 for past in self.history):
@@ -1535,13 +1578,13 @@ class Run:
 
 
 @torch.no_grad()
-def figures_of(sae, x_BD, lam, alpha, scale):
-    """Figures of a batch after its update, outside of autocast.
+def figures_of(sae, x_BD, lam, alpha, scale, omega=sgo_penalty_dense):
+    """Figures of a batch after its update, outside of autocast. `omega` computes Ω of latents f.
 
     The terms of the loss are in the units of training, in which activations are `scale` times those
     of the model; `mse` is in the model's.
     """
-    terms = loss_terms(sae, x_BD, sgo_penalty_dense)
+    terms = loss_terms(sae, x_BD, omega)
     error = terms.reconstruction
     figures = {
         "loss": total_loss(terms, lam, alpha),
@@ -2106,7 +2149,7 @@ def parse_args(argv):
     parser = new_parser("sgo_sae.py [--flag VALUE ...]", __doc__.splitlines()[0])
     comment = re.compile(r"^    (\w+): .+  # (.+)$", re.MULTILINE)
     comments = dict(comment.findall(Path(__file__).read_text(encoding="utf-8")))
-    choices = {"arch": tuple(ARCHITECTURES), "dtype": DTYPES}
+    choices = {"arch": tuple(ARCHITECTURES), "weights": tuple(PENALTIES), "dtype": DTYPES}
     for field in dataclasses.fields(Config):
         options = {"dest": field.name, "default": field.default, "help": comments[field.name]}
         if "(default" in comments[field.name]:
@@ -2155,9 +2198,13 @@ def check(cfg):
 def choose_folders(cfgs):
     """Sets each run's `out` and returns the folder of all."""
     cfg = cfgs[0]
-    names = [f"{c.arch}-n{c.d_sae}-k{c.k}-a{c.alpha:g}-s{c.seed}" for c in cfgs]
+    names = []
+    for c in cfgs:
+        weights = "" if c.weights == "coactivation" else f"-{c.weights}"
+        names.append(f"{c.arch}-n{c.d_sae}-k{c.k}-a{c.alpha:g}{weights}-s{c.seed}")
     if len(set(names)) < len(names):
-        raise InputError("a value of --arch, --dict, --k, --alpha or --seed is given twice")
+        twice = ", ".join(flag_of(name) for name in LISTS)
+        raise InputError(f"a value of one of {twice} is given twice")
     what = names[0] if len(cfgs) == 1 else "grid"
     folder = Path(cfg.out or f"runs/{Path(cfg.model or 'demo').name}-l{cfg.layer}-{what}")
     for c, name in zip(cfgs, names, strict=True):

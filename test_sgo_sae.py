@@ -86,6 +86,9 @@ from sgo_sae import (
     sgo_penalty_dense,
     topk_loss_terms,
     total_loss,
+    uniform_penalty,
+    uniform_penalty_dense,
+    uniform_weights,
     update,
 )
 
@@ -174,6 +177,20 @@ def definition(f_BN):
     gram_NN = f_BN.T @ f_BN / B
     off_NN = w_NN * gram_NN * (1 - torch.eye(N))
     return (off_NN * gram_NN).sum().item(), w_NN, 4 / B * f_BN @ off_NN
+
+
+def uniform_definition(f_BN):
+    """The same with w_ij = 1, pair by pair: Ω and ∂Ω/∂f."""
+    f_BN = f_BN.double()
+    B, N = f_BN.shape
+    omega = 0.0
+    gradient_BN = torch.zeros_like(f_BN)
+    for i, j in product(range(N), repeat=2):
+        if i != j:
+            inner = f_BN[:, i].dot(f_BN[:, j]) / B
+            omega += inner.item() ** 2
+            gradient_BN[:, i] += 4 / B * inner * f_BN[:, j]  # of (i, j) and of (j, i)
+    return omega, gradient_BN
 
 
 def take(way, monkeypatch, **sizes):
@@ -1151,9 +1168,13 @@ def test_penalty_and_gradient_match_the_definition(B, N, K, way, rows, monkeypat
     assert torch.allclose(found_BN, grad_BN, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "weights, way", [*(("coactivation", way) for way in WAYS), ("uniform", "tiles")]
+)
 @pytest.mark.parametrize("arch", sgo_sae.ARCHITECTURES)
-def test_thirty_steps_by_the_fast_way_are_those_by_the_plain_one(arch, way, monkeypatch, patch_gpu):
+def test_thirty_steps_by_the_fast_way_are_those_by_the_plain_one(
+    arch, weights, way, monkeypatch, patch_gpu
+):
     """On a CPU, and as on a GPU. JumpReLU's thresholds get a gradient of Ω from latents that are
     not active, too.
     """
@@ -1162,7 +1183,8 @@ def test_thirty_steps_by_the_fast_way_are_those_by_the_plain_one(arch, way, monk
     trained = []
 
     def train(device, plain):
-        cfg = sgo_sae.Config(arch=arch, d_sae=64, k=8, lr=5e-3, alpha=0.5, plain=plain)
+        settings = {"lr": 5e-3, "alpha": 0.5, "weights": weights, "plain": plain}
+        cfg = sgo_sae.Config(arch=arch, d_sae=64, k=8, **settings)
         run = sgo_sae.Run(cfg, 16, device)
         run.sae.double()
         if arch != "topk":
@@ -1183,14 +1205,16 @@ def test_thirty_steps_by_the_fast_way_are_those_by_the_plain_one(arch, way, monk
     assert (plain["W_dec"] - start.W_dec).abs().max() > 0.1  # it did train
 
 
-def test_penalty_and_step_inside_a_callers_autocast():
+@pytest.mark.parametrize("weights", sgo_sae.PENALTIES)
+def test_penalty_and_step_inside_a_callers_autocast(weights):
     """Counts stay exact, gradients finite, the value that of float32."""
+    _, of_selected, of_dense = sgo_sae.PENALTIES[weights]
     vals_BK, idx_BK = sparse_latents(600, 40, 12, dtype=torch.float32)
-    exact = sgo_penalty(vals_BK, idx_BK, 40).item()
+    exact = of_selected(vals_BK, idx_BK, 40).item()
     with torch.autocast("cpu", torch.bfloat16):
         for penalty in (
-            lambda v: sgo_penalty(v, idx_BK, 40),
-            lambda v: sgo_penalty_dense(dense(v, idx_BK, 40)),
+            lambda v: of_selected(v, idx_BK, 40),
+            lambda v: of_dense(dense(v, idx_BK, 40)),
         ):
             leaf_BK = vals_BK.clone().requires_grad_()
             value = penalty(leaf_BK)
@@ -1198,8 +1222,29 @@ def test_penalty_and_step_inside_a_callers_autocast():
             assert value.item() == pytest.approx(exact, rel=1e-5)
             value.backward()
             assert 0 < leaf_BK.grad.abs().sum() < math.inf
-        coarse = sgo_penalty(vals_BK.bfloat16(), idx_BK, 40)
+        coarse = of_selected(vals_BK.bfloat16(), idx_BK, 40)
+        assert coarse.dtype == torch.float32
         assert coarse.item() == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize("B, N, K", SHAPES)
+def test_the_ablation_is_eq_2_with_a_weight_of_1_for_each_pair(B, N, K):
+    """By `method` and by both ways of `fast`: Ω, and its gradient where latents are active."""
+    vals_BK, idx_BK = sparse_latents(B, N, K)
+    f_BN = dense(vals_BK, idx_BK, N)
+    omega, gradient_BN = uniform_definition(f_BN)
+    active_BN = f_BN > 0
+    for penalty in (
+        lambda v: orthogonality(dense(v, idx_BK, N), uniform_weights),
+        lambda v: uniform_penalty(v, idx_BK, N),
+        lambda v: uniform_penalty_dense(dense(v, idx_BK, N)),
+    ):
+        leaf_BK = vals_BK.clone().requires_grad_()
+        value = penalty(leaf_BK)
+        value.backward()
+        assert value.item() == pytest.approx(omega, rel=1e-9, abs=1e-12)
+        found_BN = dense(leaf_BK.grad, idx_BK, N)
+        assert torch.allclose(found_BN[active_BN], gradient_BN[active_BN], rtol=1e-9, atol=1e-12)
 
 
 def test_penalty_of_no_active_latent_and_without_gradients():
@@ -1314,9 +1359,11 @@ def test_sparsity_is_steered_to_k(arch, steps, sparsity, rel):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("plain", [True, False])
-def test_logged_figures_are_those_of_the_definitions(arch, plain, tmp_path):
+@pytest.mark.parametrize("weights", sgo_sae.PENALTIES)
+def test_logged_figures_are_those_of_the_definitions(arch, plain, weights, tmp_path):
     x_BD = torch.randn(128, 16)
     settings = {"alpha": 0.5, "alpha_warmup": 0, "plain": plain, "out": str(tmp_path)}
+    settings["weights"] = weights
     run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=64, k=4, **settings), 16, CPU)
     if arch != "topk":
         run.sae.start(x_BD, 0.1)
@@ -1325,7 +1372,7 @@ def test_logged_figures_are_those_of_the_definitions(arch, plain, tmp_path):
     (found,) = metrics_of(tmp_path)
     f_BN = run.sae.activate(run.sae.pre_activations(x_BD)).detach()
     error_BD = (x_BD - run.sae.decode(f_BN)).detach()
-    omega = definition(f_BN)[0]
+    omega = {"coactivation": definition, "uniform": uniform_definition}[weights](f_BN)[0]
     l0 = (f_BN > 0).sum(1).float().mean().item()
     sparsity = {"jumprelu": l0, "batchtopk": 0}.get(arch, f_BN.sum(1).mean().item())
     reconstruction = error_BD.square().sum(1).mean().item()
@@ -1638,8 +1685,8 @@ def test_an_auxiliary_loss_has_what_it_needs(on_gpu, patch_gpu):
     def found():
         x = x_BD.to("cuda") if on_gpu else x_BD
         module = sae.to("cuda") if on_gpu else sae
-        terms = topk_loss_terms(module, x, sgo_sae.no_omega)
-        aux = sgo_sae.decode_selected(module, *sgo_sae.encode_selected(module, x, select))
+        terms = topk_loss_terms(module, x, lambda *latents: 0.0)
+        aux = sgo_sae.weighted_rows(module.W_dec, *sgo_sae.encode_selected(module, x, select))
         loss = terms.reconstruction + (x - terms.xhat_BD - aux).square().sum(1).mean() / 32
         return torch.autograd.grad(loss, list(module.parameters()))
 
@@ -2386,6 +2433,25 @@ def test_grid_trains_each_as_if_alone(train_argv, tmp_path, monkeypatch, capsys)
         assert len(passes) == in_grid
 
 
+def test_the_ablation_of_the_weights_in_a_grid(train_argv, texts, tmp_path, capsys):
+    """It has a name of its own, and the weights that it gets alone, which are not SGO's."""
+    argv = [*train_argv(alpha=5), "--weights", "coactivation", "uniform"]
+    assert sgo_sae.main(argv) == 0
+    names = ["topk-n64-k4-a5-s0", "topk-n64-k4-a5-uniform-s0"]
+    folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert sorted(folders) == names
+    table = capsys.readouterr().out
+    assert all(name in table for name in names)
+    sgo, uniform = (weights_of(tmp_path / "run" / name) for name in names)
+    assert sgo != uniform
+    assert sgo_sae.main(train_argv(out=tmp_path / "alone", alpha=5, weights="uniform")) == 0
+    assert weights_of(tmp_path / "alone") == uniform
+    text = ["--text", texts, "--contexts", 4]
+    assert evaluated([tmp_path / "run", "--metrics", "core", *text]) == 0
+    table = capsys.readouterr().out
+    assert "weights coactivation" in table and "weights uniform" in table
+
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -2406,11 +2472,13 @@ together = sgo_sae.torchrun
 steps = 6
 generators = [torch.Generator().manual_seed(i) for i in range(steps)]
 batches = [torch.randn(64, 16, generator=generator) * 3 for generator in generators]
-for arch in ("topk", "batchtopk", "relu", "jumprelu"):
+cases = [("topk", "uniform")]
+cases += [(arch, "coactivation") for arch in ("topk", "batchtopk", "relu", "jumprelu")]
+for arch, weights in cases:
     for plain in (False, True):
         out = f'{sys.argv[2]}/{rank}'
         cfg = sgo_sae.Config(arch=arch, d_sae=96, k=4, lr=1e-2, batch=64,
-                             alpha_start=0.05, plain=plain, out=out)
+                             alpha_start=0.05, plain=plain, weights=weights, out=out)
         os.makedirs(cfg.out, exist_ok=True)
         found = []
         for several in (True, False):
@@ -2431,7 +2499,7 @@ for arch in ("topk", "batchtopk", "relu", "jumprelu"):
         apart = {n: (ours[n] - alone[n]).abs() / (1 + alone[n].abs()) for n in alone}
         difference = max(apart[n].max().item() for n in apart)
         if rank == 0:
-            print(arch, plain, difference, flush=True)
+            print(arch, weights, plain, difference, flush=True)
 """
 
 
@@ -2444,8 +2512,8 @@ def test_two_processes_train_as_one_does_under_the_rule_of_nccl(tmp_path, way):
     result = python(*TORCHRUN, tmp_path / "two.py", way, tmp_path)
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    differences = {(arch, plain): float(difference) for arch, plain, difference in lines}
-    assert len(differences) == 8
+    differences = {tuple(case): float(difference) for *case, difference in lines}
+    assert len(differences) == 10
     exact = [differences[key] for key in differences if key[0] != "batchtopk"]
     assert max(exact) < 1e-5, result.stdout
 
@@ -6457,9 +6525,13 @@ def benchmark(argv):
     torch.set_float32_matmul_precision("high")
     x_BD = torch.randn(args.batch, args.width, device=device)
     works = {}
-    for name, alpha in {"without the penalty": 0.0, "with the penalty": 0.075}.items():
+    for name, settings in {
+        "without the penalty": {"alpha": 0.0},
+        "with the penalty": {},
+        "with w = 1": {"weights": "uniform"},
+    }.items():
         # Without a learning rate every step is the same work.
-        cfg = sgo_sae.Config(d_sae=args.dict, k=args.k, alpha=alpha, lr=0.0)
+        cfg = sgo_sae.Config(d_sae=args.dict, k=args.k, lr=0.0, **settings)
         run = sgo_sae.Run(cfg, args.width, device, mixed)
         works[name] = partial(run.step, x_BD, 0, 100)
     if args.peers:
