@@ -1462,6 +1462,8 @@ class Subject:
         self.width = len(self.sae.b_dec)
         self.cfg = vars(self.sae.cfg)  # all that its files say of it
         self.training = self.cfg.get("settings") or {}  # ours: all settings of its training
+        if self.training:  # An older file does not have this one.
+            self.training = {"pair_weights": sgo_sae.Config.pair_weights, **self.training}
         self.settings = {}  # those that can name its column of the table
         for name, value in self.training.items():
             if name not in NOT_NAMED:

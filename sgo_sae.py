@@ -39,6 +39,7 @@ import codecs
 import csv
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -80,7 +81,7 @@ class Config:
     seed: int = 0  # seed of the initial weights (list)
     # The loss, Eq. 2
     alpha: float = 0.075  # weight of the SGO penalty, in any --arch; 0 trains without it (list)
-    weights: str = "coactivation"  # w_ij: that of Eq. 3, or uniform, an ablation: all 1 (list)
+    pair_weights: str = "coactivation"  # w_ij: Eq. 3; uniform: all 1, an ablation (list)
     alpha_start: float = None  # weight at step 0, then rising (default: alpha · 0.01 / 0.075)
     alpha_warmup: float = 0.205  # share of the steps until alpha is reached: 1,000 of 4,882
     lam: float = 0.04  # lambda, the weight of the sparsity term; relu and jumprelu change it
@@ -115,7 +116,7 @@ class Config:
 
 
 FLAGS = {"d_sae": "--dict", "lam": "--sparsity"}  # the other flags are the names of their settings
-LISTS = ("arch", "d_sae", "k", "alpha", "weights", "seed")
+LISTS = ("arch", "d_sae", "k", "alpha", "pair_weights", "seed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AT_LEAST = {  # the others may be 0
     "d_sae": 1,
@@ -212,11 +213,6 @@ def coactivation_weights(f_BN):
     return both_NN / torch.minimum(size_N[:, None], size_N[None, :]).clamp(min=1)
 
 
-def uniform_weights(f_BN):
-    """An ablation of Eq. 3, ours: w_ij = 1 (N, N)."""
-    return f_BN.new_ones(f_BN.shape[1], f_BN.shape[1])
-
-
 def orthogonality(f_BN, weights=coactivation_weights):
     """Third term of Eq. 2, unit x⁴: Ω = Σ_{i≠j} w_ij ⟨f_i, f_j⟩², each pair in both its orders.
 
@@ -225,6 +221,11 @@ def orthogonality(f_BN, weights=coactivation_weights):
     w_NN = weights(f_BN.detach()).fill_diagonal_(0)
     gram_NN = f_BN.T @ f_BN / len(f_BN)  # ⟨f_i, f_j⟩
     return (w_NN * gram_NN**2).sum()
+
+
+def uniform_weights(f_BN):
+    """Ones (N, N): an ablation of the paper, ours, that stands in `orthogonality` for Eq. 3."""
+    return f_BN.new_ones(f_BN.shape[1], f_BN.shape[1])
 
 
 class Terms(NamedTuple):
@@ -313,7 +314,8 @@ def geometric_median(x_BD, iterations=100):
 #     the baselines          `loss_terms`, with Ω by `sgo_penalty_dense`
 #     --plain                `loss_terms`, with Ω by `orthogonality`
 #
-# and with --weights uniform `uniform_penalty` and `uniform_penalty_dense` in the first two.
+# With --pair-weights uniform Ω is by `uniform_penalty`, `uniform_penalty_dense`, or `orthogonality`
+# with `uniform_weights`.
 # `select` is the one definition of which latents are active. `topk_loss_terms` repeats, for speed,
 # `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. Who changes those
 # changes both, or derives a class, which is then trained by `loss_terms`. The update is that of
@@ -424,14 +426,14 @@ def sgo_penalty(vals_BK, idx_BK, d_sae):
     """
     K = vals_BK.shape[1]
     if d_sae <= PAIRS_PAY.get(vals_BK.device.type, 127) * K:
-        return penalty_from(tiles_of_selected, vals_BK, idx_BK, d_sae)
+        return penalty_from(gradient_of_selected, vals_BK, idx_BK, d_sae, gradient_by_tiles)
     by_pairs = gradient_by_blocks if vals_BK.is_cpu else gradient_by_pairs
     return penalty_from(by_pairs, vals_BK, idx_BK, d_sae)
 
 
-def tiles_of_selected(vals_BK, idx_BK, d_sae):
-    """∂Ω/∂f of the entries (B, K), by tiles."""
-    gradient_BN = gradient_by_tiles(dense(vals_BK, idx_BK, d_sae))
+def gradient_of_selected(vals_BK, idx_BK, d_sae, gradient_of):
+    """∂Ω/∂f of the entries (B, K), from a function that gives it of latents f (B, N)."""
+    gradient_BN = gradient_of(dense(vals_BK, idx_BK, d_sae))
     return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
 
 
@@ -448,28 +450,24 @@ def sgo_penalty_dense(f_BN):
 
 
 def uniform_penalty(vals_BK, idx_BK, d_sae):
-    """`orthogonality` with `uniform_weights`, of latents as `sgo_penalty` takes them.
-
-    Nothing is counted. As ‖fᵀ f‖² = ‖f fᵀ‖², products of B × B tokens stand for N × N latents.
-    """
-    with torch.autocast(vals_BK.device.type, enabled=False):
-        vals_BK = vals_BK.to(torch.promote_types(vals_BK.dtype, torch.float32))
-        f_BN = dense(vals_BK, idx_BK, d_sae)
-        gram_BB = weighted_rows(f_BN.T.contiguous(), vals_BK, idx_BK)  # f fᵀ
-        return uniform_omega(gram_BB, f_BN)
+    """`orthogonality` with `uniform_weights`, of latents as `sgo_penalty` takes them."""
+    return penalty_from(gradient_of_selected, vals_BK, idx_BK, d_sae, uniform_gradient)
 
 
 def uniform_penalty_dense(f_BN):
     """`orthogonality` with `uniform_weights`, of latents f (B, N)."""
-    with torch.autocast(f_BN.device.type, enabled=False):
-        f_BN = f_BN.to(torch.promote_types(f_BN.dtype, torch.float32))
-        return uniform_omega(f_BN @ f_BN.T, f_BN)
+    return penalty_from(uniform_gradient, f_BN)
 
 
-def uniform_omega(gram_BB, f_BN):
-    """Σ_{i≠j} ⟨f_i, f_j⟩² from the products of tokens f fᵀ: all pairs, less those of i = j."""
+def uniform_gradient(f_BN):
+    """∂Ω/∂f (B, N) where w_ij = 1: (4/B) Σ_{j≠i} ⟨f_i, f_j⟩ f_bj.
+
+    Nothing is counted. The sum over all j is f (fᵀ f) / B, which is computed as (f fᵀ) f / B: a B × B
+    array stands for the N × N one. From it j = i is subtracted.
+    """
+    f_BN = f_BN.to(torch.promote_types(f_BN.dtype, torch.float32))
     own_N = f_BN.square().sum(0)  # B ⟨f_i, f_i⟩
-    return (gram_BB.square().sum() - own_N.square().sum()) / len(f_BN) ** 2
+    return (f_BN @ f_BN.T @ f_BN - own_N * f_BN) * (4 / len(f_BN) ** 2)
 
 
 def dense(vals_BK, idx_BK, d_sae):
@@ -484,11 +482,11 @@ def encode_selected(sae, x_BD, select):
     return select(sae.pre_activations(x_BD))
 
 
-def weighted_rows(matrix_ND, vals_BK, idx_BK):
-    """f times a matrix, (B, D): for each token, the sum of its K selected rows, weighted."""
+def decode_selected(sae, vals_BK, idx_BK):
+    """The weighted sum (B, D) of the K selected rows of W_dec, without b_dec."""
     if vals_BK.is_cpu:
-        return F.embedding_bag(idx_BK, matrix_ND, per_sample_weights=vals_BK, mode="sum")
-    return dense(vals_BK, idx_BK, len(matrix_ND)) @ matrix_ND
+        return F.embedding_bag(idx_BK, sae.W_dec, per_sample_weights=vals_BK, mode="sum")
+    return dense(vals_BK, idx_BK, len(sae.b_enc)) @ sae.W_dec
 
 
 def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
@@ -498,7 +496,7 @@ def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
     """
     N = len(sae.b_enc)
     vals_BK, idx_BK = encode_selected(sae, x_BD, sae.select)
-    xhat_BD = weighted_rows(sae.W_dec, vals_BK, idx_BK) + sae.b_dec
+    xhat_BD = decode_selected(sae, vals_BK, idx_BK) + sae.b_dec
     place_BK = torch.where(vals_BK > 0, idx_BK, N)  # an entry of 0 is at the extra place N
     fired = torch.zeros(N + 1, dtype=torch.bool, device=x_BD.device)
     return Terms(
@@ -1415,7 +1413,7 @@ def paper_alpha(x_BD):
 
 def alpha_advice(cfg, x_BD):
     normalize = "" if cfg.normalize else " or --normalize"
-    if cfg.weights != "coactivation":
+    if cfg.pair_weights != "coactivation":
         return f"use a smaller --alpha{normalize}"
     strength = f"the paper's strength is α {paper_alpha(x_BD):.2g} here"
     return f"use a smaller --alpha{normalize} ({strength})"
@@ -1425,7 +1423,9 @@ def failure_of(cfg, x_BD):
     """Why a gradient is not finite, as far as can be told."""
     if not x_BD.isfinite().all():
         return "the activations are not finite"
-    return alpha_advice(cfg, x_BD) if cfg.alpha > paper_alpha(x_BD) else "use a smaller --lr"
+    # How strong uniform weights are beside the paper's is not known.
+    harmless = paper_alpha(x_BD) if cfg.pair_weights == "coactivation" else 0
+    return alpha_advice(cfg, x_BD) if cfg.alpha > harmless else "use a smaller --lr"
 
 
 def scheduled_alpha(cfg, step, steps):
@@ -1439,11 +1439,11 @@ def scheduled_alpha(cfg, step, steps):
 
 
 class Penalty(NamedTuple):
-    """Ω with the weights w of a --weights, in three ways."""
+    """What a --pair-weights stands for: w as `method` has it, and Ω in its two fast forms."""
 
-    weights: Callable  # w (N, N) of `method`
-    of_selected: Callable  # Ω of a token's selected latents
-    of_dense: Callable  # Ω of latents f (B, N)
+    weights: Callable  # of latents f (B, N), w (N, N)
+    of_selected: Callable  # of a token's selected latents, Ω
+    of_dense: Callable  # of latents f (B, N), Ω
 
 
 PENALTIES = {
@@ -1468,7 +1468,7 @@ class Run:
         self.last_fired_N = torch.zeros(cfg.d_sae, dtype=torch.long, device=device)
         self.history = []  # the lines of metrics.jsonl
         self.failure = None
-        self.penalty = PENALTIES[cfg.weights]
+        self.penalty = PENALTIES[cfg.pair_weights]
         if torchrun():
             average_gradients(self.sae)
 
@@ -1523,7 +1523,7 @@ class Run:
         #     def select(pre_BN):
         #         vals_BK, idx_BK = pre_BN.masked_fill(~dead_N, -math.inf).topk(512)
         #         return vals_BK.relu(), idx_BK
-        #     aux_BD = weighted_rows(self.sae.W_dec, *encode_selected(self.sae, x_BD, select))
+        #     aux_BD = decode_selected(self.sae, *encode_selected(self.sae, x_BD, select))
         #     loss += (x_BD - terms.xhat_BD - aux_BD).square().sum(1).mean() / 32
         fired_N = all_reduce_(terms.fired_N.int(), "MAX") > 0
         self.last_fired_N.masked_fill_(fired_N, step + 1)
@@ -1862,6 +1862,7 @@ def check_settings(path, theirs, ours):
         raise InputError(f"{path} is of {len(theirs)} autoencoders, and the command of {len(ours)}")
     changed = []
     for before, now in zip(theirs, ours, strict=True):
+        before = {"pair_weights": Config.pair_weights, **before}  # which older files do not have
         for name, value in now.items():
             if before.get(name) != value:
                 changed.append(f"{flag_of(name)} {before.get(name)}, not {value}")
@@ -2148,8 +2149,8 @@ def parse_args(argv):
     """The settings of a command line: a Config for each combination of the values of LISTS."""
     parser = new_parser("sgo_sae.py [--flag VALUE ...]", __doc__.splitlines()[0])
     comment = re.compile(r"^    (\w+): .+  # (.+)$", re.MULTILINE)
-    comments = dict(comment.findall(Path(__file__).read_text(encoding="utf-8")))
-    choices = {"arch": tuple(ARCHITECTURES), "weights": tuple(PENALTIES), "dtype": DTYPES}
+    comments = dict(comment.findall(inspect.getsource(Config)))
+    choices = {"arch": tuple(ARCHITECTURES), "pair_weights": tuple(PENALTIES), "dtype": DTYPES}
     for field in dataclasses.fields(Config):
         options = {"dest": field.name, "default": field.default, "help": comments[field.name]}
         if "(default" in comments[field.name]:
@@ -2167,7 +2168,9 @@ def parse_args(argv):
         parser.set_defaults(**DEMO)
     values = vars(parser.parse_args(argv))
     lists = itertools.product(*[values[name] for name in LISTS])
-    return [Config(**dict(values, **dict(zip(LISTS, one)))) for one in lists]
+    cfgs = [Config(**dict(values, **dict(zip(LISTS, one)))) for one in lists]
+    # Where α is 0 no pair has a weight, and one of --pair-weights is trained.
+    return [cfg for cfg in cfgs if cfg.alpha != 0 or cfg.pair_weights == values["pair_weights"][0]]
 
 
 def check(cfg):
@@ -2200,8 +2203,8 @@ def choose_folders(cfgs):
     cfg = cfgs[0]
     names = []
     for c in cfgs:
-        weights = "" if c.weights == "coactivation" else f"-{c.weights}"
-        names.append(f"{c.arch}-n{c.d_sae}-k{c.k}-a{c.alpha:g}{weights}-s{c.seed}")
+        ablation = "" if c.pair_weights == "coactivation" else f"-{c.pair_weights}"
+        names.append(f"{c.arch}-n{c.d_sae}-k{c.k}-a{c.alpha:g}{ablation}-s{c.seed}")
     if len(set(names)) < len(names):
         twice = ", ".join(flag_of(name) for name in LISTS)
         raise InputError(f"a value of one of {twice} is given twice")

@@ -1186,7 +1186,7 @@ def test_thirty_steps_by_the_fast_way_are_those_by_the_plain_one(
     trained = []
 
     def train(device, plain):
-        settings = {"lr": 5e-3, "alpha": 0.5, "weights": weights, "plain": plain}
+        settings = {"lr": 5e-3, "alpha": 0.5, "pair_weights": weights, "plain": plain}
         cfg = sgo_sae.Config(arch=arch, d_sae=64, k=8, **settings)
         run = sgo_sae.Run(cfg, 16, device)
         run.sae.double()
@@ -1366,7 +1366,7 @@ def test_sparsity_is_steered_to_k(arch, steps, sparsity, rel):
 def test_logged_figures_are_those_of_the_definitions(arch, plain, weights, tmp_path):
     x_BD = torch.randn(128, 16)
     settings = {"alpha": 0.5, "alpha_warmup": 0, "plain": plain, "out": str(tmp_path)}
-    settings["weights"] = weights
+    settings["pair_weights"] = weights
     run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=64, k=4, **settings), 16, CPU)
     if arch != "topk":
         run.sae.start(x_BD, 0.1)
@@ -1547,7 +1547,7 @@ def test_the_gradient_of_half_precision_latents_is_nearly_that_of_the_definition
     expected_BK = expected_BN.gather(1, idx_BK) * (vals_BK > 0)
     assert (f_BN > 0).sum(0).max() > 256 and (f_BN > 0).sum(0).min() == 0
     gradient_of = {
-        "tiles": sgo_sae.tiles_of_selected,
+        "tiles": partial(sgo_sae.gradient_of_selected, gradient_of=sgo_sae.gradient_by_tiles),
         "pairs": sgo_sae.gradient_by_pairs,
         "blocks": sgo_sae.gradient_by_blocks,
     }[way]
@@ -1574,7 +1574,7 @@ def test_pairs_cost_nothing_by_the_number_of_latents():
 @pytest.mark.parametrize("device, ratio", sgo_sae.PAIRS_PAY.items())
 def test_the_way_is_chosen_by_cost(device, ratio, monkeypatch, patch_gpu):
     taken = []
-    for name in ("tiles_of_selected", "gradient_by_pairs", "gradient_by_blocks"):
+    for name in ("gradient_of_selected", "gradient_by_pairs", "gradient_by_blocks"):
         real = getattr(sgo_sae, name)
         monkeypatch.setattr(
             sgo_sae, name, lambda *a, n=name, real=real: taken.append(n) or real(*a)
@@ -1585,7 +1585,7 @@ def test_the_way_is_chosen_by_cost(device, ratio, monkeypatch, patch_gpu):
             idx_BK = torch.arange(10).view(5, 2).to(device)
             sgo_penalty(vals_BK, idx_BK, N)
     assert taken == [
-        "tiles_of_selected",
+        "gradient_of_selected",
         "gradient_by_blocks" if device == "cpu" else "gradient_by_pairs",
     ]
 
@@ -1689,7 +1689,7 @@ def test_an_auxiliary_loss_has_what_it_needs(on_gpu, patch_gpu):
         x = x_BD.to("cuda") if on_gpu else x_BD
         module = sae.to("cuda") if on_gpu else sae
         terms = topk_loss_terms(module, x, lambda *latents: 0.0)
-        aux = sgo_sae.weighted_rows(module.W_dec, *sgo_sae.encode_selected(module, x, select))
+        aux = sgo_sae.decode_selected(module, *sgo_sae.encode_selected(module, x, select))
         loss = terms.reconstruction + (x - terms.xhat_BD - aux).square().sum(1).mean() / 32
         return torch.autograd.grad(loss, list(module.parameters()))
 
@@ -2438,21 +2438,53 @@ def test_grid_trains_each_as_if_alone(train_argv, tmp_path, monkeypatch, capsys)
 
 def test_the_ablation_of_the_weights_in_a_grid(train_argv, texts, tmp_path, capsys):
     """It has a name of its own, and the weights that it gets alone, which are not SGO's."""
-    argv = [*train_argv(alpha=5), "--weights", "coactivation", "uniform"]
+    argv = [*train_argv(), "--alpha", "0", "5", "--pair-weights", "coactivation", "uniform"]
     assert sgo_sae.main(argv) == 0
-    names = ["topk-n64-k4-a5-s0", "topk-n64-k4-a5-uniform-s0"]
+    names = ["topk-n64-k4-a0-s0", "topk-n64-k4-a5-s0", "topk-n64-k4-a5-uniform-s0"]
     folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
     assert sorted(folders) == names
     table = capsys.readouterr().out
     assert all(name in table for name in names)
-    sgo, uniform = (weights_of(tmp_path / "run" / name) for name in names)
+    _, sgo, uniform = (weights_of(tmp_path / "run" / name) for name in names)
     assert sgo != uniform
-    assert sgo_sae.main(train_argv(out=tmp_path / "alone", alpha=5, weights="uniform")) == 0
+    assert sgo_sae.main(train_argv(out=tmp_path / "alone", alpha=5, pair_weights="uniform")) == 0
     assert weights_of(tmp_path / "alone") == uniform
     text = ["--text", texts, "--contexts", 4]
     assert evaluated([tmp_path / "run", "--metrics", "core", *text]) == 0
     table = capsys.readouterr().out
-    assert "weights coactivation" in table and "weights uniform" in table
+    heads = " ".join(table.split("core: explained")[0].replace("|", " ").split())
+    assert "coactivation" in heads and "uniform" in heads, heads
+
+
+def test_runs_from_before_there_were_pair_weights(train_argv, texts, tmp_path, capsys):
+    """They are resumed and have one column with new runs, as if they had the default."""
+    for seed in (0, 1):
+        assert sgo_sae.main(train_argv(out=tmp_path / f"s{seed}", seed=seed, save_every=10)) == 0
+    file = tmp_path / "s0" / "cfg.json"
+    content = json.loads(file.read_text())
+    assert content["metadata"]["settings"].pop("pair_weights") == "coactivation"
+    file.write_text(json.dumps(content))
+    text = ["--text", texts, "--contexts", 4]
+    assert evaluated([tmp_path / "s0", tmp_path / "s1", "--metrics", "core", *text]) == 0
+    assert "pair_weights" not in capsys.readouterr().out
+    argv = train_argv(out=tmp_path / "s0", seed=0, save_every=10)
+    assert sgo_sae.main([*argv, "--resume"]) == 0
+    assert "has ended" in capsys.readouterr().err
+    assert sgo_sae.main([*argv, "--resume", "--pair-weights", "uniform"]) == 2
+    assert "--pair-weights coactivation, not uniform" in last_line(capsys)
+
+
+def test_uniform_weights_are_not_told_the_papers_strength(tmp_path):
+    x_BD = torch.randn(64, 16)
+    for weights, alpha, words in (
+        ("coactivation", 1e9, "the paper's strength is"),
+        ("coactivation", 0.1, "use a smaller --lr"),
+        ("uniform", 0.1, "use a smaller --alpha or --normalize"),
+        ("uniform", 0.0, "use a smaller --lr"),
+    ):
+        cfg = sgo_sae.Config(pair_weights=weights, alpha=alpha)
+        assert words in sgo_sae.failure_of(cfg, x_BD)
+        assert ("strength" in sgo_sae.failure_of(cfg, x_BD)) == ("strength" in words)
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -2481,7 +2513,7 @@ for arch, weights in cases:
     for plain in (False, True):
         out = f'{sys.argv[2]}/{rank}'
         cfg = sgo_sae.Config(arch=arch, d_sae=96, k=4, lr=1e-2, batch=64,
-                             alpha_start=0.05, plain=plain, weights=weights, out=out)
+                             alpha_start=0.05, plain=plain, pair_weights=weights, out=out)
         os.makedirs(cfg.out, exist_ok=True)
         found = []
         for several in (True, False):
@@ -3280,8 +3312,11 @@ def test_demo_language_model_learns(tmp_path):
 
 def test_help_shows_every_setting_with_its_default():
     text = " ".join(python(SCRIPT, "--help").stdout.split())
+    settings = SCRIPT.read_text().split("class Config:")[1].split("FLAGS =")[0]
     for field in dataclasses.fields(sgo_sae.Config):
         assert sgo_sae.flag_of(field.name) + " " in text
+        (comment,) = re.findall(rf"^    {field.name}: .*  # (.*)$", settings, re.MULTILINE)
+        assert comment in text
     assert (
         "(default: [18432])" in text and "(default: [0.075])" in text and "(default: 0.875)" in text
     )
@@ -6478,6 +6513,7 @@ KINDS = {
 RATES = (1 / 250, 1 / 10)
 PLANTED = {"d_sae": 256, "lr": 1e-2, "normalize": True}
 PLANTED_STEPS = 500
+PLANTED_BATCH = 2048  # tokens, as in the paper; with fewer, more pairs weigh by chance
 PAPER_STRENGTH = 1600 / 64  # α where E‖x‖² is D
 # What has the EV of SGO at a quarter of the paper's strength, and at that strength: with w = 1 an α,
 # whose αΩ/rec is about SGO's, too; with α 0, in the second case, how many latents a token fewer.
@@ -6492,9 +6528,9 @@ def planted_arms(kind, k):
     return {
         "α 0": {"k": k, "alpha": 0.0},
         "SGO, 1/4": {"k": k, "alpha": PAPER_STRENGTH / 4},
-        "w = 1, EV of SGO, 1/4": {"k": k, "alpha": weak, "weights": "uniform"},
+        "w = 1, EV of SGO, 1/4": {"k": k, "alpha": weak, "pair_weights": "uniform"},
         "SGO, 1": {"k": k, "alpha": PAPER_STRENGTH},
-        "w = 1, EV of SGO, 1": {"k": k, "alpha": strong, "weights": "uniform"},
+        "w = 1, EV of SGO, 1": {"k": k, "alpha": strong, "pair_weights": "uniform"},
         f"α 0, k - {FEWER[kind]}": {"k": k - FEWER[kind], "alpha": 0.0},
         "SGO, 4": {"k": k, "alpha": PAPER_STRENGTH * 4},
     }
@@ -6546,8 +6582,8 @@ def planted_figures(sae, direction_FD, active_TF, x_TD, kind):
     return {name: figure.item() for name, figure in figures.items()}
 
 
-def planted_trial(kind, batch, seed):
-    """The figures of each arm, trained on the same batches of `batch` tokens."""
+def planted_trial(kind, seed):
+    """The figures of each arm, trained on the same batches."""
     torch.set_num_threads(1)
     # `Run` draws the first weights from the same seed; from it alone, these would be the same, too.
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -6561,9 +6597,9 @@ def planted_trial(kind, batch, seed):
     k = round(active_TF.sum(1).float().mean().item())
     runs = {}
     for name, settings in planted_arms(kind, k).items():
-        cfg = sgo_sae.Config(**PLANTED, **settings, batch=batch, seed=seed)
+        cfg = sgo_sae.Config(**PLANTED, **settings, batch=PLANTED_BATCH, seed=seed)
         runs[name] = sgo_sae.Run(cfg, 64, CPU)
-    data = (sgo_sae.Batch(tokens(B=batch)[1], 0, 0.0) for _ in range(PLANTED_STEPS))
+    data = (sgo_sae.Batch(tokens(B=PLANTED_BATCH)[1], 0, 0.0) for _ in range(PLANTED_STEPS))
     scale, data = sgo_sae.begin(list(runs.values()), data, PLANTED_STEPS)
     for step, (x_BD, *_) in enumerate(data):
         for run in runs.values():
@@ -6580,29 +6616,37 @@ def planted_trial(kind, batch, seed):
 
 def planted_lines(trials):
     """A table of the arms. A figure is the mean over the trials, one for each seed. What follows it
-    is the mean of its difference to α 0, ± half of that mean's 95 % interval.
+    is the mean of its difference to α 0, ± half of that mean's 95 % interval. Arms with w = 1 have
+    a second line, of their difference to SGO.
     """
     from scipy import stats
 
     half_width = stats.t.ppf(0.975, len(trials) - 1) / math.sqrt(len(trials))
-    yield f"{'':<22}" + "".join(f"{figure:<24}" for figure in trials[0]["α 0"])
-    for arm in trials[0]:
-        line = f"{arm:<22}"
+
+    def line(name, arm, other):
+        text = f"{name:<22}"
         for figure in trials[0][arm]:
             values = numpy.array([trial[arm][figure] for trial in trials])
-            change = values - [trial["α 0"][figure] for trial in trials]
+            change = values - [trial[other][figure] for trial in trials]
             cell = f"{values.mean():.3f}"
-            if arm != "α 0":
+            if arm != other:
                 cell += f" ({change.mean():+.3f} ± {half_width * change.std(ddof=1):.3f})"
-            line += f"{cell:<24}"
-        yield line
+            text += f"{cell:<24}"
+        return text
+
+    yield f"{'':<22}" + "".join(f"{figure:<24}" for figure in trials[0]["α 0"])
+    for arm in trials[0]:
+        yield line(arm, arm, "α 0")
+        if " EV of " in arm:
+            other = arm.split(" EV of ")[1]
+            yield line(f"    less {other}", arm, other)
 
 
-def planted(batch, n_seeds=10):
+def planted(n_seeds=10):
     """Prints a table for each kind of planted features."""
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for kind, what in KINDS.items():
-            trials = list(pool.map(partial(planted_trial, kind, batch), range(n_seeds)))
+            trials = list(pool.map(partial(planted_trial, kind), range(n_seeds)))
             print(f"\n{kind}: {what}", *planted_lines(trials), sep="\n", flush=True)
 
 
@@ -6701,26 +6745,31 @@ def test_a_planted_trial_starts_far_from_the_features_and_moves_towards_them(mon
     pytest.importorskip("scipy")
     arms = {"α 0": {"k": 8, "alpha": 0.0}, "SGO": {"k": 8, "alpha": PAPER_STRENGTH}}
     monkeypatch.setattr(sys.modules[__name__], "planted_arms", lambda kind, k: arms)
+    monkeypatch.setattr(sys.modules[__name__], "PLANTED_BATCH", 512)
     found = []
     for steps in (1, 60):
         monkeypatch.setattr(sys.modules[__name__], "PLANTED_STEPS", steps)
-        found.append(planted_trial("independent", 512, 0))
+        found.append(planted_trial("independent", 0))
     first, then = found
     assert first["α 0"]["MCC"] < 0.5
     assert then["α 0"]["MCC"] > first["α 0"]["MCC"] + 0.1
     assert then["α 0"]["αΩ/rec"] == 0 < then["SGO"]["αΩ/rec"]
-    assert then == planted_trial("independent", 512, 0)  # a seed fixes everything
+    assert then == planted_trial("independent", 0)  # a seed fixes everything
 
 
 def test_the_table_of_planted_features_by_hand():
     pytest.importorskip("scipy")
     trials = []
-    for plain, penalised in ((0.5, 0.6), (0.7, 0.75), (0.6, 0.9)):
-        trials.append({"α 0": {"MCC": plain}, "SGO, 1": {"MCC": penalised}})
-    *_, first, last = planted_lines(trials)
+    for plain, penalised, uniform in ((0.5, 0.6, 0.7), (0.7, 0.75, 0.65), (0.6, 0.9, 0.9)):
+        arms = {"α 0": plain, "SGO, 1": penalised, "w = 1, EV of SGO, 1": uniform}
+        trials.append({arm: {"MCC": value} for arm, value in arms.items()})
+    _, first, second, third, last = planted_lines(trials)
     # Differences 0.1, 0.05 and 0.3: their deviation is 0.1323, t(2) at 97.5 % is 4.303.
     assert first.split() == ["α", "0", "0.600"]
-    assert last.split() == ["SGO,", "1", "0.750", "(+0.150", "±", "0.329)"]
+    assert second.split() == ["SGO,", "1", "0.750", "(+0.150", "±", "0.329)"]
+    assert third.startswith("w = 1, EV of SGO, 1   0.750 (+0.150 ± ")
+    # To SGO 0.1, -0.1 and 0, of deviation 0.1.
+    assert last.split() == ["less", "SGO,", "1", "0.750", "(+0.000", "±", "0.248)"]
 
 
 # ---------------------------------------------------------------------------------------- benchmark
@@ -6804,7 +6853,7 @@ def benchmark(argv):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
     if args.planted:
-        return planted(args.batch)
+        return planted()
     device, _ = sgo_sae.find_device("auto", "auto")
     mixed = args.dtype == "bfloat16"
     torch.set_float32_matmul_precision("high")
@@ -6813,7 +6862,7 @@ def benchmark(argv):
     for name, settings in {
         "without the penalty": {"alpha": 0.0},
         "with the penalty": {},
-        "with w = 1": {"weights": "uniform"},
+        "with w = 1": {"pair_weights": "uniform"},
     }.items():
         # Without a learning rate every step is the same work.
         cfg = sgo_sae.Config(d_sae=args.dict, k=args.k, lr=0.0, **settings)
