@@ -2464,9 +2464,11 @@ def test_runs_from_before_there_were_pair_weights(train_argv, texts, tmp_path, c
     content = json.loads(file.read_text())
     assert content["metadata"]["settings"].pop("pair_weights") == "coactivation"
     file.write_text(json.dumps(content))
-    text = ["--text", texts, "--contexts", 4]
-    assert evaluated([tmp_path / "s0", tmp_path / "s1", "--metrics", "core", *text]) == 0
-    assert "pair_weights" not in capsys.readouterr().out
+    assert sgo_sae.main(train_argv(out=tmp_path / "u", pair_weights="uniform")) == 0
+    runs = [tmp_path / name for name in ("s0", "s1", "u")]
+    assert evaluated([*runs, "--metrics", "core", "--text", texts, "--contexts", 4]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "core: mse ↓" in line)
+    assert len(row.strip("|").split("|")) == 3 and row.count("±") == 1  # a name and two columns
     argv = train_argv(out=tmp_path / "s0", seed=0, save_every=10)
     assert sgo_sae.main([*argv, "--resume"]) == 0
     assert "has ended" in capsys.readouterr().err
