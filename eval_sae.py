@@ -7,9 +7,9 @@
 
 A RUN is a folder that sgo_sae.py or SAELens wrote, a folder of such folders, or a params.npz of
 Gemma Scope, on disk or on the Hub as OWNER/NAME/PATH. The figures of a params.npz go to
-params.eval.json beside it; of what is on the Hub they are only printed. The exit code is 0 where every RUN has
-figures of every family that was asked for, 1 where one of them has none, and 2 where none has any,
-or where the call can't be carried out.
+params.eval.json beside it; of what is on the Hub they are only printed. The exit code is 0 where
+every RUN has figures of every family that was asked for, 1 where one of them has none, and 2 where
+none has any, or where the call can't be carried out.
 
 The sections, in this order:
 
@@ -30,7 +30,8 @@ The sections, in this order:
 
 A call goes from the end to the beginning. `work` in main makes a Subject of each autoencoder, and
 lets an Evaluation measure one family after another. A family's method reads the model for all
-autoencoders together, and hands tensors to the functions of the first sections. These open no files.
+autoencoders together, and hands tensors to the functions of the first sections, which open no
+files.
 
 Shapes are named as in sgo_sae.py: B tokens or texts of a batch, L positions, R contexts, D hidden
 size, N latents. Besides, T are all tokens, texts or words of a measurement and U those of its test
@@ -1356,9 +1357,7 @@ def open_gemma_scope(file):
         weights["theta"] = weights.pop("threshold")
         # Gemma Scope does not subtract b_dec from x, and our encode() does.
         weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]
-        sae.load_state_dict(weights)
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise InputError(f"{file}: its weights are not finite")
+        sgo_sae.set_weights(sae, weights, file)
     layer = re.search(r"layer_(\d+)", str(file))
     return sae, {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
 
@@ -1462,8 +1461,8 @@ class Subject:
         self.width = len(self.sae.b_dec)
         self.cfg = vars(self.sae.cfg)  # all that its files say of it
         self.training = self.cfg.get("settings") or {}  # ours: all settings of its training
-        if self.training:  # An older file does not have this one.
-            self.training = {"pair_weights": sgo_sae.Config.pair_weights, **self.training}
+        if self.training:
+            self.training = sgo_sae.LATER | self.training
         self.settings = {}  # those that can name its column of the table
         for name, value in self.training.items():
             if name not in NOT_NAMED:
@@ -1656,7 +1655,7 @@ class Evaluation:
                 sgo_sae.say(f"{family}: {note}")
 
     def settings_of(self, family):
-        """What the figures of a family hang on beside the autoencoder, to compare with eval.json."""
+        """What a family's figures depend on beside the autoencoder, to compare with eval.json."""
         args = self.args
         settings = {"model": self.name, "layer": self.layer, "dtype": str(self.dtype)}
         if Path(self.name).is_dir():
@@ -1737,17 +1736,17 @@ class Evaluation:
         --resume, what all subjects have already is not measured again.
         """
         known = [parts.pop((task, seed), None) for parts in self.earlier.values()]
-        new = known
-        if not all(known):
-            new = [Part(task, seed, figures) for figures in measure()]
-        for parts, part in zip(found, new):
-            parts.append(part)
-        if not all(known):
-            # With what is still to come of an earlier call, so that a kill does not lose it.
-            so_far = [
-                [*parts, *earlier.values()] for parts, earlier in zip(found, self.earlier.values())
-            ]
-            self.keep(family, so_far, is_whole=False)
+        if all(known):
+            for parts, part in zip(found, known):
+                parts.append(part)
+            return
+        for parts, figures in zip(found, measure()):
+            parts.append(Part(task, seed, figures))
+        # With what is still to come of an earlier call, so that a kill does not lose it.
+        so_far = [
+            [*parts, *earlier.values()] for parts, earlier in zip(found, self.earlier.values())
+        ]
+        self.keep(family, so_far, is_whole=False)
 
     @cached_property
     def model(self):
@@ -2520,8 +2519,8 @@ def chart(lines, caption, x_name, y_name):
 
 
 def closest_pairs(activity, count=N_PAIRS):
-    """The pairs with the largest (w - chance) · shared, each as Pairs of numbers, largest first; and
-    a histogram (20,) of how far all pairs are over chance, from 0 to 1."""
+    """The pairs with the largest (w - chance) · shared, each as Pairs of numbers, largest first;
+    and a histogram (20,) of how far all pairs are over chance, from 0 to 1."""
     histogram_20 = torch.zeros(20)
     best = []
     for pairs in compared_pairs(activity):

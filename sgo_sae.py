@@ -316,6 +316,7 @@ def geometric_median(x_BD, iterations=100):
 #
 # With --pair-weights uniform Ω is by `uniform_penalty`, `uniform_penalty_dense`, or `orthogonality`
 # with `uniform_weights`.
+#
 # `select` is the one definition of which latents are active. `topk_loss_terms` repeats, for speed,
 # `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. Who changes those
 # changes both, or derives a class, which is then trained by `loss_terms`. The update is that of
@@ -462,8 +463,8 @@ def uniform_penalty_dense(f_BN):
 def uniform_gradient(f_BN):
     """∂Ω/∂f (B, N) where w_ij = 1: (4/B) Σ_{j≠i} ⟨f_i, f_j⟩ f_bj.
 
-    Nothing is counted. The sum over all j is f (fᵀ f) / B, which is computed as (f fᵀ) f / B: a B × B
-    array stands for the N × N one. From it j = i is subtracted.
+    Nothing is counted. The sum over all j is f (fᵀ f) / B, which is computed as (f fᵀ) f / B: a
+    B × B array stands for the N × N one. From it j = i is subtracted.
     """
     f_BN = f_BN.to(torch.promote_types(f_BN.dtype, torch.float32))
     own_N = f_BN.square().sum(0)  # B ⟨f_i, f_i⟩
@@ -1850,6 +1851,7 @@ def prepare_folder(run):
 
 
 FREE = ("out", "device", "log_every", "save_every", "resume")  # a resumed run may change these
+LATER = {"pair_weights": "coactivation"}  # settings that older files lack, and what they were then
 
 
 def fixed_settings(cfg):
@@ -1862,7 +1864,7 @@ def check_settings(path, theirs, ours):
         raise InputError(f"{path} is of {len(theirs)} autoencoders, and the command of {len(ours)}")
     changed = []
     for before, now in zip(theirs, ours, strict=True):
-        before = {"pair_weights": Config.pair_weights, **before}  # which older files do not have
+        before = LATER | before
         for name, value in now.items():
             if before.get(name) != value:
                 changed.append(f"{flag_of(name)} {before.get(name)}, not {value}")
@@ -2002,12 +2004,17 @@ def load_sae(path, device="cpu"):
             weights["theta"] = weights.pop("threshold", sae.theta)
         if not cfg.get("apply_b_dec_to_input", True):  # encode() subtracts b_dec: add it back
             weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]
-        sae.load_state_dict(weights)
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise InputError(f"{path}: its weights are not finite")
+        set_weights(sae, weights, path)
     if cfg.get("rescale_acts_by_decoder_norm"):
         fold_decoder_norms(sae)
     return sae.to(device)
+
+
+def set_weights(sae, weights, path):
+    """Gives an autoencoder the weights of a file, or refuses them where they are not finite."""
+    sae.load_state_dict(weights)
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise InputError(f"{path}: its weights are not finite")
 
 
 def refuse_unknown(path, value, name, known):

@@ -6119,7 +6119,8 @@ def test_absorption_gives_saebenchs_figures():
 
 # -------------------------------------------------------------------------- other people's trainers
 # What makes the trainers of dictionary_learning and sparsify train with the penalty; SAELens's is
-# in the README. Each is run here, where the library is installed, by the library's own training function.
+# in the README. Each is run here, where the library is installed, by the library's own training
+# function.
 DICTIONARY_LEARNING = """
 from dictionary_learning.trainers.top_k import TopKTrainer
 from sgo_sae import alpha_at, sgo_penalty
@@ -6517,8 +6518,8 @@ PLANTED = {"d_sae": 256, "lr": 1e-2, "normalize": True}
 PLANTED_STEPS = 500
 PLANTED_BATCH = 2048  # tokens, as in the paper; with fewer, more pairs weigh by chance
 PAPER_STRENGTH = 1600 / 64  # α where E‖x‖² is D
-# What has the EV of SGO at a quarter of the paper's strength, and at that strength: with w = 1 an α,
-# whose αΩ/rec is about SGO's, too; with α 0, in the second case, how many latents a token fewer.
+# What has the EV of SGO at a quarter of the paper's strength, and at that strength: with w = 1 an
+# α, whose αΩ/rec is about SGO's, too; with α 0, in the second case, how many latents a token fewer.
 # Found with seed 10, which is not among those that are reported.
 UNIFORM = {"independent": (0.8, 2.5), "pairs": (1.1, 3.6), "parents": (0.8, 2.8)}
 FEWER = {"independent": 1, "pairs": 2, "parents": 5}
@@ -6538,6 +6539,11 @@ def planted_arms(kind, k):
     }
 
 
+def has_child(active_TF):
+    """On which tokens each parent, the first feature of four, has a child that is active (T, P)."""
+    return active_TF[:, 1::4] | active_TF[:, 2::4] | active_TF[:, 3::4]
+
+
 def planted_tokens(kind, direction_FD, rate_F, B, generator):
     """Which features are active on B tokens, (B, F), and the activations x (B, D) of these."""
     shape = (B, len(rate_F))
@@ -6548,7 +6554,7 @@ def planted_tokens(kind, direction_FD, rate_F, B, generator):
         draw_BF[:, 1::2] = torch.where(is_copied_BP, first_BP, second_BP)
     active_BF = draw_BF < rate_F
     if kind == "parents":
-        active_BF[:, ::4] |= active_BF[:, 1::4] | active_BF[:, 2::4] | active_BF[:, 3::4]
+        active_BF[:, ::4] |= has_child(active_BF)
     size_BF = 1 + 0.25 * torch.randn(shape, generator=generator)
     return active_BF, (active_BF * size_BF) @ direction_FD
 
@@ -6578,9 +6584,8 @@ def planted_figures(sae, direction_FD, active_TF, x_TD, kind):
     }
     if kind == "parents":
         latent_of = dict(zip(feature_M, latent_M, strict=True))
-        has_child_TP = active_TF[:, 1::4] | active_TF[:, 2::4] | active_TF[:, 3::4]
         fires_TP = fires_TN[:, [latent_of[parent] for parent in range(0, len(direction_FD), 4)]]
-        figures["parent silent"] = 1 - fires_TP[has_child_TP].float().mean()
+        figures["parent silent"] = 1 - fires_TP[has_child(active_TF)].float().mean()
     return {name: figure.item() for name, figure in figures.items()}
 
 
