@@ -52,7 +52,7 @@ import time
 import types
 import zlib
 from collections import Counter
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1462,7 +1462,8 @@ class Subject:
         self.cfg = vars(self.sae.cfg)  # all that its files say of it
         self.training = self.cfg.get("settings") or {}  # ours: all settings of its training
         if self.training:
-            self.training = sgo_sae.LATER | self.training
+            for name, value in sgo_sae.LATER.items():
+                self.training.setdefault(name, value)
         self.settings = {}  # those that can name its column of the table
         for name, value in self.training.items():
             if name not in NOT_NAMED:
@@ -1575,6 +1576,14 @@ TEXT_FAMILIES = ("core", "behaviour", "competition")
 TASK_FAMILIES = ("probe", "scr")
 
 
+class Texts(NamedTuple):
+    """The texts of a task, what the model makes of them, and each autoencoder."""
+
+    row_of: dict  # of a text, its row
+    x_TD: torch.Tensor  # mean activations
+    latents: list  # of each autoencoder, mean latents (T, N)
+
+
 class Evaluation:
     """Autoencoders of one layer, what they are measured with, and a method for each family.
 
@@ -1647,7 +1656,7 @@ class Evaluation:
                     if Path(config.dataset).exists():
                         sgo_sae.load_texts(config)
                 if family in TASK_FAMILIES and self.args.probe:
-                    list(self.samples(family))  # it raises and notes what is wrong with the files
+                    list(self.tasks(family))  # it raises and notes what is wrong with the files
             except InputError as error:
                 self.failures[family] = str(error)
                 sgo_sae.say(f"{family} can't be measured: {error}")
@@ -1847,10 +1856,10 @@ class Evaluation:
             found.append([Part("text", 0, competition(subject.sae, x_TD))])
         return found
 
-    def samples(self, family):
-        """Yields the Samples of a family's tasks, for each seed. A task that can't be had is noted."""
+    def tasks(self, family):
+        """Yields the Samples of each task, one for each seed. A task that can't be had is noted."""
         args = self.args
-        n_samples = 0
+        n_tasks = 0
         if family == "probe" and not args.probe and not self.demo:
             self.notes.append(LEFT_OUT)
         for name, load in task_frames(family, args.probe, self.demo).items():
@@ -1874,49 +1883,63 @@ class Evaluation:
                 continue
             if len(samples[0].frame) < wanted:
                 self.notes.append(f"{name}: {len(samples[0].frame)} texts, not {wanted}")
-            n_samples += len(samples)
-            yield from samples
-        if n_samples == 0:
+            n_tasks += 1
+            yield samples
+        if n_tasks == 0:
             reasons = "; ".join(self.notes)
             self.notes.clear()
             raise InputError(reasons)
 
-    def texts_of(self, sample, family, saes):
+    def read_texts(self, samples, family, subjects):
+        """The Texts of a task's samples, each of which is read once for all samples."""
+        texts = list(dict.fromkeys(itertools.chain(*[sample.frame["text"] for sample in samples])))
+        saes = [subject.sae for subject in subjects]
+        x_TD, latents = mean_latents(self.model, saes, texts, f"{family}: {samples[0].task}")
+        return Texts({text: row for row, text in enumerate(texts)}, x_TD, latents)
+
+    def activations_of(self, sample, texts):
         """What is measured of a Sample: its labels and attributes (T,), how many texts are to train
-        on, and their mean activations (T, D) and a list of mean latents (T, N)."""
+        on, their mean activations (T, D), and where in `texts` its texts are (T,)."""
         frame = sample.frame
         n_train = int((~frame["is_test"]).sum())
         self.sample[sample.task] = {"train": n_train, "test": len(frame) - n_train}
         label_T = torch.tensor(frame["label"].to_numpy(), device=self.device)
         attribute_T = torch.tensor(frame["attribute"].to_numpy(), device=self.device)
-        desc = f"{family}: {sample.task}"
-        x_TD, latents = mean_latents(self.model, saes, frame["text"].tolist(), desc)
+        rows_T = torch.tensor([texts.row_of[text] for text in frame["text"]])
+        x_TD = texts.x_TD[rows_T].to(self.device)
         n_empty = (x_TD == 0).all(1).sum().item()
         if n_empty:
             note = f"{sample.task}: {n_empty} texts have no token that counts, and are zeros"
             if note not in self.notes:
                 self.notes.append(note)
-        return label_T, attribute_T, n_train, x_TD.to(self.device), latents
+        return label_T, attribute_T, n_train, x_TD, rows_T
 
-    def measure_probe(self, subjects):
+    def measure_tasks(self, family, subjects, measure_sample):
+        """The Parts of a family of tasks. `measure_sample` measures one Sample."""
         found = [[] for _ in subjects]
-        for sample in self.samples("probe"):
-            measure = partial(self.probe_of_sample, sample, subjects)
-            self.add("probe", found, sample.task, sample.seed, measure)
+        for samples in self.tasks(family):
+            # They are read when the first sample is measured, and not where all are known.
+            read = cache(partial(self.read_texts, samples, family, subjects))
+            for sample in samples:
+                measure = partial(measure_sample, sample, subjects, read)
+                self.add(family, found, sample.task, sample.seed, measure)
         return found
 
-    def probe_of_sample(self, sample, subjects):
-        """Figures of probing with a Sample: a dict for each subject."""
-        saes = [subject.sae for subject in subjects]
-        label_T, _, n_train, x_TD, latents = self.texts_of(sample, "probe", saes)
+    def measure_probe(self, subjects):
+        return self.measure_tasks("probe", subjects, self.probe_of_sample)
+
+    def probe_of_sample(self, sample, subjects, read):
+        """Figures of probing with a Sample: a dict for each subject. `read` gives the Texts."""
+        texts = read()
+        label_T, _, n_train, x_TD, rows_T = self.activations_of(sample, texts)
         splits = class_splits(label_T, n_train, sample.seed)
         of_x = {}
         for k, score in sparse_probing(x_TD, splits, mean_difference).items():
             of_x[f"x_{k}"] = score
         of_x["x_all"] = full_probing(x_TD, splits, sample.seed)
         found = []
-        for f_TN in each(latents, "probes"):
-            f_TN = f_TN.to(self.device)
+        for all_latents in each(texts.latents, "probes"):
+            f_TN = all_latents[rows_T].to(self.device)
             figures = {}
             for k, score in sparse_probing(f_TN, splits, mean_difference).items():
                 figures[f"latents_{k}"] = score
@@ -1927,29 +1950,19 @@ class Evaluation:
         return found
 
     def measure_scr(self, subjects):
-        found = [[] for _ in subjects]
-        read = {}
-        for sample in self.samples("scr"):
-            measure = partial(self.scr_of_sample, sample, subjects, read)
-            self.add("scr", found, sample.task, sample.seed, measure)
-        return found
+        return self.measure_tasks("scr", subjects, self.scr_of_sample)
 
     def scr_of_sample(self, sample, subjects, read):
-        """Figures of SCR with a Sample: a dict for each subject.
-
-        `read` has what was read of the last task, whose texts are the same for all seeds.
-        """
-        saes = [subject.sae for subject in subjects]
-        if sample.task not in read:
-            read.clear()
-            read[sample.task] = self.texts_of(sample, "scr", saes)
-        label_T, attribute_T, n_train, x_TD, latents = read[sample.task]
+        """Figures of SCR with a Sample: a dict for each subject. `read` gives the Texts."""
+        texts = read()
+        label_T, attribute_T, n_train, x_TD, rows_T = self.activations_of(sample, texts)
         sets = scr_sets(label_T, attribute_T, n_train)
         probes = scr_probes(x_TD, label_T, attribute_T, sets, sample.seed)
         found = []
-        for sae, f_TN in zip(saes, latents):
-            f_TN = f_TN.to(self.device)
-            found.append(scr(probes, x_TD, f_TN, label_T, attribute_T, sets, sae.W_dec))
+        for subject, all_latents in zip(subjects, texts.latents):
+            f_TN = all_latents[rows_T].to(self.device)
+            W_dec_ND = subject.sae.W_dec
+            found.append(scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND))
         return found
 
     def measure_absorption(self, subjects):
@@ -2692,7 +2705,7 @@ def page(evaluation, subjects, found):
 
 
 # --------------------------------------------------------------------------------------------- main
-MEMORY_ADVICE = "smaller --contexts, --train, --test and --words need less"
+MEMORY_ADVICE = "smaller --contexts, --train, --test and --words, and fewer --seed, need less"
 LARGEST_SEED = 2**32 - 1  # that numpy takes
 
 
@@ -2814,7 +2827,7 @@ def work(argv):
     device, dtype = sgo_sae.find_device(args.device, args.dtype)
     if device.type == "mps":
         raise InputError("--device mps: it has no float64, which the probes take; use cpu")
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in training
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     runs = [members(run) for run in args.runs]
     paths = list(itertools.chain(*runs))
     subjects = []

@@ -1378,6 +1378,8 @@ def test_logged_figures_are_those_of_the_definitions(arch, plain, weights, tmp_p
     omega = {"coactivation": definition, "uniform": uniform_definition}[weights](f_BN)[0]
     l0 = (f_BN > 0).sum(1).float().mean().item()
     sparsity = {"jumprelu": l0, "batchtopk": 0}.get(arch, f_BN.sum(1).mean().item())
+    saved_l0 = (run.sae.encode(x_BD) > 0).sum(1).float().mean().item()
+    assert arch == "batchtopk" or saved_l0 == l0
     reconstruction = error_BD.square().sum(1).mean().item()
     variance = (x_BD - x_BD.mean(0)).square().sum(1).mean().item()
     expected = {
@@ -1389,7 +1391,7 @@ def test_logged_figures_are_those_of_the_definitions(arch, plain, weights, tmp_p
         "mse": reconstruction / 16 / 0.25,  # in the model's units
         "explained_variance": 1 - reconstruction / variance,
         "cosine": F.cosine_similarity(x_BD, x_BD - error_BD, dim=1).mean().item(),
-        "l0": l0,
+        "l0": saved_l0,
         "step": 1,
         "tokens": 2048,
     }
@@ -1476,13 +1478,21 @@ def test_planted_features_are_recovered():
     true_ND = F.normalize(torch.randn(N, D), dim=1)
     sae = SAE(D, 2 * N, active)
     adam = adam_of(sae)
-    for step in range(1000):
-        slots_BK = torch.rand(1024, N).topk(active, dim=1).indices
-        f_BN = torch.zeros(1024, N).scatter(1, slots_BK, torch.rand(1024, active) + 0.5)
-        alpha = sgo_sae.alpha_at(step, 0.075, warmup=300)
-        step_of(sae, adam, f_BN @ true_ND, alpha, sgo_sae.lr_at(step, 1000, 3e-3, 0.8), 0.0)
+    for step in range(500):
+        slots_BK = torch.rand(256, N).topk(active, dim=1).indices
+        f_BN = torch.zeros(256, N).scatter(1, slots_BK, torch.rand(256, active) + 0.5)
+        alpha = sgo_sae.alpha_at(step, 0.075, warmup=150)
+        step_of(sae, adam, f_BN @ true_ND, alpha, sgo_sae.lr_at(step, 500, 5e-3, 0.8), 0.0)
     matched_N = (true_ND @ sae.W_dec.T).amax(1)
     assert (matched_N > 0.9).float().mean() > 0.95
+
+
+def test_a_threshold_of_nearly_0_has_a_finite_gradient():
+    sae = sgo_sae.JumpReLU(6, 20, 4)
+    sae.theta_raw.data.fill_(-5.0)  # e^-150 is 0 in float32
+    sae.sparsity(sae.pre_activations(torch.randn(50, 6)), None).backward()
+    assert all(p.grad.isfinite().all() for p in sae.parameters() if p.grad is not None)
+    assert (sae.threshold() > 0).all()
 
 
 def test_penalty_lowers_competition_in_training():
@@ -1551,9 +1561,35 @@ def test_the_gradient_of_half_precision_latents_is_nearly_that_of_the_definition
         "pairs": sgo_sae.gradient_by_pairs,
         "blocks": sgo_sae.gradient_by_blocks,
     }[way]
-    found_BK = gradient_of(vals_BK.float() if way == "blocks" else vals_BK, idx_BK, 300)
+    found_BK = gradient_of(vals_BK, idx_BK, 300)
     assert found_BK.dtype == torch.float32
     assert relative_error(found_BK, expected_BK) < most
+
+
+def test_products_over_a_batch_do_not_overflow_in_float16():
+    """⟨f_i, f_j⟩ is 64 here, and B times as much is more than float16 has."""
+    f_BN = torch.zeros(2048, 70, dtype=torch.float16)
+    f_BN[:, :2] = 8.0
+    found_BN = sgo_sae.gradient_by_tiles(f_BN)
+    assert torch.equal(found_BN[:, :2], torch.full((2048, 2), 4 / 2048 * 64 * 8.0))
+    assert (found_BN[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("N, tile", [(300, None), (300, 64), (64, 128), (5, None)])
+def test_rows_of_the_tiles_products_are_aligned(monkeypatch, N, tile):
+    """A GPU is slow where their length in memory is no multiple of a few numbers."""
+    strides = []
+    real = sgo_sae.product
+
+    def product(a, b):
+        strides.extend(max(operand.stride()) for operand in (a, b))
+        return real(a, b)
+
+    monkeypatch.setattr(sgo_sae, "product", product)
+    f_BN = dense(*skewed_latents(B=128, N=N, K=3), N)
+    found_BN = sgo_sae.gradient_by_tiles(f_BN, tile)
+    assert strides and all(stride % 64 == 0 for stride in strides)
+    assert relative_error(found_BN, fast_definition(f_BN)[2]) < 1e-6
 
 
 def test_products_of_half_precision_are_summed_in_float32():
@@ -2690,7 +2726,7 @@ def test_killed_at_any_moment_resumes_to_the_same_weights(train_argv, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
-def test_a_read_that_fails_ends_the_run_at_once_and_keeps_its_checkpoint(
+def test_a_read_that_fails_ends_the_run_at_once_and_keeps_what_it_trained(
     train_argv, texts, tmp_path, monkeypatch, capsys, whole
 ):
     """The run that ends so is continued, when reading works again, to the same weights."""
@@ -2713,7 +2749,14 @@ def test_a_read_that_fails_ends_the_run_at_once_and_keeps_its_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(sgo_sae, "load_texts", Breaks)
         assert sgo_sae.main(argv) == 2
-    assert last_line(capsys) == f"sgo_sae.py: error: {texts} can't be loaded: connection reset"
+    told = re.fullmatch(
+        r"sgo_sae.py: error: (.+) can't be loaded: connection reset; step (\d+) is kept, and the "
+        "same command with --resume goes on",
+        last_line(capsys),
+    )
+    assert told[1] == texts
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["done"] == int(told[2]) and saved["done"] % LONG["save_every"] > 0
     assert sgo_sae.main([*argv, "--resume"]) == 0
     assert weights_of(tmp_path / "run") == weights_of(whole)
 
@@ -2964,6 +3007,17 @@ def test_a_run_killed_before_its_first_checkpoint_is_kept_and_resumed(train_argv
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [5, 10, 12]
 
 
+def test_the_logged_l0_is_that_of_the_autoencoder_as_it_is_saved():
+    """After training, θ decides in batchtopk, which lags behind that of the last batch."""
+    sae = sgo_sae.BatchTopK(16, 64, 4)
+    x_BD = torch.randn(500, 16)
+    for theta in (0.5, 1.0):
+        sae.theta.fill_(theta)
+        expected = (((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc) > theta).sum(1).float().mean()
+        figures = sgo_sae.figures_of(sae, x_BD, torch.tensor(0.0), 0.0, 1.0)
+        assert figures["l0"] == pytest.approx(expected.item())
+
+
 def test_metrics_are_appended(tmp_path):
     """What stands in the file is not written again."""
     run = sgo_sae.Run(sgo_sae.Config(d_sae=20, k=4, out=str(tmp_path)), 6, CPU)
@@ -3008,6 +3062,32 @@ def test_what_a_cluster_sets_is_understood_or_told(train_argv, environment, code
     result = python(SCRIPT, *train_argv(), **environment)
     assert result.returncode == code and words in result.stdout + result.stderr, result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_device_of_several_processes(monkeypatch):
+    """torchrun's number of a process chooses its GPU, where it is to use one."""
+    chosen = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(sgo_sae.dist, "init_process_group", lambda: None)
+    sgo_sae.start_processes("cpu")
+    assert chosen == []
+    sgo_sae.start_processes("auto")
+    sgo_sae.start_processes("cuda")
+    assert chosen == [1, 1]
+    with pytest.raises(InputError, match="--device cuda:1: torchrun gives each process a GPU"):
+        sgo_sae.start_processes("cuda:1")
+
+
+def test_what_nccl_says_is_told(monkeypatch, capsys):
+    def work(argv):
+        raise RuntimeError("NCCL error: Duplicate GPU detected")
+
+    monkeypatch.setattr(sgo_sae, "torchrun", lambda: True)
+    assert sgo_sae.main([], work) == 2
+    assert "Duplicate GPU detected" in last_line(capsys)
 
 
 def test_advice_on_a_gradient_that_is_not_finite_blames_no_alpha_that_is_small():
@@ -3059,6 +3139,7 @@ def test_advice_on_a_gradient_that_is_not_finite_blames_no_alpha_that_is_small()
         ("--dataset /nowhere/at/all.jsonl", "/nowhere/at/all.jsonl: there is no such file"),
         ("--dataset misspelled.csv", "misspelled.csv: there is no such file"),
         ("--model ./misspelled", "./misspelled: there is no such file"),
+        ("--subset en", "--subset en: "),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(
@@ -3121,6 +3202,17 @@ def test_finished_run_is_not_overwritten(train_argv, tmp_path, capsys):
     assert sgo_sae.main([*train_argv(), "--resume"]) == 0
     assert "it has ended: there is nothing to resume" in last_line(capsys)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_grid_is_not_resumed_with_more_of_it(train_argv, tmp_path, capsys):
+    grid = train_argv(out=tmp_path / "grid") + ["--resume", "--seed", "0", "1"]
+    assert sgo_sae.main(grid) == 0
+    before = weights_of(tmp_path / "grid" / "topk-n64-k4-a0.075-s0")
+    capsys.readouterr()
+    line = refused([*grid, "2"], capsys)
+    assert "topk-n64-k4-a0.075-s2 is not one of them; choose another --out" in line
+    assert sgo_sae.main(grid) == 0 and "it has ended" in last_line(capsys)
+    assert weights_of(tmp_path / "grid" / "topk-n64-k4-a0.075-s0") == before
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -3296,6 +3388,29 @@ def test_demo_flags_override_the_demo():
     assert (
         sgo.k == 8 and [sgo.d_sae] == sgo_sae.DEMO["d_sae"] and sgo.layer == sgo_sae.DEMO["layer"]
     )
+
+
+def test_a_demo_that_is_killed_while_it_is_made_is_made_anew(tmp_path, monkeypatch):
+    made = []
+
+    def train(texts, folder):
+        (folder / "config.json").write_text("{}")
+        made.append(folder)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sgo_sae, "train_demo_lm", train)
+    monkeypatch.setattr(sgo_sae, "library_texts", lambda: [("a.py", "b"), ("c.py", "d")])
+    folder = tmp_path / "cache" / "demo"
+    with pytest.raises(KeyboardInterrupt):
+        sgo_sae.demo_files(folder)
+    assert not folder.exists()
+    sgo_sae.demo_files(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"heldout.jsonl", "train.jsonl", "config.json"}
+    assert not made[0].exists()
+    sgo_sae.demo_files(folder)  # it is there
+    assert len(made) == 2
 
 
 def test_demo_language_model_learns(tmp_path):
@@ -4830,12 +4945,28 @@ def test_the_benchmarks_tasks_that_can_not_be_had_are_told(run, monkeypatch, cap
     monkeypatch.setattr(eval_sae, "hub_frame", frame)
     argv = [run / "s0", "--metrics", "probe", "--train", "40", "--test", "20"]
     evaluation = evaluation_of([run / "s0"], *argv[1:])
-    samples = list(evaluation.samples("probe"))
-    assert [(sample.task, sample.seed) for sample in samples] == [("ag_news", 0)]
-    assert sizes_of(samples[0].frame, False) == [40] * 4
+    ((sample,),) = evaluation.tasks("probe")
+    assert (sample.task, sample.seed) == ("ag_news", 0)
+    assert sizes_of(sample.frame, False) == [40] * 4
     assert evaluation.notes[0].startswith("github-code is left out")
     assert len(evaluation.notes) == 7 and not evaluation.is_whole
     assert "a task is left out, LabHC/bias_in_bios can't be loaded: no network" in evaluation.notes
+
+
+@pytest.mark.parametrize("family", ["probe", "scr"])
+def test_a_text_is_read_once_for_all_samples(run, probe_file, monkeypatch, family):
+    read = []
+    real = eval_sae.mean_latents
+
+    def mean_latents(model, saes, texts, *rest):
+        read.append(texts)
+        return real(model, saes, texts, *rest)
+
+    monkeypatch.setattr(eval_sae, "mean_latents", mean_latents)
+    argv = [run / "s0", "--metrics", family, "--probe", probe_file, "--seed", "0", "1", "2"]
+    assert evaluated([*argv, "--train", "40", "--test", "20"]) == 0
+    (texts,) = read
+    assert len(set(texts)) == len(texts)
 
 
 def test_figures_are_meaned_over_seeds(run, probe_file):
