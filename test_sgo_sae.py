@@ -6503,6 +6503,21 @@ def test_a_step_on_a_pretended_gpu_waits_for_it_twice(arch, pretended_gpu):
         assert run.sae.W_dec.is_cuda and run.last_fired_N.is_cuda
 
 
+def test_a_log_on_a_pretended_gpu_takes_pairs_where_training_does(
+    pretended_gpu, monkeypatch, tmp_path
+):
+    """Tiles of a large dictionary would take longer than the steps between two logs."""
+
+    def tiles(f_BN):
+        raise AssertionError("tiles")
+
+    monkeypatch.setattr(sgo_sae, "gradient_by_tiles", tiles)
+    cfg = sgo_sae.Config(d_sae=2048, k=4, out=str(tmp_path))
+    run = sgo_sae.Run(cfg, 16, CUDA, mixed_precision=True)
+    run.log(torch.randn(128, 16).to("cuda"), 1, 1.0)
+    assert run.history[0]["omega"] > 0
+
+
 def test_training_and_evaluation_on_a_pretended_gpu(
     train_argv, texts, probe_file, speller, tmp_path, capsys, pretended_gpu
 ):
