@@ -1918,7 +1918,7 @@ class Evaluation:
         """The Parts of a family of tasks. `measure_sample` measures one Sample."""
         found = [[] for _ in subjects]
         for samples in self.tasks(family):
-            # They are read when the first sample is measured, and not where all are known.
+            # The texts are read for the first sample that is measured, and not where all are known.
             read = cache(partial(self.read_texts, samples, family, subjects))
             for sample in samples:
                 measure = partial(measure_sample, sample, subjects, read)
