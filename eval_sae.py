@@ -1584,6 +1584,16 @@ class Texts(NamedTuple):
     latents: list  # of each autoencoder, mean latents (T, N)
 
 
+class TaskInputs(NamedTuple):
+    """What is measured of a Sample: a row for each of its texts, those to train on first."""
+
+    label_T: torch.Tensor
+    attribute_T: torch.Tensor
+    n_train: int
+    x_TD: torch.Tensor  # mean activations
+    rows_T: torch.Tensor  # where the texts are in Texts
+
+
 class Evaluation:
     """Autoencoders of one layer, what they are measured with, and a method for each family.
 
@@ -1897,9 +1907,9 @@ class Evaluation:
         x_TD, latents = mean_latents(self.model, saes, texts, f"{family}: {samples[0].task}")
         return Texts({text: row for row, text in enumerate(texts)}, x_TD, latents)
 
-    def activations_of(self, sample, texts):
-        """What is measured of a Sample: its labels and attributes (T,), how many texts are to train
-        on, their mean activations (T, D), and where in `texts` its texts are (T,)."""
+    def inputs_of(self, sample, texts):
+        """The TaskInputs of a Sample, whose texts are among `texts`. Sets the sample's size, and
+        notes texts that have no token."""
         frame = sample.frame
         n_train = int((~frame["is_test"]).sum())
         self.sample[sample.task] = {"train": n_train, "test": len(frame) - n_train}
@@ -1912,7 +1922,7 @@ class Evaluation:
             note = f"{sample.task}: {n_empty} texts have no token that counts, and are zeros"
             if note not in self.notes:
                 self.notes.append(note)
-        return label_T, attribute_T, n_train, x_TD, rows_T
+        return TaskInputs(label_T, attribute_T, n_train, x_TD, rows_T)
 
     def measure_tasks(self, family, subjects, measure_sample):
         """The Parts of a family of tasks. `measure_sample` measures one Sample."""
@@ -1931,15 +1941,15 @@ class Evaluation:
     def probe_of_sample(self, sample, subjects, read):
         """Figures of probing with a Sample: a dict for each subject. `read` gives the Texts."""
         texts = read()
-        label_T, _, n_train, x_TD, rows_T = self.activations_of(sample, texts)
-        splits = class_splits(label_T, n_train, sample.seed)
+        inputs = self.inputs_of(sample, texts)
+        splits = class_splits(inputs.label_T, inputs.n_train, sample.seed)
         of_x = {}
-        for k, score in sparse_probing(x_TD, splits, mean_difference).items():
+        for k, score in sparse_probing(inputs.x_TD, splits, mean_difference).items():
             of_x[f"x_{k}"] = score
-        of_x["x_all"] = full_probing(x_TD, splits, sample.seed)
+        of_x["x_all"] = full_probing(inputs.x_TD, splits, sample.seed)
         found = []
         for all_latents in each(texts.latents, "probes"):
-            f_TN = all_latents[rows_T].to(self.device)
+            f_TN = all_latents[inputs.rows_T].to(self.device)
             figures = {}
             for k, score in sparse_probing(f_TN, splits, mean_difference).items():
                 figures[f"latents_{k}"] = score
@@ -1955,12 +1965,13 @@ class Evaluation:
     def scr_of_sample(self, sample, subjects, read):
         """Figures of SCR with a Sample: a dict for each subject. `read` gives the Texts."""
         texts = read()
-        label_T, attribute_T, n_train, x_TD, rows_T = self.activations_of(sample, texts)
-        sets = scr_sets(label_T, attribute_T, n_train)
+        inputs = self.inputs_of(sample, texts)
+        x_TD, label_T, attribute_T = inputs.x_TD, inputs.label_T, inputs.attribute_T
+        sets = scr_sets(label_T, attribute_T, inputs.n_train)
         probes = scr_probes(x_TD, label_T, attribute_T, sets, sample.seed)
         found = []
         for subject, all_latents in zip(subjects, texts.latents):
-            f_TN = all_latents[rows_T].to(self.device)
+            f_TN = all_latents[inputs.rows_T].to(self.device)
             W_dec_ND = subject.sae.W_dec
             found.append(scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND))
         return found
