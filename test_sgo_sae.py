@@ -116,7 +116,11 @@ def seeded(monkeypatch):
 
 @pytest.fixture
 def real_gpu(seeded, monkeypatch):
+    """The GPU, which other tests hide, with float32 products in TF32, as in training."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False  # PyTorch's default
 
 
 def python(*argv, **environment):
@@ -6558,8 +6562,6 @@ on_a_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
 @pytest.mark.parametrize("way", ["tiles", "pairs"])
 @pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 1e-3), (torch.float32, 1e-3)])
 def test_gpu_both_ways_of_omega_are_the_definition(way, dtype, most, monkeypatch, real_gpu):
-    """float32 is TF32 there."""
-    torch.set_float32_matmul_precision("high")
     take(way, monkeypatch)
     vals_BK, idx_BK = skewed_latents(2048, 3000, 40)
     vals_BK = vals_BK.to(dtype)
@@ -6575,7 +6577,6 @@ def test_gpu_both_ways_of_omega_are_the_definition(way, dtype, most, monkeypatch
 @on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gpu_ablation_of_the_weights_is_the_definition(dtype, real_gpu):
-    torch.set_float32_matmul_precision("high")
     vals_BK, idx_BK = skewed_latents(512, 300, 12)
     vals_BK = vals_BK.to(dtype)
     omega, expected_BN = uniform_definition(dense(vals_BK, idx_BK, 300))
@@ -6594,7 +6595,7 @@ def test_gpu_ablation_of_the_weights_is_the_definition(dtype, real_gpu):
 @on_a_gpu
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gpu_trains_as_a_cpu_does(arch, real_gpu):
-    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
     batches = torch.randn(30, 256, 64) * 2
     ends = []
     for device in (CPU, torch.device("cuda")):
@@ -7009,7 +7010,7 @@ def benchmark(argv):
         return planted()
     device, _ = sgo_sae.find_device("auto", "auto")
     mixed = args.dtype == "bfloat16"
-    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
     x_BD = torch.randn(args.batch, args.width, device=device)
     works = {}
     for name, settings in {
