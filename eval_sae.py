@@ -111,7 +111,7 @@ def sized(name, sizes):
     return tuple(f"{name}_{size}" for size in sizes)
 
 
-# The order is that of the table. Names are those of eval.json. A new figure takes an entry here, and
+# The order is that of the table, and names are those of eval.json. A new figure takes an entry, and
 # the same name in what the function of its family returns.
 FIGURES = (
     Figure(
@@ -1279,8 +1279,8 @@ def spelled_activations(model, words, vocabulary, rng, desc):
 
     A prompt is ten lines such as "\\n house has the first letter: H", and "\\n tree": it ends with
     the word, since what follows changes nothing there in a causal model. SAEBench's goes on to the
-    colon, and reads the sixth token from its end. A prompt is put together from token ids, so that a
-    word is one token.
+    colon, and reads the sixth token from its end. A prompt is put together from token ids, so that
+    a word is one token.
     """
     newline = model.ids_after("a", "\n")
     question = model.ids_after("a", " has the first letter:")
@@ -2402,9 +2402,9 @@ p.text { font: 13px/1.7 monospace; white-space: pre-wrap; overflow-wrap: anywher
 <h1>{{ title }}: which latents compete</h1>
 <p>Latents compete where they are active on the same tokens. <b>w</b> is the share of the rarer
 latent's tokens on which the other one is active too. Two latents that have nothing to do with each
-other share some by chance; <b>pairs over chance</b> share {{ "%.0f" % (100 * over) }} % of the rarer
-one's tokens beyond that. All of it is measured on {{ "{:,}".format(n_tokens) }} tokens of held-out
-text.</p>
+other share some by chance; <b>pairs over chance</b> share {{ "%.0f" % (100 * over) }} % of the
+rarer one's tokens beyond that. All of it is measured on {{ "{:,}".format(n_tokens) }} tokens of
+held-out text.</p>
 <h2>What the penalty did</h2>
 <div class="wide"><table>
 <tr><th></th>{% for run in runs %}<th>{{ line(run) }} {{ run.name }}</th>{% endfor %}</tr>
@@ -2428,7 +2428,8 @@ where the other latent of the pair is active too.</p>
 <h4>w {{ "%.2f" % pair.w }}, by chance {{ "%.2f" % pair.chance }}; both on
 {{ "{:,}".format(pair.both) }} tokens; cosine of decoder rows {{ "%.2f" % pair.cosine }}</h4>
 {% for latent in pair.latents %}
-<div><small><b>latent {{ latent.number }}</b>, on {{ "{:,}".format(latent.n_tokens) }} tokens</small>
+<div><small><b>latent {{ latent.number }}</b>,
+on {{ "{:,}".format(latent.n_tokens) }} tokens</small>
 {% for word, tokens in latent.effects %}
 <br><small>{{ word }} {{ tokens | join("  ") }}</small>
 {% endfor %}
@@ -2437,7 +2438,8 @@ where the other latent of the pair is active too.</p>
 {%- for piece in context %}
 {%- set text = piece.text.replace("\n", "⏎\n") %}
 {%- if piece.own > 0 %}<i{% if piece.other > 0 %} class="both"{% endif %}
- style="--a:{{ (15 + 75 * piece.own / latent.peak) | round | int }}" title="{{ "%.3g" % piece.own }}">
+ style="--a:{{ (15 + 75 * piece.own / latent.peak) | round | int }}"
+ title="{{ "%.3g" % piece.own }}">
 {{- text }}</i>{% else %}{{ text }}{% endif %}
 {%- endfor %}
 </p>

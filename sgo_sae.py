@@ -1,9 +1,10 @@
 """Sparse autoencoders with sparsity-guided orthogonality (SGO): a reference in one file.
 
 A top-k sparse autoencoder (SAE) is trained on a language model's activations. SGO adds one term to
-its loss, which pushes latents apart in proportion to how often they are active on the same tokens.
-It is the method of "Feature Specialization Through Sparsity-Guided Orthogonality", called the paper
-below.
+its loss, which pushes its latents (the paper's features) apart: for each pair the square of the
+mean product of their activations, weighted by how often both are active on the same tokens. It is
+the method of "Feature Specialization Through Sparsity-Guided Orthogonality", below called the
+paper.
 
     python sgo_sae.py --demo                        a small model made on this machine
     python sgo_sae.py --dict 18432 --alpha 0.075    the paper's run 4: Gemma-2-2B, layer 12
@@ -93,7 +94,7 @@ class Config:
     decay_start: float = 0.875  # share of the steps after which the learning rate falls to 0
     clip: float = 1.0  # norm to which larger gradients are scaled; 0: none
     normalize: bool = False  # scale activations to a mean squared norm of D; undone when saved
-    plain: bool = False  # train by `method` alone, in float32 (TF32), to check the other ways
+    plain: bool = False  # train by `method` alone, in float32 (on a GPU TF32), to check the rest
     # The activations
     model: str = "google/gemma-2-2b"  # language model: Hugging Face id or local folder
     layer: int = 12  # layer whose output is used, from 0
@@ -101,7 +102,7 @@ class Config:
     subset: str = None  # configuration of the dataset, where it has several
     split: str = "train"  # split of a Hugging Face dataset
     text_column: str = "text"  # column that holds the text
-    ctx: int = 128  # tokens in a context, BOS included, as many as the model has positions at most
+    ctx: int = 128  # tokens in a context, BOS included; no more than the model was made for
     lm_batch: int = None  # contexts in a pass of the language model (default: 128 on cuda, or 32)
     buffer: int = 2048  # contexts whose activations are shuffled together
     data_seed: int = 0  # seed of the order of the data
@@ -178,9 +179,9 @@ class SAE(nn.Module):
         return F.linear(x - self.b_dec, self.W_enc.T, self.b_enc)
 
     def select(self, pre):
-        """ReLU and the k largest of a token (4.2), in either order.
+        """ReLU and the k largest of a token (4.2); the order of the two makes no difference.
 
-        Returns their values, at least 0, and the numbers of their latents, (..., K) each.
+        Returns their values, at least 0, and the indices of their latents, (..., K) each.
         """
         vals, idx = pre.topk(self.k, dim=-1, sorted=False)
         return vals.relu(), idx
@@ -225,7 +226,7 @@ def orthogonality(f_BN, weights=coactivation_weights):
 
 
 def uniform_weights(f_BN):
-    """Ones (N, N): an ablation of the paper, ours, that stands in `orthogonality` for Eq. 3."""
+    """Ones (N, N) in the place of Eq. 3, so that each pair weighs 1: an ablation, which is ours."""
     return f_BN.new_ones(f_BN.shape[1], f_BN.shape[1])
 
 
@@ -262,18 +263,19 @@ def total_loss(terms, lam=0.04, alpha=0.075):
 
 @torch.no_grad()
 def update(sae, adam, loss, lr, clip=1.0):
-    """One update by Adam with β 0.9, 0.999 (4.2, 5.1).
+    """One update by `adam`, torch.optim.Adam(sae.parameters(), betas=(0.9, 0.999)) (4.2, 5.1).
 
-    Returns the norm of the gradient before it is clipped. Where it is not finite, nothing changes.
+    Returns the norm of the projected gradient, before it is clipped. Where it is not finite,
+    nothing changes.
     """
     loss.backward()  # no_grad does not forbid it
     W_ND = sae.W_dec
     along_N = (W_ND.grad * W_ND).sum(1)
     W_ND.grad -= along_N[:, None] * W_ND  # Removes the gradient's component along each row.
-    # Ours: the paper does not clip. The loss is a sum over D, so that gradients are long: in the demo
-    # all are scaled, as the norm falls from 12 at step 50 to 5 at the end. On Gemma 3 270M, with
-    # --normalize, it falls from 54 at step 10 to 1 at step 150 and 0.4 at step 1,000, so that
-    # later only a few are scaled, of up to 90.
+    # Ours: the paper does not clip. The loss is a sum over D, so that gradients are long. In the
+    # demo all are scaled, as the norm falls from 12 at step 50 to 5 at the end. On Gemma 3 270M,
+    # with --normalize, it falls from 54 at step 10 to 1 at step 150 and 0.4 at step 1,000, so that
+    # later only a few are scaled. The largest of these was 90.
     largest = clip if clip > 0 else float("inf")
     norm = nn.utils.clip_grad_norm_(sae.parameters(), largest).item()  # This waits for a GPU.
     if norm < float("inf"):
@@ -293,9 +295,10 @@ def alpha_at(step, alpha=0.075, start=0.01, warmup=1000):
 
 
 def lr_at(step, steps=4882, lr=3e-4, decay_start=0.875):
-    """Learning rate at a step: constant up to a share of the steps, in the paper 4,271 (5.1).
+    """Learning rate at a step: constant for `decay_start` of the steps, in the paper 4,271 of 4,882
+    (5.1).
 
-    Ours: then linear to 0. It has no warm-up.
+    Ours: then it is linear to 0. It has no warm-up.
     """
     return lr * min(1.0, (steps - step) / max(1, steps - int(decay_start * steps)))
 
@@ -319,16 +322,17 @@ def geometric_median(x_BD, iterations=100):
 # With --pair-weights uniform Ω is by `uniform_penalty`, `uniform_penalty_dense`, or `orthogonality`
 # with `uniform_weights`.
 #
-# `select` is the one definition of which latents are active. `topk_loss_terms` repeats, for speed,
-# `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. Who changes those
-# changes both, or derives a class, which is then trained by `loss_terms`. The update is that of
-# `method`.
+# In a top-k autoencoder `select` alone decides which latents are active. `topk_loss_terms` repeats,
+# for speed, `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. Who
+# changes those changes both, or derives a class, which is then trained by `loss_terms`. The update
+# is that of `method`.
+#
 # First comes Ω, whose gradient is computed in one of two ways: by tiles of dense products, or pair
 # by pair.
 def product(a, b):
-    """a @ b. The operands keep their precision; sums are in float32 at least.
-
-    bfloat16 itself does not count above 256.
+    """a @ b. Products of half precision are exact, and summed in float32; bfloat16 itself does not
+    count above 256. Float32 is as PyTorch is set, in `train` TF32 on a GPU. Counts are exact in
+    each.
     """
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
@@ -339,26 +343,27 @@ def gradient_by_tiles(f_BN, tile=None):
     """∂Ω/∂f (B, N) of latents f by dense products: O(B N²) time at most, and no N × N array.
 
     ∂Ω/∂f_bi = (4/B) Σ_j w_ij ⟨f_i, f_j⟩ f_bj: the square gives 2, and so do a pair's two orders.
-    That is (4/B) f M, where M_ij = w_ij ⟨f_i, f_j⟩ is symmetric, and 0 for i = j. A tile is M_TJ: T
-    is a block of rows, J are the columns from T's first row on. The gradient of T gets f_J M_TJᵀ.
-    The columns right of T get f_T M_TJ, which stands for the block of M below its diagonal.
+    That is (4/B) f M, where M_ij = w_ij ⟨f_i, f_j⟩ is symmetric, and 0 for i = j. So only tiles
+    M_TJ on and right of its diagonal are computed: T is a block of rows, J are the columns from T's
+    first row on. Each serves twice. f_J M_TJᵀ is added to the columns T of f M, and f_T M_TJ to the
+    columns right of T.
 
-    Only the A latents that are active on some token are computed; the others have w = 0. They are
-    padded with latents that are never active, to a multiple of 64: a GPU's products of bfloat16
-    are slow where rows are not aligned. Of latents in bfloat16, counts and ⟨f_i, f_j⟩ are summed
-    from exact products. Only M is then rounded to bfloat16, for the last product, which changes the
-    gradient by 1.7e-4 of its norm.
+    Latents that are active on no token have w = 0, and are left out. The others are padded with
+    some that are never active to A, a multiple of 64: a GPU's products of bfloat16 are slow where
+    rows are not aligned. Of latents in bfloat16, counts and ⟨f_i, f_j⟩ are summed from exact
+    products. M is rounded to bfloat16 for its two products, which changes the gradient by 1e-4 (K
+    320) to 9e-4 (K 16) of its norm; rounding the gradient itself to bfloat16 changes it by more.
     """
     tile = tile or (2048 if f_BN.is_cuda else 256)
     size_N = (f_BN > 0).sum(0)  # |M_i|
-    latent_A = size_N.nonzero()[:, 0]  # This waits for a GPU.
+    active_latents = size_N.nonzero()[:, 0]  # This waits for a GPU.
     B, N = f_BN.shape
-    padding = (0, -len(latent_A) % 64)
-    f_BA = F.pad(f_BN[:, latent_A], padding)
+    padding = (0, -len(active_latents) % 64)
+    f_BA = F.pad(f_BN[:, active_latents], padding)
     del f_BN  # frees 0.08 GB in run 4, where the caller holds no reference
     active_BA = (f_BA > 0).to(f_BA.dtype)
     dtype = torch.promote_types(f_BA.dtype, torch.float32)
-    size_A = F.pad(size_N[latent_A].to(dtype), padding, value=1)
+    size_A = F.pad(size_N[active_latents].to(dtype), padding, value=1)  # it divides
     gradient_BA = torch.zeros_like(f_BA, dtype=dtype)
     for start in range(0, len(size_A), tile):
         end = start + tile
@@ -370,8 +375,8 @@ def gradient_by_tiles(f_BN, tile=None):
         gradient_BA[:, start:end] += product(f_BJ, matrix_TJ.T)
         gradient_BA[:, end:] += product(f_BT, matrix_TJ[:, tile:])
     gradient_BN = torch.zeros(B, N, dtype=dtype, device=f_BA.device)
-    gradient_BA = gradient_BA[:, : len(latent_A)].mul_(4 / B)
-    return gradient_BN.index_copy_(1, latent_A, gradient_BA)
+    gradient_BA = gradient_BA[:, : len(active_latents)].mul_(4 / B)
+    return gradient_BN.index_copy_(1, active_latents, gradient_BA)
 
 
 def gradient_by_pairs(vals_BK, idx_BK, d_sae):
@@ -407,15 +412,15 @@ def gradient_by_pairs(vals_BK, idx_BK, d_sae):
     return torch.zeros_like(vals_BK).scatter(1, order_BK, gradient_BK)
 
 
-def penalty_from(gradient_of, f, *others):
-    """Ω of f, to be differentiated once, from a function that gives ∂Ω/∂f of f and what it needs.
+def penalty_from(f, gradient_of):
+    """Ω of f, from a function that computes ∂Ω/∂f of f. Ω can be differentiated once.
 
     Ω has degree 4 in f, so Σ f ∂Ω/∂f = 4 Ω (Euler); this is `inner`. As ∂Ω/∂f is a constant in it,
     its gradient is ∂Ω/∂f. Subtracting 3 Ω, detached, corrects the value and leaves the gradient.
     The caller's autocast does not act here.
     """
     with torch.autocast(f.device.type, enabled=False):
-        gradient = gradient_of(f.detach(), *others)
+        gradient = gradient_of(f.detach())
         inner = (f * gradient).sum()
         return inner - 0.75 * inner.detach()
 
@@ -423,25 +428,25 @@ def penalty_from(gradient_of, f, *others):
 # Pairs are faster where N > PAIRS_PAY · K. Tiles take B N² multiply-adds for each product, pairs
 # B K² entries, and an entry takes as long as 127² multiply-adds on an H200, and 15² on a CPU.
 PAIRS_PAY = {"cuda": 127, "cpu": 15}
+PAIRS_FIT = 2048 * 320**2  # B K² of run 4, for which `gradient_by_pairs` needs 7 GB
 
 
 def sgo_penalty(vals_BK, idx_BK, d_sae):
-    """`orthogonality` of a token's K selected latents: their values, at least 0, and numbers idx.
+    """`orthogonality` of latents of which each token has K selected: their values, at least 0, and
+    their indices, (B, K) each.
 
     All active latents of a token must be among its K, each once. Values of 0 get no gradient, as
     ReLU's derivative is 0 there.
     """
-    K = vals_BK.shape[1]
-    if d_sae <= PAIRS_PAY.get(vals_BK.device.type, 127) * K:
-        return penalty_from(gradient_of_selected, vals_BK, idx_BK, d_sae, gradient_by_tiles)
-    by_pairs = gradient_by_blocks if vals_BK.is_cpu else gradient_by_pairs
-    return penalty_from(by_pairs, vals_BK, idx_BK, d_sae)
 
+    def gradient_of(vals_BK):
+        if d_sae > PAIRS_PAY.get(vals_BK.device.type, 127) * vals_BK.shape[1]:
+            by_pairs = gradient_by_blocks if vals_BK.is_cpu else gradient_by_pairs
+            return by_pairs(vals_BK, idx_BK, d_sae)
+        gradient_BN = gradient_by_tiles(dense(vals_BK, idx_BK, d_sae))
+        return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
 
-def gradient_of_selected(vals_BK, idx_BK, d_sae, gradient_of):
-    """∂Ω/∂f of the entries (B, K), from a function that gives it of latents f (B, N)."""
-    gradient_BN = gradient_of(dense(vals_BK, idx_BK, d_sae))
-    return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
+    return penalty_from(vals_BK, gradient_of)
 
 
 def sgo_penalty_dense(f_BN):
@@ -452,18 +457,25 @@ def sgo_penalty_dense(f_BN):
     """
     if not f_BN.requires_grad:  # Without a gradient only active latents matter.
         most = max(1, int((f_BN > 0).sum(1).max()))
-        return sgo_penalty(*f_BN.topk(most, dim=1, sorted=False), f_BN.shape[1])
-    return penalty_from(gradient_by_tiles, f_BN)
+        # A token of a baseline may have any number of them, for whose pairs a GPU has no memory.
+        if f_BN.is_cpu or len(f_BN) * most**2 <= PAIRS_FIT:
+            return sgo_penalty(*f_BN.topk(most, dim=1, sorted=False), f_BN.shape[1])
+    return penalty_from(f_BN, gradient_by_tiles)
 
 
 def uniform_penalty(vals_BK, idx_BK, d_sae):
     """`orthogonality` with `uniform_weights`, of latents as `sgo_penalty` takes them."""
-    return penalty_from(gradient_of_selected, vals_BK, idx_BK, d_sae, uniform_gradient)
+
+    def gradient_of(vals_BK):
+        gradient_BN = uniform_gradient(dense(vals_BK, idx_BK, d_sae))
+        return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
+
+    return penalty_from(vals_BK, gradient_of)
 
 
 def uniform_penalty_dense(f_BN):
     """`orthogonality` with `uniform_weights`, of latents f (B, N)."""
-    return penalty_from(uniform_gradient, f_BN)
+    return penalty_from(f_BN, uniform_gradient)
 
 
 def uniform_gradient(f_BN):
@@ -478,12 +490,12 @@ def uniform_gradient(f_BN):
 
 
 def dense(vals_BK, idx_BK, d_sae):
-    """Latents f (B, N) that have these values at these numbers, and are 0 elsewhere."""
+    """Latents f (B, N) that have these values at these indices, and are 0 elsewhere."""
     return vals_BK.new_zeros(len(vals_BK), d_sae).scatter(1, idx_BK, vals_BK)
 
 
 def encode_selected(sae, x_BD, select):
-    """Values and numbers of the latents that `select` takes of the pre-activations, (B, K) each."""
+    """Values and indices of the latents that `select` takes of the pre-activations, (B, K) each."""
     if x_BD.is_cpu:
         return SparseEncode.apply(x_BD, sae.W_enc, sae.b_enc, sae.b_dec, sae, select)
     return select(sae.pre_activations(x_BD))
@@ -497,9 +509,9 @@ def decode_selected(sae, vals_BK, idx_BK):
 
 
 def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
-    """`loss_terms` of a top-k autoencoder, which passes on the K latents of each token.
+    """`loss_terms` of a top-k autoencoder, whose latents stay (B, K) values and indices.
 
-    `penalty` is a function like `sgo_penalty`.
+    `penalty` computes Ω of these and N, as `sgo_penalty` does.
     """
     N = len(sae.b_enc)
     vals_BK, idx_BK = encode_selected(sae, x_BD, sae.select)
@@ -521,7 +533,8 @@ def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
 class SparseEncode(torch.autograd.Function):
     """`encode_selected`, with a gradient that is a sum over the B K entries of its results.
 
-    A dense backward pass, whose products are over B N, would multiply mostly zeros. x gets none.
+    A dense backward pass, whose products are over B N, would multiply mostly zeros. x gets no
+    gradient.
     """
 
     @staticmethod
@@ -665,7 +678,7 @@ class BatchTopK(ThresholdSAE):
 
 
 class ReLU(ThresholdSAE):
-    """Eq. 1: θ is 0, and λ is adjusted until k latents of a token are active on average."""
+    """Eq. 1: θ is 0. Ours: λ is adjusted until k latents of a token are active on average."""
 
     saelens_name = "standard"
     INTEGRAL = 100  # of the control of λ in `adjust`
@@ -781,7 +794,7 @@ def n_processes():
 def start_processes(device):
     """Joins the processes that torchrun started, if it did, for a --device."""
     if os.environ.get("WORLD_SIZE", "1") == "1" and "RANK" not in os.environ:
-        return  # clusters set WORLD_SIZE for a process that is alone, too
+        return  # WORLD_SIZE 1 without RANK is a process alone on a cluster
     if ":" in device:
         raise InputError(f"--device {device}: torchrun gives each process a GPU; --device cuda")
     try:
@@ -1024,8 +1037,8 @@ def json_rows(stream, file):
 def rows_of(files, columns=None):
     """The rows of local files, as dicts of those of the columns that a row has; None is all.
 
-    Other columns are not read. A row of JSON that can't be read costs itself. In a csv, a quote that
-    is not closed makes one field of all that follows, up to the next quote.
+    Other columns are not read. A row of JSON that can't be read costs itself. In a csv, a quote
+    that is not closed makes one field of all that follows, up to the next quote.
     """
     for file in files:
         kind = format_of(Path(file))
@@ -1258,16 +1271,16 @@ def token_contexts(texts, tokenizer, ctx):
         ids = ids[whole:]
 
 
-def kept_tokens(ids_BL, tokenizer):
-    """The positions (B, L) whose activations are used: all but the first and special tokens.
+def kept_tokens(ids_RL, tokenizer):
+    """Which tokens (R, L) of R contexts are used: all but the first one of each and special ones.
 
-    The first token is BOS. In a model that has none, whatever stands there takes over BOS's part
+    The first is BOS. In a model that has none, whatever stands there takes over BOS's part
     as attention sink, and its activation is as much of an outlier in norm.
     """
     special = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
-    kept_BL = ~torch.isin(ids_BL, special.to(ids_BL.device))
-    kept_BL[:, 0] = False
-    return kept_BL
+    kept_RL = ~torch.isin(ids_RL, special.to(ids_RL.device))
+    kept_RL[:, 0] = False
+    return kept_RL
 
 
 class LayerReached(Exception):
@@ -1275,25 +1288,25 @@ class LayerReached(Exception):
 
 
 @torch.inference_mode()
-def layer_output(lm, layer, ids_BL, **inputs):
-    """Output (B, L, D) of a layer when the language model reads the token ids (B, L)."""
+def layer_output(lm, layer, ids_RL, **inputs):
+    """Output (R, L, D) of a layer when the language model reads the token ids of R contexts."""
 
     def stop(module, args, output):
         raise LayerReached(output[0] if isinstance(output, (tuple, list)) else output)
 
     handle = layer.register_forward_hook(stop)
     try:
-        lm(input_ids=ids_BL, **inputs)
+        lm(input_ids=ids_RL, **inputs)
     except LayerReached as reached:
-        x_BLD = reached.args[0]
+        x_RLD = reached.args[0]
     else:
         raise InputError("the model does not use its layer")
     finally:
         handle.remove()
-    if x_BLD.dim() != 3 or x_BLD.shape[:2] != ids_BL.shape:
-        found = " × ".join(map(str, x_BLD.shape))
+    if x_RLD.dim() != 3 or x_RLD.shape[:2] != ids_RL.shape:
+        found = " × ".join(map(str, x_RLD.shape))
         raise InputError(f"the layer's output is {found}, and not one vector for each token")
-    return x_BLD
+    return x_RLD
 
 
 def progress_bar(work, **options):
@@ -1306,26 +1319,27 @@ def progress_bar(work, **options):
 def harvest(lm, layer, tokenizer, ids_RL, x_CD, lm_batch):
     """Fills x (C, D) from the front with the layer's activations at the kept tokens of R contexts.
 
-    Returns their number.
+    Returns how many tokens were kept. A pass of the language model reads `lm_batch` contexts, of
+    which it keeps Q tokens.
     """
     filled = 0
     parts = ids_RL.split(lm_batch)
-    for ids_BL in progress_bar(parts, desc="activations", leave=False, disable=rank() > 0):
-        ids_BL = ids_BL.to(lm.device)
-        found_CD = layer_output(lm, layer, ids_BL)[kept_tokens(ids_BL, tokenizer)]
-        if not found_CD.isfinite().all():
+    for part_RL in progress_bar(parts, desc="activations", leave=False, disable=rank() > 0):
+        part_RL = part_RL.to(lm.device)
+        x_QD = layer_output(lm, layer, part_RL)[kept_tokens(part_RL, tokenizer)]
+        if not x_QD.isfinite().all():
             raise InputError("the model's activations are not finite; try --dtype float32")
-        x_CD[filled : filled + len(found_CD)] = found_CD
-        filled += len(found_CD)
+        x_CD[filled : filled + len(x_QD)] = x_QD
+        filled += len(x_QD)
     return filled
 
 
 def replace_outliers(x_CD, max_norm, generator):
     """Puts other tokens in the place of those whose norm is over max_norm times the median norm.
 
-    Returns their number. Ours. Ω grows with the 4th power of the norm: one token of 100 times the
-    usual norm in a batch of 2,048 multiplied it by 18,600 (Gaussian x, N 512, k 16), and such
-    tokens mislead --normalize. They are tokens that take over BOS's part as attention sink. Of
+    Returns their number. This is ours. Ω grows with the 4th power of the norm: one token of 100
+    times the usual norm in a batch of 2,048 multiplied it by 18,600 (Gaussian x, N 512, k 16), and
+    such tokens mislead --normalize. They are tokens that take over BOS's part as attention sink. Of
     93,375 tokens at layer 9 of Gemma 3 270M, nine had 9.0 to 10.7 times the median norm, and no
     other had twice. With some of them in a batch its Ω was up to 36 times as large. Replacing them,
     rather than dropping them, keeps the number of a round's batches, on which resuming relies.
@@ -1352,10 +1366,11 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
     """A `Batch` after another, without end, from the one after the first `skip` on.
 
     They come in rounds. A round reads R contexts, of which a process has every n-th, n being the
-    number of processes. It drops what of its C kept tokens fills no batch, shuffles the others'
-    activations and serves them. A run that is shorter than a round reads no more than it needs.
-    The data, data_seed and the number of the round fix all of it, so to resume a run is to count
-    batches: rounds that are over are read again, and the language model does not run on them.
+    number of processes. It has room for C tokens. It drops what of the kept ones fills no batch,
+    shuffles the others' activations and serves them. A run that is shorter than a round reads no
+    more than it needs. The data, data_seed and the number of the round fix all of it, so to resume
+    a run is to count batches: rounds that are over are read again, and the language model does not
+    run on them.
     """
     world = n_processes()
     B = cfg.batch // world  # tokens of a batch in this process
@@ -1393,7 +1408,7 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
             continue
         filled = harvest(lm, layer, tokenizer, ids_RL[rank() :: world], x_CD, lm_batch)
         generator = torch.Generator().manual_seed((cfg.data_seed << 20) + number)
-        order_C = torch.randperm(n_batches * B, generator=generator).to(lm.device)
+        order = torch.randperm(n_batches * B, generator=generator).to(lm.device)
         outliers = 0
         if cfg.max_norm > 0:
             outliers = replace_outliers(x_CD[:filled], cfg.max_norm, generator)
@@ -1404,8 +1419,8 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
             )
             told = True
         seconds = (time.monotonic() - started) / n_batches
-        for rows_B in order_C.split(B)[skip:]:
-            yield Batch(x_CD[rows_B], outliers, seconds)
+        for chosen_B in order.split(B)[skip:]:
+            yield Batch(x_CD[chosen_B], outliers, seconds)
         skip = 0
 
 
@@ -1419,8 +1434,8 @@ def paper_alpha(x_BD):
 
     α Ω grows with the 4th power of the activations' norm, the reconstruction with the 2nd. The
     paper's MSE is SAEBench's, which divides a token's ‖x - x̂‖² by the 2,032 tokens of its batch,
-    so that ‖x - x̂‖² = 1.41 · 2,032 = 2,865 on average. With its cosine of 0.93, and an error that
-    is orthogonal to x̂, this is 1 - 0.93² of ‖x‖², which thus is 21,000.
+    so that ‖x - x̂‖² = 1.41 · 2,032 = 2,865 on average. If the error is orthogonal to x̂, its cosine
+    of 0.93 makes this 1 - 0.93² of ‖x‖², which thus is 21,000.
     """
     return 0.075 * 21_000 / x_BD.square().sum(1).mean().item()
 
@@ -1445,8 +1460,9 @@ def failure_of(cfg, x_BD):
 def scheduled_alpha(cfg, step, steps):
     """Weight of Ω at a step of a run.
 
-    Ours, and in run 4 the paper's to the bit: it starts at the share of α that 0.01 is of 0.075,
-    and rises in the share of steps that 1,000 are of 4,882, unless the settings say otherwise.
+    Ours: the warm-up is in proportion to the run. It starts at 0.01/0.075 of α, and reaches α after
+    1,000/4,882 of the steps, which in run 4 are the paper's numbers. The settings alpha_start and
+    alpha_warmup change it.
     """
     start = cfg.alpha * (0.01 / 0.075) if cfg.alpha_start is None else cfg.alpha_start
     return alpha_at(step, cfg.alpha, start, int(cfg.alpha_warmup * steps))
@@ -1456,7 +1472,7 @@ class Penalty(NamedTuple):
     """What a --pair-weights stands for: w as `method` has it, and Ω in its two fast forms."""
 
     weights: Callable  # of latents f (B, N), w (N, N)
-    of_selected: Callable  # of a token's selected latents, Ω
+    of_selected: Callable  # of selected latents (B, K), their indices and N, Ω
     of_dense: Callable  # of latents f (B, N), Ω
 
 
@@ -1511,7 +1527,8 @@ class Run:
         """One training step, in this order:
 
         1. α and the learning rate of the step;
-        2. the terms of Eq. 2, in mixed precision where the language model runs in bfloat16;
+        2. the terms of Eq. 2, in mixed precision where the language model runs in bfloat16, but not
+           with --plain;
         3. the loss, and which latents fired;
         4. λ of a baseline for the next step, and batchtopk's θ;
         5. the update: the gradient, its mean over processes (`average_gradients`), the projection
@@ -1528,7 +1545,8 @@ class Run:
         # 2.
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):
             terms = self.terms(x_BD)
-        # 3. Ω is that of all processes' tokens, and its gradient is averaged like the others.
+        # 3. Ω is that of all processes' tokens. The mean over processes will divide its gradient by
+        # their number, by which α is multiplied here.
         loss = total_loss(terms, self.lam, self.alpha * n_processes())
         # An auxiliary loss would be added here, as a mean over the tokens of this process. What
         # `terms` has beside the terms is detached. AuxK (Gao et al. 2024), for example, lets dead
@@ -1678,7 +1696,9 @@ def train(cfgs, folder, device, dtype):
     Their settings differ in those of LISTS and in `out` alone.
     """
     cfg = cfgs[0]
-    torch.backends.cuda.matmul.allow_tf32 = True  # float32 products of a GPU are in TF32
+    # All float32 products of a GPU are in TF32: those of the language model, of training, and of
+    # the figures.
+    torch.backends.cuda.matmul.allow_tf32 = True
     steps = cfg.tokens // cfg.batch
     rows = load_texts(cfg)
     reader = load_lm(cfg.model, cfg.layer, device, dtype, cfg.ctx)
@@ -1706,7 +1726,8 @@ def train(cfgs, folder, device, dtype):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)  # the same once more acts at once
 
-    # A signal ends the reading of a batch at once. Several processes must end in the same step.
+    # Alone, a signal ends the reading of a batch at once. Several processes wait for the end of the
+    # step, so that all end in the same one.
     while_reading = wait if torchrun() else interrupt
     bar = progress_bar(range(done, steps), initial=done, total=steps, disable=rank() > 0)
     pace = Pace(steps, device)
@@ -1820,7 +1841,7 @@ def save_all(runs, folder, done, scale, reader):
             try:
                 save_sae(run.sae, run.cfg, run.cfg.out, scale, about(run, reader))
                 saved.append(run)
-            except (OSError, RuntimeError) as error:  # as safetensors makes of a disk's error
+            except OSError as error:
                 unsaved.append(f"{run.cfg.out} can't be written: {error}")
     if int(all_reduce_(torch.tensor(len(unsaved)), "MAX")):  # the first process's number
         save_checkpoint(folder / "checkpoint.pt", runs, done, scale)
@@ -1951,7 +1972,7 @@ def save_sae(sae, cfg, folder, scale=1.0, more=()):
     the autoencoder of the model's own activations: f(s x) = s ReLU((x - b_dec/s) W_enc + b_enc/s),
     with the same latents active.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {
         "W_enc": sae.W_enc,
@@ -1988,7 +2009,10 @@ def save_sae(sae, cfg, folder, scale=1.0, more=()):
     weights = {name: w.detach().float().cpu().contiguous() for name, w in weights.items()}
     text = json.dumps(content, indent=2)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(folder, "sae_weights.safetensors"), partial(save_file, weights))
+    # safetensors's own writing of files has errors of its own kind, and makes them unreadable to
+    # other users.
+    data = save(weights)
+    write_whole(Path(folder, "sae_weights.safetensors"), lambda path: path.write_bytes(data))
     write_whole(Path(folder, "cfg.json"), lambda path: path.write_text(text))
 
 

@@ -7,7 +7,7 @@
 
 The sections, in this order:
 
-    helpers                           planted data, models, runs and stand-ins that several tests use
+    helpers                           planted data, models, runs, stand-ins that several tests use
 
     method, fast                      the penalty, the autoencoder, and what makes them fast
     texts and activations             files, tokenizers and models of all kinds
@@ -1252,6 +1252,9 @@ def test_the_ablation_is_eq_2_with_a_weight_of_1_for_each_pair(B, N, K):
         assert value.item() == pytest.approx(omega, rel=1e-9, abs=1e-12)
         found_BN = dense(leaf_BK.grad, idx_BK, N)
         assert torch.allclose(found_BN[active_BN], gradient_BN[active_BN], rtol=1e-9, atol=1e-12)
+    leaf_BK = vals_BK.clone().requires_grad_()
+    uniform_penalty(leaf_BK, idx_BK, N).backward()
+    assert (leaf_BK.grad[vals_BK == 0] == 0).all()  # as ReLU's derivative is
 
 
 def test_penalty_of_no_active_latent_and_without_gradients():
@@ -1560,12 +1563,10 @@ def test_the_gradient_of_half_precision_latents_is_nearly_that_of_the_definition
     _, _, expected_BN = fast_definition(f_BN)
     expected_BK = expected_BN.gather(1, idx_BK) * (vals_BK > 0)
     assert (f_BN > 0).sum(0).max() > 256 and (f_BN > 0).sum(0).min() == 0
-    gradient_of = {
-        "tiles": partial(sgo_sae.gradient_of_selected, gradient_of=sgo_sae.gradient_by_tiles),
-        "pairs": sgo_sae.gradient_by_pairs,
-        "blocks": sgo_sae.gradient_by_blocks,
-    }[way]
-    found_BK = gradient_of(vals_BK, idx_BK, 300)
+    if way == "tiles":
+        found_BK = sgo_sae.gradient_by_tiles(f_BN).gather(1, idx_BK) * (vals_BK > 0)
+    else:
+        found_BK = getattr(sgo_sae, f"gradient_by_{way}")(vals_BK, idx_BK, 300)
     assert found_BK.dtype == torch.float32
     assert relative_error(found_BK, expected_BK) < most
 
@@ -1614,7 +1615,7 @@ def test_pairs_cost_nothing_by_the_number_of_latents():
 @pytest.mark.parametrize("device, ratio", sgo_sae.PAIRS_PAY.items())
 def test_the_way_is_chosen_by_cost(device, ratio, monkeypatch, patch_gpu):
     taken = []
-    for name in ("gradient_of_selected", "gradient_by_pairs", "gradient_by_blocks"):
+    for name in ("gradient_by_tiles", "gradient_by_pairs", "gradient_by_blocks"):
         real = getattr(sgo_sae, name)
         monkeypatch.setattr(
             sgo_sae, name, lambda *a, n=name, real=real: taken.append(n) or real(*a)
@@ -1625,9 +1626,28 @@ def test_the_way_is_chosen_by_cost(device, ratio, monkeypatch, patch_gpu):
             idx_BK = torch.arange(10).view(5, 2).to(device)
             sgo_penalty(vals_BK, idx_BK, N)
     assert taken == [
-        "gradient_of_selected",
+        "gradient_by_tiles",
         "gradient_by_blocks" if device == "cpu" else "gradient_by_pairs",
     ]
+
+
+def test_without_a_gradient_a_gpu_takes_pairs_only_where_they_fit(monkeypatch, patch_gpu):
+    """A token of a baseline may have so many active latents that their pairs have no room."""
+    taken = []
+    for name in ("gradient_by_tiles", "gradient_by_pairs"):
+        real = getattr(sgo_sae, name)
+        monkeypatch.setattr(
+            sgo_sae, name, lambda *a, n=name, real=real: taken.append(n) or real(*a)
+        )
+    monkeypatch.setattr(sgo_sae, "PAIRS_FIT", 5 * 2**2)
+    with patch_gpu():
+        for most in (2, 3):
+            f_BN = torch.zeros(5, 3 * 127 + 1)
+            f_BN[0, :most] = torch.rand(most)
+            f_BN[1:, 0] = 1.0
+            omega = sgo_penalty_dense(f_BN.to("cuda")).item()
+            assert omega == pytest.approx(orthogonality(f_BN).item(), rel=1e-5)
+    assert taken == ["gradient_by_pairs", "gradient_by_tiles"]
 
 
 def test_the_threads_of_other_people_are_left_alone():
@@ -2280,6 +2300,8 @@ def test_saved_and_loaded_outputs_are_identical(tmp_path, arch, name):
     again = sgo_sae.load_sae(tmp_path)
     assert torch.equal(again(x_BD), sae(x_BD))
     assert torch.equal(again.encode(x_BD), sae.encode(x_BD))
+    modes = {(tmp_path / file).stat().st_mode for file in ("cfg.json", "sae_weights.safetensors")}
+    assert len(modes) == 1  # whoever may read the one may read the other
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     assert cfg["architecture"] == name
     assert cfg["metadata"]["hook_name"] == "blocks.12.hook_resid_post"
@@ -2891,19 +2913,27 @@ def test_an_output_that_nobody_reads_ends_no_run(train_argv, tmp_path):
 def test_one_autoencoder_that_can_not_be_written_costs_no_other(
     train_argv, tmp_path, monkeypatch, capsys
 ):
-    """The others are saved, and --resume saves it when there is room again."""
+    """The others are saved, and --resume saves it when there is room again. A limit on the size of
+    files stands for the full disk.
+    """
+    resource = pytest.importorskip("resource")
     real = sgo_sae.save_sae
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(sae, cfg, folder, *rest):
         if "a0-" in folder:
-            raise OSError(28, "No space left on device")
-        real(sae, cfg, folder, *rest)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            real(sae, cfg, folder, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     argv = [*train_argv(), "--alpha", "0", "0.05"]
     with monkeypatch.context() as patch:
         patch.setattr(sgo_sae, "save_sae", save)
         assert sgo_sae.main(argv) == 2
-    assert "No space left on device" in last_line(capsys)
+    assert "a0-s0 can't be written: [Errno 27] File too large" in last_line(capsys)
+    assert not list((tmp_path / "run").rglob("*.part"))
     assert [path.parent.name for path in (tmp_path / "run").glob("*/cfg.json")] == [
         "topk-n64-k4-a0.05-s0"
     ]
@@ -4008,8 +4038,8 @@ def test_scrs_probes_are_trained_as_saebench_trains_them(monkeypatch):
 def absorbed(f_of, cosine_of, split=(0,), extra=0.0):
     """The absorption fraction of one word, and whether it is fully absorbed.
 
-    Latent n has the value f_of[n] and a decoder row of cosine_of[n] with the letter's direction. The
-    reconstruction has no error, except for `extra` along the direction.
+    Latent n has the value f_of[n] and a decoder row of cosine_of[n] with the letter's direction.
+    The reconstruction has no error, except for `extra` along the direction.
     """
     N = len(f_of)
     cosine_N = torch.tensor(cosine_of).double()
@@ -5200,7 +5230,7 @@ def test_what_is_wrong_with_files_is_told_before_the_model_is_loaded(
     assert bool(told) == ("WORDS" in argv)  # the other task is measured
 
 
-# ------------------------------------------------------------------------------ absorption, end to end
+# --------------------------------------------------------------------------- absorption, end to end
 
 
 def test_absorption_of_a_planted_speller(speller, tmp_path, capsys):
@@ -5740,10 +5770,10 @@ def test_a_page_that_can_not_be_made_is_told(run, capsys, tmp_path):
 # ---------------------------------------------------------------------- SAEBench's recorded outputs
 # What SAEBench 0.6.0 itself gave on the inputs below, which are planted and the same everywhere. It
 # was run in an environment of `pip install torch==2.13.0 sae-lens==6.54.12 transformer-lens==3.9.0
-# transformers==5.23.0 datasets==5.2.0 scikit-learn==1.9.1 tabulate==0.10.0 pytest==9.2.0`, then `pip
-# install --no-deps sae-bench==0.6.0`, by `python -m pytest -k recorded_outputs`, which compares what
-# is recorded here with what it gives. What it does without chance has to agree to the digit. What
-# it trains from random weights is given for its seeds 0 to 4.
+# transformers==5.23.0 datasets==5.2.0 scikit-learn==1.9.1 tabulate==0.10.0 pytest==9.2.0`, then
+# `pip install --no-deps sae-bench==0.6.0`, by `python -m pytest -k recorded_outputs`, which
+# compares what is recorded here with what it gives. What it does without chance has to agree to the
+# digit. What it trains from random weights is given for its seeds 0 to 4.
 SAEBENCH = {
     "core": {
         "bias": 1.90497,
@@ -5843,7 +5873,7 @@ SAEBENCH = {
 
 
 def saebench_sae():
-    """An autoencoder of 64 latents on 16 dimensions with biases; what is active is not all alike."""
+    """An autoencoder of 64 latents on 16 dimensions, with biases, so that some are active more."""
     generator = torch.Generator().manual_seed(0)
     sae = SAE(16, 64, 6)
     W_ND = torch.randn(64, 16, generator=generator)
@@ -5902,7 +5932,7 @@ def saebench_attributes(strong):
 
 
 def saebench_words():
-    """1,040 words whose letters latents spell, some of them other ones; probes that are not exact."""
+    """1,040 words whose letters latents spell, some of them others; probes that are not exact."""
     generator = torch.Generator().manual_seed(3)
     sae = SAE(64, 160, 5)
     W_ND = torch.randn(160, 64, generator=generator)
