@@ -155,7 +155,7 @@ FIGURES = (
         "competition",
         ("pairs_over_chance",),
         "↓",
-        "pairs of latents that share half of the rarer one's tokens beyond what chance gives",
+        "pairs of latents that share over half of the rarer one's tokens beyond what chance gives",
     ),
     Figure("competition", ("share_over_chance",), "↓", "their share of all pairs compared"),
     Figure("competition", ("compared",), "", "latents that are compared, neither rare nor dense"),
