@@ -1316,7 +1316,7 @@ def progress_bar(work, **options):
     return tqdm(work, mininterval=0.5 if sys.stderr.isatty() else 10, **options)
 
 
-def harvest(lm, layer, tokenizer, ids_RL, x_CD, lm_batch):
+def harvest(reader, ids_RL, x_CD, lm_batch):
     """Fills x (C, D) from the front with the layer's activations at the kept tokens of R contexts.
 
     Returns how many tokens were kept. A pass of the language model reads `lm_batch` contexts, of
@@ -1325,8 +1325,9 @@ def harvest(lm, layer, tokenizer, ids_RL, x_CD, lm_batch):
     filled = 0
     parts = ids_RL.split(lm_batch)
     for part_RL in progress_bar(parts, desc="activations", leave=False, disable=rank() > 0):
-        part_RL = part_RL.to(lm.device)
-        x_QD = layer_output(lm, layer, part_RL)[kept_tokens(part_RL, tokenizer)]
+        part_RL = part_RL.to(reader.lm.device)
+        x_RLD = layer_output(reader.lm, reader.layer, part_RL)
+        x_QD = x_RLD[kept_tokens(part_RL, reader.tokenizer)]
         if not x_QD.isfinite().all():
             raise InputError("the model's activations are not finite; try --dtype float32")
         x_CD[filled : filled + len(x_QD)] = x_QD
@@ -1362,7 +1363,7 @@ class Batch(NamedTuple):
     seconds: float  # that reading the round took, for each of its batches
 
 
-def batches(cfg, rows, lm, layer, tokenizer, skip=0):
+def batches(cfg, rows, reader, skip=0):
     """A `Batch` after another, without end, from the one after the first `skip` on.
 
     They come in rounds. A round reads R contexts, of which a process has every n-th, n being the
@@ -1372,6 +1373,7 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
     a run is to count batches: rounds that are over are read again, and the language model does not
     run on them.
     """
+    lm = reader.lm
     world = n_processes()
     B = cfg.batch // world  # tokens of a batch in this process
     # Up to half of the tokens may be EOS: contexts for two batches are read to be sure of one.
@@ -1379,7 +1381,7 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
     steps = cfg.tokens // cfg.batch
     lm_batch = cfg.lm_batch or (128 if lm.device.type == "cuda" else 32)
     told = False
-    contexts = token_contexts(read_texts(rows, cfg), tokenizer, cfg.ctx)
+    contexts = token_contexts(read_texts(rows, cfg), reader.tokenizer, cfg.ctx)
     # The activations of a round, in the model's dtype: 1.2 GB in run 4.
     shape = (per_process * (cfg.ctx - 1), lm.config.hidden_size)
     x_CD = torch.empty(shape, dtype=lm.dtype, device=lm.device)
@@ -1391,7 +1393,7 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
             raise InputError(
                 f"the tokenizer gives the id {ids_RL.max()} of {n_tokens} in the model"
             )
-        kept_R = kept_tokens(ids_RL, tokenizer).sum(1)
+        kept_R = kept_tokens(ids_RL, reader.tokenizer).sum(1)
         # How many contexts of a process hold all its tokens of the run: a short run needs fewer.
         kept_so_far = [kept_R[r::world].cumsum(0) for r in range(world)]  # by process
         needed = 1 + max(int((kept < steps * B).sum()) for kept in kept_so_far)
@@ -1406,7 +1408,7 @@ def batches(cfg, rows, lm, layer, tokenizer, skip=0):
         if skip >= n_batches:
             skip -= n_batches
             continue
-        filled = harvest(lm, layer, tokenizer, ids_RL[rank() :: world], x_CD, lm_batch)
+        filled = harvest(reader, ids_RL[rank() :: world], x_CD, lm_batch)
         generator = torch.Generator().manual_seed((cfg.data_seed << 20) + number)
         order = torch.randperm(n_batches * B, generator=generator).to(lm.device)
         outliers = 0
@@ -1715,7 +1717,7 @@ def train(cfgs, folder, device, dtype):
         most = scheduled_alpha(c, steps - 1, steps)
         if most < c.alpha:
             say(f"{c.out}: α rises to {most:.4g} and not to {c.alpha:g}, since the run ends before")
-    data = batches(cfg, rows, reader.lm, reader.layer, reader.tokenizer, done)
+    data = batches(cfg, rows, reader, done)
     if scale is None:
         scale, data = begin(runs, data, steps)
     for run in runs:

@@ -314,8 +314,8 @@ def loaded(model, layer):
 
 def data_of(cfg, skip=0):
     """The batches x_BD of a configuration, without the autoencoders."""
-    lm, layer, tokenizer, _ = sgo_sae.load_lm(cfg.model, cfg.layer, CPU, torch.float32)
-    found = sgo_sae.batches(cfg, sgo_sae.load_texts(cfg), lm, layer, tokenizer, skip)
+    reader = sgo_sae.load_lm(cfg.model, cfg.layer, CPU, torch.float32)
+    found = sgo_sae.batches(cfg, sgo_sae.load_texts(cfg), reader, skip)
     return (batch.x_BD for batch in found)
 
 
