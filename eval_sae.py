@@ -33,10 +33,11 @@ lets an Evaluation measure one family after another. A family's method reads the
 autoencoders together, and hands tensors to the functions of the first sections, which open no
 files.
 
-Shapes are named as in sgo_sae.py: B tokens or texts of a batch, L positions, R contexts, D hidden
-size, N latents. Besides, T are all tokens, texts or words of a measurement and U those of its test
-part, P words on new prompts, E the tokens of a batch that count, V the vocabulary, A the letters
-of the alphabet, S selected latents, and I the rows of a part of a square.
+Shapes are named as in sgo_sae.py: B tokens, texts or contexts of a batch, L positions, R contexts,
+D hidden size, N latents. Besides, T are all tokens, texts or words of a measurement and U those of
+its test part, P words on new prompts, E the tokens of a batch that count, V the vocabulary, A the
+letters of the alphabet, S latents that were selected, and I latents that are paired with all others
+at once. A digit is a size.
 """
 
 import argparse
@@ -99,7 +100,7 @@ class Figure(NamedTuple):
     meaning: str
 
 
-PROBE_SIZES = (1, 2, 5, 20)  # latents in a probe
+PROBE_SIZES = (1, 2, 5, 20)  # latents in a probe; 20 is ours
 SCR_SIZES = (2, 5, 10, 20, 50, 100, 500)  # latents that SCR ablates
 RARE = 20  # latents that are active on fewer tokens are not compared with others; ours
 DENSE = 0.1  # latents that are active on a larger share of the tokens are dense, as in SAEBench
@@ -118,7 +119,7 @@ FIGURES = (
         "core",
         ("explained_variance",),
         "↑",
-        "share of x's variance that x̂ has; SAEBench's formula differs",
+        "share of x's variance that x̂ explains; SAEBench takes the mean of x² for that of x",
     ),
     Figure("core", ("mse",), "↓", "squared error per element, in the model's units"),
     Figure(
@@ -144,7 +145,7 @@ FIGURES = (
         "behaviour",
         ("ce_score",),
         "↑",
-        "cross-entropy that x̂ keeps; 1 is as good as x, 0 as bad as zero in its place",
+        "of the cross-entropy that zero in the place of x costs, the share that x̂ saves",
     ),
     Figure("behaviour", ("kl_score",), "↑", "the same for the KL divergence; 1 is the best"),
     Figure("behaviour", ("ce_clean", "ce_zero"), "", "cross-entropy, nats, with x and with zero"),
@@ -189,7 +190,7 @@ FIGURES = (
         "scr",
         sized("scr", SCR_SIZES),
         "↑",
-        "share of a biased probe's error that ablating latents mends; 1 is all, 0 nothing",
+        "of the accuracy that bias costs a probe, the share that ablating latents gives back",
     ),
     Figure(
         "absorption",
@@ -199,7 +200,7 @@ FIGURES = (
     ),
     Figure("absorption", ("full",), "↓", "share of words on which one other latent carries it"),
     Figure("absorption", ("split_latents",), "", "latents that share a letter"),
-    Figure("absorption", ("letters",), "", "letters that are scored, of 26; mean over samples"),
+    Figure("absorption", ("letters",), "", "letters that are scored, of 26"),
 )
 
 
@@ -281,7 +282,8 @@ def behaviour(lm, layer, saes, ids_RL, kept_RL):
     n_predicted = kept_RL[:, :-1].sum().item()
     if n_predicted == 0:
         raise InputError("the contexts have no token that counts and is followed by another")
-    replacements = [unchanged, zeroed, *map(reconstructed_by, saes)]
+    replacements = [zeroed, *map(reconstructed_by, saes)]
+    clean_sum = 0.0
     ce_sums = [0.0] * len(replacements)
     kl_sums = [0.0] * len(replacements)
     vocabulary = lm.config.get_text_config().vocab_size
@@ -289,15 +291,15 @@ def behaviour(lm, layer, saes, ids_RL, kept_RL):
     parts = list(zip(ids_RL.split(rows), kept_RL.split(rows)))
     for ids_BL, kept_BL in each(parts, "behaviour", "Fewer --contexts take less."):
         clean_EV = log_probabilities(lm, layer, ids_BL, kept_BL, unchanged)
+        clean_sum += cross_entropy(clean_EV, ids_BL, kept_BL)
         for n, replace in enumerate(replacements):
-            log_p_EV = clean_EV
-            if replace is not unchanged:
-                log_p_EV = log_probabilities(lm, layer, ids_BL, kept_BL, replace)
+            log_p_EV = log_probabilities(lm, layer, ids_BL, kept_BL, replace)
             ce_sums[n] += cross_entropy(log_p_EV, ids_BL, kept_BL)
             kl_EV = F.kl_div(log_p_EV, clean_EV, reduction="none", log_target=True)
             kl_sums[n] += kl_EV.sum(1).double().sum().item()
-    ce_clean, ce_zero, *ce_of_saes = [total / n_predicted for total in ce_sums]
-    _, kl_zero, *kl_of_saes = [total / kept_RL.sum().item() for total in kl_sums]
+    ce_clean = clean_sum / n_predicted
+    ce_zero, *ce_of_saes = [total / n_predicted for total in ce_sums]
+    kl_zero, *kl_of_saes = [total / kept_RL.sum().item() for total in kl_sums]
     found = []
     for ce_sae, kl_sae in zip(ce_of_saes, kl_of_saes):
         figures = {
@@ -614,8 +616,8 @@ def sparse_probing(x_TN, splits, score):
             if k > len(order_N):
                 break
             top_S = order_N[:k]
-            probe = logistic_regression(x_TN[train][:, top_S], y_T)
-            scores[k] = accuracy(x_TN[test][:, top_S], y_U, probe)
+            probe = logistic_regression(x_TN[train[:, None], top_S], y_T)
+            scores[k] = accuracy(x_TN[test[:, None], top_S], y_U, probe)
         found.append(scores)
     return mean_of(found)
 
@@ -703,9 +705,9 @@ def scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND):
     attribute are ablated so that the biased probe tells the label, or latents of the label so that
     it tells the attribute. The scores are those of the direction in which the biased probe is less
     accurate before. Where it is as accurate in both, SAEBench has no score, and we take the first.
+    Unlike SAEBench's, means leave out padding and BOS in what is taken away, too.
     """
     x_UD = x_TD[sets.clean_test]
-    f_UN = f_TN[sets.clean_test]
     of_label = accuracy(x_UD, label_T[sets.clean_test], probes.biased)
     of_attribute = accuracy(x_UD, attribute_T[sets.clean_test], probes.biased)
     if of_label <= of_attribute:
@@ -734,7 +736,8 @@ def scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND):
         # To set latents to 0 and add the error of the reconstruction back gives
         # decode(f without S) + x - decode(f) = x - f_S W_dec_S. It is linear, so that means do.
         top_S = order_N[:n]
-        ablated_UD = x_UD - f_UN[:, top_S] @ W_dec_ND[top_S]
+        f_US = f_TN[sets.clean_test[:, None], top_S]
+        ablated_UD = x_UD - f_US @ W_dec_ND[top_S]
         gain = accuracy(ablated_UD, y_U, probes.biased) - before
         gap = clean - before
         scores[f"scr_{n}"] = gain / gap if gap >= SCR_GAP else 0.0
@@ -788,8 +791,8 @@ def letter_probe(x_TD, letter_T, batch, l2, l1=0.0, encode=None, seed=0):
     """SAEBench's probe of all 26 letters at once: its weights (A, D or N) and biases (A,).
 
     Positive words are weighted by their rarity. With `encode` it is on latents, which are computed
-    batch by batch: those of all words would take 18 GB at N 32,768. The gradients are written out,
-    as in linear_probe.
+    batch by batch: those of 137,000 words would take 18 GB at N 32,768. The gradients are written
+    out, as in linear_probe.
     """
     generator = torch.Generator().manual_seed(seed)
     encode = encode or nn.Identity()
@@ -1280,7 +1283,8 @@ def spelled_activations(model, words, vocabulary, rng, desc):
     A prompt is ten lines such as "\\n house has the first letter: H", and "\\n tree": it ends with
     the word, since what follows changes nothing there in a causal model. SAEBench's goes on to the
     colon, and reads the sixth token from its end. A prompt is put together from token ids, so that
-    a word is one token.
+    a word is one token. The examples are of all words, where SAEBench's are of the words' own
+    part, to train on or to test on.
     """
     newline = model.ids_after("a", "\n")
     question = model.ids_after("a", " has the first letter:")
@@ -1325,13 +1329,16 @@ def open_sae(path, device):
     else:
         sae = sgo_sae.load_sae(place)
         cfg = json.loads((place / "cfg.json").read_text(encoding="utf-8"))
-    # SAELens 6 has what is not about the architecture in `metadata`.
-    metadata = cfg.pop("metadata", None) or {}
-    known = {"model_from_pretrained_kwargs": {}, **metadata, **cfg}  # SAEBench reads that key
-    for name, value in (known["model_from_pretrained_kwargs"] or {}).items():
-        if name in CHANGES_ACTIVATIONS and value:
-            raise InputError(f"{path} is for activations that TransformerLens changed, by {name}")
-    sae.cfg = SAEConfig(**known)
+    with sgo_sae.loading(str(path)):
+        # SAELens 6 has what is not about the architecture in `metadata`.
+        metadata = cfg.pop("metadata", None) or {}
+        known = {"model_from_pretrained_kwargs": {}, **metadata, **cfg}  # SAEBench reads that key
+        for name, value in (known["model_from_pretrained_kwargs"] or {}).items():
+            if name in CHANGES_ACTIVATIONS and value:
+                raise InputError(
+                    f"{path} is for activations that TransformerLens changed, by {name}"
+                )
+        sae.cfg = SAEConfig(**known)
     if isinstance(sae, sgo_sae.ThresholdSAE):
         sgo_sae.fold_decoder_norms(sae)
     return sae.to(device)
@@ -1424,13 +1431,14 @@ def record_of(parts, sample, notes, is_whole, settings):
     return Record(figures, parts, sample, notes, is_whole, settings)
 
 
+DEFINITIONS = 1  # Who changes what a figure means raises it: --resume keeps no figures of another.
 # Settings of training that name no column of the table. Runs that differ in them are the same
 # setting: they are trained on other devices or in other passes, or with another seed.
 NOT_NAMED = ("seed", "data_seed", "lm_batch", "out", "log_every", "save_every", "resume", "device")
 
 
 def digest_of(path):
-    """What tells a file, or the files of a folder, from others under the same name."""
+    """A digest of the names and contents of a file, or of the files of a folder."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     total = hashlib.sha256()
@@ -1618,15 +1626,21 @@ class Evaluation:
         named = [s.cfg["model_name"] for s in subjects if s.cfg.get("model_name")]
         if named and not args.model:
             self.name = named[0]
-        layers = [subject.layer() for subject in subjects]
-        known = [layer for layer in layers if layer is not None]
-        if args.layer is None and not known:
-            raise InputError("the runs do not name their layer: give --layer")
-        self.layer = known[0] if args.layer is None else args.layer
         # Those that are for something else are left out, and the others measured.
         self.refused = {}
+        layers = {}
+        for subject in subjects:
+            try:
+                layers[subject] = subject.layer()
+            except InputError as error:
+                self.refused[subject] = reason = str(error)
+                sgo_sae.say(f"{subject.path} is left out: {reason}")
+        known = [layer for layer in layers.values() if layer is not None]
+        if args.layer is None and layers and not known:
+            raise InputError("the runs do not name their layer: give --layer")
+        self.layer = known[0] if args.layer is None and known else args.layer
         self.subjects = []
-        for subject, layer in zip(subjects, layers):
+        for subject, layer in layers.items():
             model = subject.cfg.get("model_name")
             if layer not in (None, self.layer):
                 reason = f"it is for layer {layer}, and this call is for layer {self.layer}"
@@ -1677,6 +1691,7 @@ class Evaluation:
         """What a family's figures depend on beside the autoencoder, to compare with eval.json."""
         args = self.args
         settings = {"model": self.name, "layer": self.layer, "dtype": str(self.dtype)}
+        settings["definitions"] = DEFINITIONS
         if Path(self.name).is_dir():
             settings["model_files"] = stamp_of(self.name)
         if family in TEXT_FAMILIES:
@@ -1734,13 +1749,17 @@ class Evaluation:
         except (InputError, RuntimeError) as error:
             reason = str(error)
             if isinstance(error, RuntimeError):
-                if "allocate" not in reason:
+                if not re.search("allocate|ALLOC_FAILED|out of memory", reason):
                     raise
                 reason = f"out of memory, {MEMORY_ADVICE}: {reason[:200]}"
             for subject in pending:
                 self.fail(subject, family, reason)
             return
-        self.keep(family, found, self.is_whole)
+        self.keep(family, self.with_earlier(found), self.is_whole)
+
+    def with_earlier(self, found):
+        """The Parts of each pending subject, and what an earlier call has measured beside them."""
+        return [[*parts, *earlier.values()] for parts, earlier in zip(found, self.earlier.values())]
 
     def keep(self, family, found, is_whole):
         """Keeps what was found of each pending subject, a list of Parts, as its Record."""
@@ -1761,11 +1780,7 @@ class Evaluation:
             return
         for parts, figures in zip(found, measure()):
             parts.append(Part(task, seed, figures))
-        # With what is still to come of an earlier call, so that a kill does not lose it.
-        so_far = [
-            [*parts, *earlier.values()] for parts, earlier in zip(found, self.earlier.values())
-        ]
-        self.keep(family, so_far, is_whole=False)
+        self.keep(family, self.with_earlier(found), is_whole=False)
 
     @cached_property
     def model(self):
@@ -1886,7 +1901,13 @@ class Evaluation:
                         raise InputError(f"{name} has no column `attribute`, which SCR needs")
                     frame = frame[frame["attribute"].notna()]
                     draw = scr_sample
-                    wanted = 3 * (args.train + args.test)  # two cells whole, and two half
+                    # Two combinations of label and attribute whole, and two half.
+                    wanted = sum(2 * (size + size // 2) for size in (args.train, args.test))
+                    for column in ("label", "attribute"):
+                        if frame[column].nunique() > 2:
+                            first = " and ".join(map(str, sorted(frame[column].unique())[:2]))
+                            of = f"of {frame[column].nunique()} values"
+                            self.notes.append(f"{name}: {first} alone are used {of} of `{column}`")
                 samples = [draw(name, frame, args.train, args.test, seed) for seed in args.seed]
             except InputError as error:
                 self.lacks(f"a task is left out, {error}")
@@ -1932,7 +1953,14 @@ class Evaluation:
             read = cache(partial(self.read_texts, samples, family, subjects))
             for sample in samples:
                 measure = partial(measure_sample, sample, subjects, read)
-                self.add(family, found, sample.task, sample.seed, measure)
+                try:
+                    self.add(family, found, sample.task, sample.seed, measure)
+                except InputError as error:
+                    self.lacks(f"{sample.task}, seed {sample.seed}, is left out: {error}")
+        if not any(found):
+            reasons = "; ".join(self.notes)
+            self.notes.clear()
+            raise InputError(reasons)
         return found
 
     def measure_probe(self, subjects):
@@ -2071,16 +2099,31 @@ def baseline_of(subjects):
 
 def measured(subjects, families):
     """A frame of all figures: family, figure, setting, seed, sample (the seed of the evaluation)
-    and value, the mean over tasks. It is NaN where a task has none."""
+    and value, the mean over the tasks that all runs have. It is NaN where a task has none."""
     rows = []
-    for subject in subjects:
-        for family in families:
+    for family in families:
+        common = common_tasks(subjects, family)
+        for subject in subjects:
             for part in subject.records[family].parts:
+                if part["task"] not in common[part["seed"]]:
+                    continue
                 for name, value in part["figures"].items():
                     rows.append((family, name, subject.name, subject.seed, part["seed"], value))
     keys = ["family", "figure", "setting", "seed", "sample"]
     frame = pandas.DataFrame(rows, columns=[*keys, "value"]).astype({"value": float})
     return frame.groupby(keys, as_index=False, sort=False)["value"].agg(whole_mean)
+
+
+def common_tasks(subjects, family):
+    """For each sample, the tasks that all runs have that have the sample."""
+    common = {}
+    for subject in subjects:
+        tasks = {}
+        for part in subject.records[family].parts:
+            tasks.setdefault(part["seed"], set()).add(part["task"])
+        for sample, own in tasks.items():
+            common[sample] = common.get(sample, own) & own
+    return common
 
 
 def whole_mean(values):
@@ -2109,8 +2152,15 @@ def table(subjects, families, baseline=None):
         notes.append(
             f"All but the first column are differences to {baseline}. ± is half their "
             f"{CONFIDENCE:.0%} interval, from the variance over seeds and samples of all settings "
-            "of the table. **Better** and _worse_ lie outside it."
+            "of the table. It does not cover the choice of the texts that samples are drawn from. "
+            "**Better** and _worse_ lie outside it."
         )
+    for family in families:
+        tasks = {part["task"] for subject in subjects for part in subject.records[family].parts}
+        counted = set.union(set(), *common_tasks(subjects, family).values())
+        if counted < tasks:
+            missing = ", ".join(sorted(tasks - counted))
+            notes.append(f"{family}: left out of the means is what not all runs have: {missing}")
     head = [f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings]
     lines = [["", *head, *(["±"] if baseline else [])]]
     legend = []
@@ -2206,9 +2256,10 @@ class Spread(NamedTuple):
     freedom: int
 
     def half_interval(self, n):
-        """Half the interval of a difference of two settings' means over n seeds, or samples."""
-        if self.freedom == 0:
-            return 0.0
+        """Half the interval of a difference of two settings' means over n seeds, or samples; None
+        where nothing tells it."""
+        if self.freedom == 0 or n == 0:
+            return None
         return student_t(self.freedom) * math.sqrt(2 * self.variance / n)
 
 
@@ -2232,9 +2283,10 @@ def spread_of(rows, block):
 def paired_cells(rows, settings, sign, notes):
     """Cells of one figure: the baseline's mean, the others' differences to it, and ±.
 
-    `rows` are of `measured`, the baseline the first of the settings. A difference is the mean over
-    the seeds that both have. Where these are fewer than elsewhere, its cell has a ± of its own. A
-    setting without the figure has an empty cell, and one that shares no seed has a note, too.
+    `rows` are those of the figure in `measured`, and the baseline is the first of the settings. A
+    difference is the mean over the seeds that both have. Where these are fewer than elsewhere, its
+    cell has a ± of its own. A setting without the figure has an empty cell, and one that shares no
+    seed has a note, too.
     """
     title = f"{rows['family'].iloc[0]}: {rows['figure'].iloc[0].replace('_', ' ')}"
     rows = rows.dropna()
@@ -2264,8 +2316,9 @@ def paired_cells(rows, settings, sign, notes):
 
     def half_interval(n_seeds):
         # Seeds and samples are drawn apart from each other, so that their variances add.
-        half = over_seeds.half_interval(n_seeds) if n_seeds else 0.0
-        return math.hypot(half, over_samples.half_interval(len(common)))
+        parts = (over_seeds.half_interval(n_seeds), over_samples.half_interval(len(common)))
+        known = [half for half in parts if half is not None]
+        return math.hypot(*known) if known else None
 
     usual = half_interval(most)
     level = by_seed[baseline].mean()
@@ -2284,12 +2337,12 @@ def paired_cells(rows, settings, sign, notes):
         n_seeds = len(differences[other])
         half = half_interval(n_seeds)
         text = f"{change:+,.{digits}f}"
-        if half and sign and abs(change) > half:
+        if half is not None and sign and abs(change) > half:
             text = f"**{text}**" if change * sign > 0 else f"_{text}_"
         if n_seeds < most:
             text += f" ± {half:,.{digits}f} ({n_seeds} of {most} seeds)"
         cells.append(text)
-    return [*cells, f"{usual:,.{digits}f}" if usual else ""]
+    return [*cells, "" if usual is None else f"{usual:,.{digits}f}"]
 
 
 def student_t(freedom):
@@ -2309,7 +2362,7 @@ def paired_tables(subjects, families, baseline):
     Settings that were trained for longer are not compared with the baseline, and do not enter its
     ±, since seeds may matter more early on. Another length has a baseline of its own: its first
     unpenalised topk, or its first setting. A setting that names no length stands in the baseline's
-    table. Where the baseline names none, all settings do.
+    table. Where the baseline names none, all settings stand in one table.
     """
     named = next(subject for subject in subjects if subject.name == baseline)
     length = named.settings.get("tokens")
@@ -2331,6 +2384,8 @@ def paired_tables(subjects, families, baseline):
             parts.append(f"With one seed a setting, ± is over samples alone: {advice}")
         else:
             parts.append(f"With one seed a setting there is no ±: {advice}")
+    elif n_samples == 1 and {"probe", "scr", "absorption"} & set(families):
+        parts.append("With one sample a task, ± is over the seeds of training alone: --seed 0 1 2.")
     return "\n\n".join(parts)
 
 
@@ -2508,7 +2563,8 @@ def training_log(subject):
                 continue
             if isinstance(row, dict):
                 rows.append(row)
-    frame = pandas.DataFrame(rows).reindex(columns=["tokens", *CURVES]).astype(float)
+    frame = pandas.DataFrame(rows).reindex(columns=["tokens", *CURVES])
+    frame = frame.apply(pandas.to_numeric, errors="coerce").astype(float)
     return frame.where(numpy.isfinite(frame))
 
 
@@ -2654,12 +2710,10 @@ def summary_of(subjects):
 
 def page_cell(cell):
     """A cell of the table as the page shows it: its text, and whether it is better or worse."""
-    mark = ""
-    if cell.startswith("**"):
-        mark = "better"
-    elif cell.startswith("_"):
-        mark = "worse"
-    return {"text": cell.strip("*_").replace("\\|", "|"), "mark": mark}
+    marked = re.fullmatch(r"(\*\*|_)([+-][\d,.]+)\1(.*)", cell)
+    text = f"{marked[2]}{marked[3]}" if marked else cell
+    mark = {"**": "better", "_": "worse"}[marked[1]] if marked else ""
+    return {"text": text.replace("\\|", "|"), "mark": mark}
 
 
 def blocks_of(found):
@@ -2718,7 +2772,7 @@ def page(evaluation, subjects, found):
 
 
 # --------------------------------------------------------------------------------------------- main
-MEMORY_ADVICE = "smaller --contexts, --train, --test and --words, and fewer --seed, need less"
+MEMORY_ADVICE = "smaller --contexts, --train, --test and --words, fewer --seed and RUNs need less"
 LARGEST_SEED = 2**32 - 1  # that numpy takes
 
 

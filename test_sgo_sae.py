@@ -4718,6 +4718,10 @@ def test_a_broken_run_of_several_costs_itself(run, texts, tmp_path, capsys):
     assert "core: mse" in printed.out
     assert f"{tmp_path / 'runs' / 'bad'} is left out: " in printed.out
     assert evaluated([tmp_path / "runs" / "bad", *argv]) == 2
+    shutil.rmtree(tmp_path / "runs" / "bad")
+    copy_of(run, tmp_path / "runs" / "bad", model_from_pretrained_kwargs=["fold_ln"])
+    assert evaluated([tmp_path / "runs", *argv]) == 1
+    assert f"{tmp_path / 'runs' / 'bad'} is left out: " in capsys.readouterr().out
 
 
 def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
@@ -4822,6 +4826,8 @@ def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
             {"hook_name": "blocks.2.hook_resid_post"},
             "it is for layer 2, and this call is for layer 1",
         ),
+        ({"hook_name": "blocks.1.hook_mlp_out"}, r".*other is for blocks.1.hook_mlp_out, and only"),
+        ({"hook_head_index": 3}, ".*other is for one attention head"),
     ],
 )
 def test_a_run_of_another_model_or_layer_costs_itself(run, texts, tmp_path, capsys, change, words):
@@ -4830,8 +4836,8 @@ def test_a_run_of_another_model_or_layer_costs_itself(run, texts, tmp_path, caps
     argv = ["--text", texts, "--metrics", "core", "--contexts", "9"]
     assert evaluated([run / "s0", other, *argv]) == 1
     printed = capsys.readouterr()
-    assert f"{other} is left out: {words}" in printed.err
-    assert f"core of {other}: not measured, {words}" in printed.out
+    assert re.search(f"{re.escape(str(other))} is left out: {words}", printed.err)
+    assert re.search(f"core of {re.escape(str(other))}: not measured, {words}", printed.out)
     row = next(line for line in printed.out.splitlines() if "core: mse ↓" in line).split("|")
     assert float(row[2]) > 0 and row[3].strip() == ""
     assert not (other / "eval.json").exists()
@@ -4965,6 +4971,83 @@ def test_one_task_that_can_not_be_had_costs_itself(run, probe_file, tmp_path, ca
     assert not stored["probe"]["is_whole"]
     assert [part["task"] for part in stored["probe"]["parts"]] == ["words", "plain"]
     assert [part["task"] for part in stored["scr"]["parts"]] == ["words"]
+
+
+@pytest.mark.parametrize("family", ["probe", "scr"])
+def test_one_task_that_can_not_be_measured_costs_itself(
+    run, probe_file, tmp_path, monkeypatch, capsys, family
+):
+    """With its reason. Where none can be, the family has no figures."""
+    second = shutil.copy(probe_file, tmp_path / "second.csv")
+    folder = copy_of(run, tmp_path / "sae")
+    argv = [folder, "--metrics", family, "--probe", probe_file, second]
+    argv += ["--train", "40", "--test", "20"]
+    real = eval_sae.mean_latents
+
+    def failing(*tasks):
+        def mean_latents(model, saes, texts, desc, *rest):
+            if any(task in desc for task in tasks):
+                raise InputError("activations are not finite")
+            return real(model, saes, texts, desc, *rest)
+
+        return mean_latents
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_sae, "mean_latents", failing("words"))
+        assert evaluated(argv) == 0
+        assert (
+            f"{family}: words, seed 0, is left out: activations are not finite"
+            in capsys.readouterr().out
+        )
+        stored = json.loads((folder / "eval.json").read_text())[family]
+        assert [part["task"] for part in stored["parts"]] == ["second"]
+        assert not stored["is_whole"]
+        # With --resume, what an earlier call has stays, whatever fails now.
+        patch.setattr(eval_sae, "mean_latents", failing("words", "second"))
+        assert evaluated([*argv, "--resume"]) == 0
+        again = json.loads((folder / "eval.json").read_text())[family]
+        assert again["parts"] == stored["parts"]
+        assert evaluated(argv) == 2
+        assert f"{family}: not measured, words, seed 0, is left out" in capsys.readouterr().out
+    assert evaluated([*argv, "--resume"]) == 0
+    content = json.loads((folder / "eval.json").read_text())[family]
+    assert [part["task"] for part in content["parts"]] == ["words", "second"]
+    assert content["is_whole"]
+
+
+def test_a_task_that_can_not_be_had_today_keeps_its_earlier_figures(
+    run, probe_file, tmp_path, monkeypatch
+):
+    """An earlier call could load the first and not the second; this one the second alone."""
+    second = shutil.copy(probe_file, tmp_path / "second.csv")
+    folder = copy_of(run, tmp_path / "sae")
+    argv = [folder, "--metrics", "probe", "--probe", probe_file, second]
+    argv += ["--train", "40", "--test", "20"]
+    real = eval_sae.task_frames
+
+    def without(task):
+        def no_network():
+            raise InputError("no network")
+
+        return lambda *data: {**real(*data), task: no_network}
+
+    for task in ("second", "words"):
+        with monkeypatch.context() as patch:
+            patch.setattr(eval_sae, "task_frames", without(task))
+            assert evaluated([*argv, "--resume"]) == 0
+    content = json.loads((folder / "eval.json").read_text())["probe"]
+    assert {part["task"] for part in content["parts"]} == {"words", "second"}
+
+
+def test_scr_says_which_labels_it_takes(run, tmp_path):
+    """The first two; odd numbers of texts are no lack."""
+    cells = {(label, attribute): 120 for label in range(3) for attribute in range(2)}
+    file = tmp_path / "three.csv"
+    frame_of(cells)[["text", "label", "attribute"]].to_csv(file, index=False)
+    evaluation = evaluation_of([run / "s0"], "--probe", str(file), "--train", "41", "--test", "21")
+    ((sample,),) = evaluation.tasks("scr")
+    assert evaluation.notes == ["three: 0 and 1 alone are used of 3 values of `label`"]
+    assert len(sample.frame) == 2 * (41 + 20) + 2 * (21 + 10)
 
 
 def test_the_benchmarks_tasks_that_can_not_be_had_are_told(run, monkeypatch, capsys):
@@ -5102,8 +5185,16 @@ def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, cap
     assert re.search(r"the text has \d{2,3} contexts, not 100000", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    "words_of_the_error",
+    [
+        "DefaultCPUAllocator: can't allocate memory: 9 bytes",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+    ],
+)
 def test_a_family_that_takes_too_much_memory_costs_itself(
-    run, texts, probe_file, capsys, monkeypatch
+    run, texts, probe_file, capsys, monkeypatch, words_of_the_error
 ):
     """And what was measured is not measured again with --resume."""
     argv = small_evaluation(run, texts, probe_file)
@@ -5111,7 +5202,7 @@ def test_a_family_that_takes_too_much_memory_costs_itself(
         (run / f"s{seed}" / "eval.json").unlink(missing_ok=True)
 
     def full(*data):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        raise RuntimeError(words_of_the_error)
 
     with monkeypatch.context() as patch:
         patch.setattr(eval_sae.Evaluation, "measure_behaviour", full)
@@ -5398,7 +5489,7 @@ def test_intervals_pool_the_variance_over_the_settings():
         assert float(cell.strip("*_")) == pytest.approx(change, abs=1e-3)
         assert cell[0] == ("*" if change < 0 else "_")  # a smaller error is better
         assert score[mse.index(cell)][0] == ("_" if change < 0 else "*")  # and a larger cosine
-    assert l0[1:] == ["0.7000", *["+0.0000"] * 4, ""]
+    assert l0[1:] == ["0.7000", *["+0.0000"] * 4, "0.0000"]
     assert cells_of(subjects)[4][1:] == ["0.7000"] * 5  # though their mean is not exact
 
 
@@ -5569,6 +5660,41 @@ def test_what_the_user_names_is_compared_with(run, tmp_path, texts, capsys):
     assert "are differences to arch topk, d_sae 64" in capsys.readouterr().out
 
 
+def test_a_difference_that_is_the_same_in_each_seed_is_marked():
+    """Its interval has no width, which is not to have none."""
+    subjects = []
+    for alpha, value in ((0, 0.0), (1, 0.1)):
+        for seed in range(3):
+            settings = {"arch": "topk", "alpha": alpha}
+            subjects.append(Measured(f"{alpha}-{seed}", settings, seed, {"mse": value}))
+    row = cells_of(subjects, baseline="alpha 0")[2]
+    assert row[2].startswith("_+0.10") and float(row[3]) == 0
+
+
+def test_settings_are_compared_over_the_tasks_that_all_runs_have():
+    """Each in a table of its own would have the mean over other tasks."""
+    subjects = []
+    for alpha in (0, 1):
+        for seed in range(2):
+            settings = {"arch": "topk", "alpha": alpha}
+            parts = []
+            for task, value in {"bios": 0.7, "hard": 0.1}.items():
+                if (alpha, seed, task) != (1, 1, "hard"):
+                    figures = {"latents_all": value + 0.01 * alpha + 0.02 * seed}
+                    parts.append(eval_sae.Part(task, 0, figures))
+            made = Measured(f"{alpha}-{seed}", settings, seed, {}, "probe")
+            made.records["probe"] = eval_sae.record_of(parts, {}, [], True, {})
+            subjects.append(made)
+    for options in ({}, {"baseline": "alpha 0"}):
+        text = table_of(subjects, ("probe",), **options)
+        assert "probe: left out of the means is what not all runs have: hard" in text
+        row = cells_in(text)[2]
+        assert float(row[1].split()[0]) == pytest.approx(0.71)
+    assert float(row[2].strip("*_")) == pytest.approx(0.01)
+    found = eval_sae.paired_tables(subjects, ("probe",), "alpha 0")
+    assert "With one sample a task, ± is over the seeds of training alone" in found
+
+
 def test_a_difference_to_nothing_has_its_digits():
     """The share of the penalty is 0 at α 0, and with one seed there is no ±."""
     subjects = [
@@ -5581,7 +5707,12 @@ def test_a_difference_to_nothing_has_its_digits():
 
 def test_the_page_shows_what_is_better_and_worse():
     assert eval_sae.page_cell("**+0.1**") == {"text": "+0.1", "mark": "better"}
-    assert eval_sae.page_cell("_−2_") == {"text": "−2", "mark": "worse"}
+    assert eval_sae.page_cell("_-2_") == {"text": "-2", "mark": "worse"}
+    assert eval_sae.page_cell("_-0.1_ ± 0.05 (2 of 3 seeds)") == {
+        "text": "-0.1 ± 0.05 (2 of 3 seeds)",
+        "mark": "worse",
+    }
+    assert eval_sae.page_cell("_old") == {"text": "_old", "mark": ""}
     assert eval_sae.page_cell(r"a\|b") == {"text": "a|b", "mark": ""}
 
 
