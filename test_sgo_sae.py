@@ -4941,7 +4941,10 @@ def test_a_model_of_few_positions_says_so(model, tmp_path, texts, capsys):
     argv += ["--text", texts, "--contexts", 9, "--metrics", "probe", "core"]
     assert evaluated(argv) == 1
     printed = capsys.readouterr().out
-    assert re.search(r"probe: not measured, the model can't read \d+ tokens at once", printed)
+    assert re.search(
+        r"probe: not measured, long, seed 0, is left out: the model can't read \d+ tokens at once",
+        printed,
+    )
     assert "core: mse" in printed
 
 
@@ -5883,7 +5886,7 @@ def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
     summary = text[places[0] : places[1]]
     for figure in ("explained variance ↑", "dense ↓", "pairs over chance ↓", "penalty share"):
         assert figure in summary
-    assert "share of x's variance that x̂ has" in summary
+    assert "share of x's variance that x̂ explains" in summary
     n_tokens = json.loads((out / "eval.json").read_text())["core"]["sample"]["tokens"]
     assert f"measured on {n_tokens:,} tokens of held-out text" in text
     for row in printed.out.splitlines():
