@@ -1666,6 +1666,12 @@ class Evaluation:
         self.notes.append(reason)
         self.is_whole = False
 
+    def refuse(self):
+        """Raises InputError, for the reasons that were noted."""
+        reasons = "; ".join(self.notes)
+        self.notes.clear()
+        raise InputError(reasons)
+
     def check(self, families):
         """Finds out what can't be measured as far as it is known without the model, and says it.
 
@@ -1749,7 +1755,7 @@ class Evaluation:
         except (InputError, RuntimeError) as error:
             reason = str(error)
             if isinstance(error, RuntimeError):
-                if not re.search("allocate|ALLOC_FAILED|out of memory", reason):
+                if not sgo_sae.is_lack_of_memory(error):
                     raise
                 reason = f"out of memory, {MEMORY_ADVICE}: {reason[:200]}"
             for subject in pending:
@@ -1917,9 +1923,7 @@ class Evaluation:
             n_tasks += 1
             yield samples
         if n_tasks == 0:
-            reasons = "; ".join(self.notes)
-            self.notes.clear()
-            raise InputError(reasons)
+            self.refuse()
 
     def read_texts(self, samples, family, subjects):
         """The Texts of a task's samples, each of which is read once for all samples."""
@@ -1958,9 +1962,7 @@ class Evaluation:
                 except InputError as error:
                     self.lacks(f"{sample.task}, seed {sample.seed}, is left out: {error}")
         if not any(found):
-            reasons = "; ".join(self.notes)
-            self.notes.clear()
-            raise InputError(reasons)
+            self.refuse()
         return found
 
     def measure_probe(self, subjects):

@@ -443,10 +443,14 @@ def sgo_penalty(vals_BK, idx_BK, d_sae):
         if d_sae > PAIRS_PAY.get(vals_BK.device.type, 127) * vals_BK.shape[1]:
             by_pairs = gradient_by_blocks if vals_BK.is_cpu else gradient_by_pairs
             return by_pairs(vals_BK, idx_BK, d_sae)
-        gradient_BN = gradient_by_tiles(dense(vals_BK, idx_BK, d_sae))
-        return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
+        return at_entries(gradient_by_tiles(dense(vals_BK, idx_BK, d_sae)), vals_BK, idx_BK)
 
     return penalty_from(vals_BK, gradient_of)
+
+
+def at_entries(gradient_BN, vals_BK, idx_BK):
+    """∂Ω/∂f of the entries (B, K), from that of latents f (B, N)."""
+    return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
 
 
 def sgo_penalty_dense(f_BN):
@@ -467,8 +471,7 @@ def uniform_penalty(vals_BK, idx_BK, d_sae):
     """`orthogonality` with `uniform_weights`, of latents as `sgo_penalty` takes them."""
 
     def gradient_of(vals_BK):
-        gradient_BN = uniform_gradient(dense(vals_BK, idx_BK, d_sae))
-        return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
+        return at_entries(uniform_gradient(dense(vals_BK, idx_BK, d_sae)), vals_BK, idx_BK)
 
     return penalty_from(vals_BK, gradient_of)
 
@@ -2400,6 +2403,11 @@ class Output:
 MEMORY_ADVICE = "smaller --dict, --k, --batch, --buffer and --lm-batch need less"
 
 
+def is_lack_of_memory(error):
+    """Whether a RuntimeError of PyTorch says that memory is lacking, on a CPU or a GPU."""
+    return bool(re.search("allocate|ALLOC_FAILED|out of memory", str(error)))
+
+
 def main(argv, work=work, program="sgo_sae.py", memory_advice=MEMORY_ADVICE):
     """Does the work and returns the exit code. What the user can mend is one line, and code 2.
 
@@ -2419,7 +2427,7 @@ def main(argv, work=work, program="sgo_sae.py", memory_advice=MEMORY_ADVICE):
         except (InputError, OSError) as error:  # an OSError here is a file that can't be written
             message = " ".join(str(error).split())
         except RuntimeError as error:
-            if "allocate" in str(error):
+            if is_lack_of_memory(error):
                 message = f"out of memory, {memory_advice}: {str(error)[:200]}"
             elif torchrun() and ("closed by peer" in str(error) or "NCCL" in str(error)):
                 message = f"another process has ended, or can't be reached: {str(error)[:200]}"
