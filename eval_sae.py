@@ -1684,7 +1684,7 @@ class Evaluation:
                     config = self.text_config()
                     sgo_sae.check_name(config.dataset)
                     if Path(config.dataset).exists():
-                        sgo_sae.load_texts(config)
+                        sgo_sae.check_texts(config)
                 if family in TASK_FAMILIES and self.args.probe:
                     list(self.tasks(family))  # it raises and notes what is wrong with the files
             except InputError as error:
@@ -1832,9 +1832,8 @@ class Evaluation:
         """Contexts of text (R, L), and which of their tokens count (R, L)."""
         config = self.text_config()
         model = self.model
-        rows = sgo_sae.load_texts(config)
-        texts = (row[config.text_column] for row in rows)  # once through, and not for ever
-        contexts = sgo_sae.token_contexts(texts, model.tokenizer, config.ctx)
+        sgo_sae.check_texts(config)
+        contexts = sgo_sae.token_contexts(sgo_sae.texts_of(config), model.tokenizer, config.ctx)
         with sgo_sae.loading(config.dataset):
             lists = list(itertools.islice(contexts, self.args.contexts))
         if not lists:
@@ -2885,7 +2884,7 @@ def members(run):
 
 def work(argv):
     """Measures what the command line asks for. Returns the exit code."""
-    args = new_parser().parse_args(argv)
+    args = sgo_sae.parsed(new_parser(), argv)
     args.seed = list(dict.fromkeys(args.seed))
     if args.html and not Path(args.html).parent.is_dir():
         raise InputError(f"--html {args.html}: there is no folder {Path(args.html).parent}")

@@ -8,20 +8,24 @@ paper.
 
     python sgo_sae.py --demo                        a small model made on this machine
     python sgo_sae.py --dict 18432 --alpha 0.075    the paper's run 4: Gemma-2-2B, layer 12
-    torchrun --nproc-per-node=4 sgo_sae.py          the same on four GPUs
+    torchrun --nproc-per-node=4 sgo_sae.py          its batches shared by four GPUs
     python sgo_sae.py --help                        every setting
 
-The sections, in this order:
+Part 1 is the reference. Who stops at its end has missed nothing of the method.
 
     settings       what can be chosen; the defaults are the paper's run 4
     method         the paper: the model, Eq. 2 and 3, one update, the schedules; needs torch alone
     fast           the same results up to rounding, faster; if they ever differ, `method` is right
-    baselines      batchtopk, relu and jumprelu
-    processes      all that torchrun changes
-    texts          from local files and the Hub to documents; skip it on a first reading
-    activations    from documents to batches of activations; which tokens are left out; resuming
+    activations    from text to batches of activations, and which tokens are left out
     training       `Run.step` is one training step, `train` the loop
-    files          checkpoints, and results in SAELens's format
+
+Part 2 is the program around it.
+
+    baselines      batchtopk, relu and jumprelu
+    processes      all that torchrun changes, and what ends a run early
+    texts          local files and the Hub
+    language model any of transformers, up to a layer
+    files          checkpoints and what --resume promises, results in SAELens's format
     demo           a small language model and its text
     main           from the command line to a run
 
@@ -30,9 +34,9 @@ a context, D the hidden size, N the latents (d_sae) and K the active latents of 
 letters are told where they are used. λ is `lam`, and Ω is `omega`.
 
 What this file does not do: it has no auxiliary loss against dead latents, as the paper has none,
-but `Run.step` says where one would go. It trains on one layer, and on the GPUs of one machine, each
-of which must hold the language model. It logs to a file, not to a service. Its figures are of
-training batches; eval_sae.py measures held-out text.
+but `Run.step` says where one would go. It trains on one layer, and each GPU must hold the language
+model up to it. It logs to a file, not to a service. Its figures are of training batches;
+eval_sae.py measures held-out text.
 """
 
 import argparse
@@ -40,23 +44,22 @@ import codecs
 import csv
 import dataclasses
 import functools
+import glob
 import inspect
-import io
 import itertools
 import json
 import logging
 import math
 import os
 import re
-import shutil
 import signal
 import sys
+import tempfile
 import time
-import zipfile
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +101,7 @@ class Config:
     # The activations
     model: str = "google/gemma-2-2b"  # language model: Hugging Face id or local folder
     layer: int = 12  # layer whose output is used, from 0
-    dataset: str = "monology/pile-uncopyrighted"  # Hugging Face id, local file or folder
+    dataset: str = "monology/pile-uncopyrighted"  # Hugging Face id, local file, folder or pattern
     subset: str = None  # configuration of the dataset, where it has several
     split: str = "train"  # split of a Hugging Face dataset
     text_column: str = "text"  # column that holds the text
@@ -113,41 +116,11 @@ class Config:
     out: str = None  # new folder of the result, or of all (default: runs/MODEL-lLAYER-ARCH-...)
     log_every: int = 50  # steps between lines of metrics.jsonl
     save_every: int = 500  # steps between checkpoints; 0 writes one only when stopped
-    resume: bool = False  # continue from the checkpoint in the folder, where there is one
+    resume: bool = False  # continue the run that the folder holds, if it holds one
     demo: bool = False  # small Gemma-2 and text made on this machine, settings scaled to them
 
 
-FLAGS = {"d_sae": "--dict", "lam": "--sparsity"}  # the other flags are the names of their settings
 LISTS = ("arch", "d_sae", "k", "alpha", "pair_weights", "seed")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-AT_LEAST = {  # the others may be 0
-    "d_sae": 1,
-    "k": 1,
-    "tokens": 1,
-    "batch": 1,
-    "ctx": 2,
-    "lm_batch": 1,
-    "buffer": 1,
-    "log_every": 1,
-}
-AT_MOST = {  # shares, and numbers that the generators of random numbers take
-    "seed": 2**63 - 1,
-    "data_seed": 2**40,
-    "decay_start": 1,
-    "alpha_warmup": 1,
-}
-DEMO = {
-    "d_sae": [1024],
-    "k": [16],
-    "alpha": [0.0, 0.075],
-    "alpha_warmup": 0.2,
-    "tokens": 1_228_800,
-    "lr": 1e-3,
-    "layer": 1,
-    "buffer": 1024,
-    "model": "",  # empty, so that `check` sees a --model or --dataset beside --demo
-    "dataset": "",
-}
 
 
 class InputError(Exception):
@@ -215,19 +188,18 @@ def coactivation_weights(f_BN):
     return both_NN / torch.minimum(size_N[:, None], size_N[None, :]).clamp(min=1)
 
 
-def orthogonality(f_BN, weights=coactivation_weights):
+def orthogonality(f_BN, weighted=True):
     """Third term of Eq. 2, unit x⁴: Ω = Σ_{i≠j} w_ij ⟨f_i, f_j⟩², each pair in both its orders.
 
     Ours: ⟨f_i, f_j⟩ is divided by B, and i = j is left out. w, a ratio of counts, has no gradient.
+    If not `weighted`, w_ij is 1 for each pair: an ablation, which is ours, too.
     """
-    w_NN = weights(f_BN.detach()).fill_diagonal_(0)
+    w_NN = coactivation_weights(f_BN.detach())
+    if not weighted:
+        w_NN = torch.ones_like(w_NN)
+    w_NN.fill_diagonal_(0)
     gram_NN = f_BN.T @ f_BN / len(f_BN)  # ⟨f_i, f_j⟩
     return (w_NN * gram_NN**2).sum()
-
-
-def uniform_weights(f_BN):
-    """Ones (N, N) in the place of Eq. 3, so that each pair weighs 1: an ablation, which is ours."""
-    return f_BN.new_ones(f_BN.shape[1], f_BN.shape[1])
 
 
 class Terms(NamedTuple):
@@ -313,22 +285,14 @@ def geometric_median(x_BD, iterations=100):
 
 
 # --------------------------------------------------------------------------------------------- fast
-# The same results as `method`, up to rounding, in less time and memory. `Run.terms` chooses:
-#
-#     an `SAE`               `topk_loss_terms`, with Ω by `sgo_penalty`
-#     the baselines          `loss_terms`, with Ω by `sgo_penalty_dense`
-#     --plain                `loss_terms`, with Ω by `orthogonality`
-#
-# With --pair-weights uniform Ω is by `uniform_penalty`, `uniform_penalty_dense`, or `orthogonality`
-# with `uniform_weights`.
+# The same results as `method`, up to rounding, in less time and memory: first Ω, whose gradient is
+# computed by tiles of dense products or pair by pair, then the other terms of a top-k autoencoder,
+# then what a CPU does differently. `Run.terms` chooses between `method` and this.
 #
 # In a top-k autoencoder `select` alone decides which latents are active. `topk_loss_terms` repeats,
-# for speed, `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. Who
-# changes those changes both, or derives a class, which is then trained by `loss_terms`. The update
-# is that of `method`.
-#
-# First comes Ω, whose gradient is computed in one of two ways: by tiles of dense products, or pair
-# by pair.
+# for speed, `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. To
+# change one of those, derive a class from `SAE`: `loss_terms` trains whatever is not `SAE` itself.
+# The update is that of `method`.
 def product(a, b):
     """a @ b. Products of half precision are exact, and summed in float32; bfloat16 itself does not
     count above 256. Float32 is as PyTorch is set, in `train` TF32 on a GPU. Counts are exact in
@@ -339,14 +303,14 @@ def product(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def gradient_by_tiles(f_BN, tile=None):
+def gradient_by_tiles(f_BN, weighted=True, tile=None):
     """∂Ω/∂f (B, N) of latents f by dense products: O(B N²) time at most, and no N × N array.
 
     ∂Ω/∂f_bi = (4/B) Σ_j w_ij ⟨f_i, f_j⟩ f_bj: the square gives 2, and so do a pair's two orders.
     That is (4/B) f M, where M_ij = w_ij ⟨f_i, f_j⟩ is symmetric, and 0 for i = j. So only tiles
     M_TJ on and right of its diagonal are computed: T is a block of rows, J are the columns from T's
-    first row on. Each serves twice. f_J M_TJᵀ is added to the columns T of f M, and f_T M_TJ to the
-    columns right of T.
+    first row on. A tile adds f_J M_TJᵀ to the columns T of f M. By symmetry it is also the tile of
+    M below the diagonal, and so adds f_T M_TJ to the columns right of T.
 
     Latents that are active on no token have w = 0, and are left out. The others are padded with
     some that are never active to A, a multiple of 64: a GPU's products of bfloat16 are slow where
@@ -368,9 +332,12 @@ def gradient_by_tiles(f_BN, tile=None):
     for start in range(0, len(size_A), tile):
         end = start + tile
         f_BT, f_BJ = f_BA[:, start:end], f_BA[:, start:]
-        matrix_TJ = product(active_BA[:, start:end].T, active_BA[:, start:])  # |M_i ∩ M_j|
-        matrix_TJ /= torch.minimum(size_A[start:end, None], size_A[start:])  # Eq. 3
-        matrix_TJ *= product(f_BT.T, f_BJ).div_(B)  # ⟨f_i, f_j⟩
+        if weighted:
+            matrix_TJ = product(active_BA[:, start:end].T, active_BA[:, start:])  # |M_i ∩ M_j|
+            matrix_TJ /= torch.minimum(size_A[start:end, None], size_A[start:])  # Eq. 3
+            matrix_TJ *= product(f_BT.T, f_BJ).div_(B)  # ⟨f_i, f_j⟩
+        else:
+            matrix_TJ = product(f_BT.T, f_BJ).div_(B)
         matrix_TJ = matrix_TJ.fill_diagonal_(0).to(f_BA.dtype)  # 0 for i = j
         gradient_BA[:, start:end] += product(f_BJ, matrix_TJ.T)
         gradient_BA[:, end:] += product(f_BT, matrix_TJ[:, tile:])
@@ -379,7 +346,7 @@ def gradient_by_tiles(f_BN, tile=None):
     return gradient_BN.index_copy_(1, active_latents, gradient_BA)
 
 
-def gradient_by_pairs(vals_BK, idx_BK, d_sae):
+def gradient_by_pairs(vals_BK, idx_BK, d_sae, weighted=True):
     """∂Ω/∂f of the entries (B, K), from the P = K (K - 1) / 2 pairs of latents of each token.
 
     The formula is that of `gradient_by_tiles`. A token counts in |M_i ∩ M_j| and ⟨f_i, f_j⟩ only
@@ -400,11 +367,12 @@ def gradient_by_pairs(vals_BK, idx_BK, d_sae):
     def sum_over_tokens(x_BP):
         return x_BP.new_zeros(len(pair_U)).index_add_(0, place_BP.flatten(), x_BP.flatten())
 
-    both_U = sum_over_tokens(active_BK[:, i_P] * active_BK[:, j_P])  # |M_i ∩ M_j|
-    gram_U = sum_over_tokens(vals_BK[:, i_P] * vals_BK[:, j_P])  # B ⟨f_i, f_j⟩
-    smaller_U = torch.minimum(size_N[pair_U // d_sae], size_N[pair_U % d_sae])
-    w_U = both_U / smaller_U.clamp(min=1)  # Eq. 3
-    matrix_BP = (w_U * gram_U)[place_BP]
+    matrix_U = sum_over_tokens(vals_BK[:, i_P] * vals_BK[:, j_P])  # B ⟨f_i, f_j⟩
+    if weighted:
+        both_U = sum_over_tokens(active_BK[:, i_P] * active_BK[:, j_P])  # |M_i ∩ M_j|
+        smaller_U = torch.minimum(size_N[pair_U // d_sae], size_N[pair_U % d_sae])
+        matrix_U *= both_U / smaller_U.clamp(min=1)  # Eq. 3
+    matrix_BP = matrix_U[place_BP]
     gradient_BK = torch.zeros_like(vals_BK)
     gradient_BK.index_add_(1, i_P, matrix_BP * vals_BK[:, j_P])
     gradient_BK.index_add_(1, j_P, matrix_BP * vals_BK[:, i_P])
@@ -412,17 +380,25 @@ def gradient_by_pairs(vals_BK, idx_BK, d_sae):
     return torch.zeros_like(vals_BK).scatter(1, order_BK, gradient_BK)
 
 
-def penalty_from(f, gradient_of):
-    """Ω of f, from a function that computes ∂Ω/∂f of f. Ω can be differentiated once.
+class Omega(torch.autograd.Function):
+    """Ω of f, from a function that computes ∂Ω/∂f of f.
 
-    Ω has degree 4 in f, so Σ f ∂Ω/∂f = 4 Ω (Euler); this is `inner`. As ∂Ω/∂f is a constant in it,
-    its gradient is ∂Ω/∂f. Subtracting 3 Ω, detached, corrects the value and leaves the gradient.
-    The caller's autocast does not act here.
+    Ω has degree 4 in f, so Σ f ∂Ω/∂f = 4 Ω (Euler). It can be differentiated once, backward.
     """
-    with torch.autocast(f.device.type, enabled=False):
-        gradient = gradient_of(f.detach())
-        inner = (f * gradient).sum()
-        return inner - 0.75 * inner.detach()
+
+    @staticmethod
+    def forward(ctx, f, gradient_of):
+        with torch.autocast(f.device.type, enabled=False):  # the caller's
+            gradient = gradient_of(f)
+            ctx.save_for_backward(gradient)
+            return (f * gradient).sum() / 4
+
+    @staticmethod
+    def backward(ctx, d_omega):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("Ω has no second derivative here; `orthogonality` has all")
+        (gradient,) = ctx.saved_tensors
+        return d_omega * gradient, None
 
 
 # Pairs are faster where N > PAIRS_PAY · K. Tiles take B N² multiply-adds for each product, pairs
@@ -431,7 +407,7 @@ PAIRS_PAY = {"cuda": 127, "cpu": 15}
 PAIRS_FIT = 2048 * 320**2  # B K² of run 4, for which `gradient_by_pairs` needs 7 GB
 
 
-def sgo_penalty(vals_BK, idx_BK, d_sae):
+def sgo_penalty(vals_BK, idx_BK, d_sae, weighted=True):
     """`orthogonality` of latents of which each token has K selected: their values, at least 0, and
     their indices, (B, K) each.
 
@@ -442,18 +418,14 @@ def sgo_penalty(vals_BK, idx_BK, d_sae):
     def gradient_of(vals_BK):
         if d_sae > PAIRS_PAY.get(vals_BK.device.type, 127) * vals_BK.shape[1]:
             by_pairs = gradient_by_blocks if vals_BK.is_cpu else gradient_by_pairs
-            return by_pairs(vals_BK, idx_BK, d_sae)
-        return at_entries(gradient_by_tiles(dense(vals_BK, idx_BK, d_sae)), vals_BK, idx_BK)
+            return by_pairs(vals_BK, idx_BK, d_sae, weighted)
+        gradient_BN = gradient_by_tiles(dense(vals_BK, idx_BK, d_sae), weighted)
+        return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
 
-    return penalty_from(vals_BK, gradient_of)
-
-
-def at_entries(gradient_BN, vals_BK, idx_BK):
-    """∂Ω/∂f of the entries (B, K), from that of latents f (B, N)."""
-    return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
+    return Omega.apply(vals_BK, gradient_of)
 
 
-def sgo_penalty_dense(f_BN):
+def sgo_penalty_dense(f_BN, weighted=True):
     """`orthogonality` of latents f (B, N), at least 0.
 
     Latents that are not active have a gradient too. ReLU and top-k drop it, but JumpReLU passes it
@@ -463,33 +435,9 @@ def sgo_penalty_dense(f_BN):
         most = max(1, int((f_BN > 0).sum(1).max()))
         # A token of a baseline may have any number of them, for whose pairs a GPU has no memory.
         if f_BN.is_cpu or len(f_BN) * most**2 <= PAIRS_FIT:
-            return sgo_penalty(*f_BN.topk(most, dim=1, sorted=False), f_BN.shape[1])
-    return penalty_from(f_BN, gradient_by_tiles)
-
-
-def uniform_penalty(vals_BK, idx_BK, d_sae):
-    """`orthogonality` with `uniform_weights`, of latents as `sgo_penalty` takes them."""
-
-    def gradient_of(vals_BK):
-        return at_entries(uniform_gradient(dense(vals_BK, idx_BK, d_sae)), vals_BK, idx_BK)
-
-    return penalty_from(vals_BK, gradient_of)
-
-
-def uniform_penalty_dense(f_BN):
-    """`orthogonality` with `uniform_weights`, of latents f (B, N)."""
-    return penalty_from(f_BN, uniform_gradient)
-
-
-def uniform_gradient(f_BN):
-    """∂Ω/∂f (B, N) where w_ij = 1: (4/B) Σ_{j≠i} ⟨f_i, f_j⟩ f_bj.
-
-    Nothing is counted. The sum over all j is f (fᵀ f) / B, which is computed as (f fᵀ) f / B: a
-    B × B array stands for the N × N one. From it j = i is subtracted.
-    """
-    f_BN = f_BN.to(torch.promote_types(f_BN.dtype, torch.float32))
-    own_N = f_BN.square().sum(0)  # B ⟨f_i, f_i⟩
-    return (f_BN @ f_BN.T @ f_BN - own_N * f_BN) * (4 / len(f_BN) ** 2)
+            vals_BK, idx_BK = f_BN.topk(most, dim=1, sorted=False)
+            return sgo_penalty(vals_BK, idx_BK, f_BN.shape[1], weighted)
+    return Omega.apply(f_BN, lambda f_BN: gradient_by_tiles(f_BN, weighted))
 
 
 def dense(vals_BK, idx_BK, d_sae):
@@ -530,7 +478,7 @@ def topk_loss_terms(sae, x_BD, penalty=sgo_penalty):
     )
 
 
-# What a CPU does differently; skip it on a first reading, up to the baselines. Its dense products
+# What a CPU does differently; skip it on a first reading, up to the activations. Its dense products
 # are slow, so that only the K selected latents of a token take part in the gradient, and pairs are
 # counted in its caches.
 class SparseEncode(torch.autograd.Function):
@@ -570,7 +518,7 @@ class SparseEncode(torch.autograd.Function):
         return None, d_W_enc_ND.T, d_b_enc_N, d_b_dec_D, None, None
 
 
-def gradient_by_blocks(vals_BK, idx_BK, d_sae, cells=1 << 18):
+def gradient_by_blocks(vals_BK, idx_BK, d_sae, weighted=True, cells=1 << 18):
     """`gradient_by_pairs` without sorting the pairs: O(B K²) time and a pass over N² cells.
 
     A token's K² pairs of entries are added to the cells (i, j) of two tables, and an entry's
@@ -603,32 +551,489 @@ def gradient_by_blocks(vals_BK, idx_BK, d_sae, cells=1 << 18):
         gram_TN = torch.zeros_like(both_TN)
         both_TN.view(-1).scatter_add_(0, cell_SK.flatten(), torch.ones_like(f_SK).flatten())
         gram_TN.view(-1).scatter_add_(0, cell_SK.flatten(), product_SK.flatten())
-        both_TN.diagonal(first).zero_()  # i = j
         w_TN = both_TN.div_(torch.minimum(size_T[:, None], size_N))  # Eq. 3
+        if not weighted:
+            w_TN.fill_(1)
+        w_TN.diagonal(first).zero_()  # i = j
         return torch.linalg.vecdot(w_TN.mul_(gram_TN).take(cell_SK), f_SK)
 
     threads = torch.get_num_threads()
     workers = {"initializer": torch.set_num_threads, "initargs": (1,)}  # each computes alone
-    with ThreadPoolExecutor(threads, **workers) as pool:
-        parts = list(pool.map(gradient_of, blocks))
-    torch.set_num_threads(threads)  # Workers changed the default of new threads, too.
+    try:
+        with ThreadPoolExecutor(threads, **workers) as pool:
+            parts = list(pool.map(gradient_of, blocks))
+    finally:
+        torch.set_num_threads(threads)  # Workers changed the default of new threads, too.
     gradient_E = torch.zeros_like(f_E)
     gradient_E[entry_E] = torch.cat([f_E[:0], *parts])
     return gradient_E.view(B, K) * (4 / B**2)
 
 
+# -------------------------------------------------------------------------------------- activations
+# These tokens never reach the autoencoder: the first of each context, BOS or not; the tokenizer's
+# special tokens, such as EOS and unknown words; those whose norm is over --max-norm times the
+# median of their round, whose places others take; and what is left of a round when it fills no
+# batch.
+class Reader(NamedTuple):
+    """A language model that is read at one of its layers."""
+
+    lm: nn.Module
+    layer: nn.Module
+    tokenizer: object
+    hook_name: str  # of the layer, in the model of the class that its configuration names
+
+
+def first_id(*ids):
+    """A list of the first token id that is not None; it is empty where there is none."""
+    return [i for i in ids if i is not None][:1]
+
+
+def token_ids(texts, tokenizer):
+    """Lists of token ids, one for each text, and EOS after each."""
+    eos = first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
+    without = 0  # texts in a row that gave no token
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        without = 0 if ids or eos else without + 1
+        yield ids + eos
+        if without == LOOKED_AT:
+            raise InputError(f"the tokenizer makes no token of {without:,} texts in a row")
+
+
+def token_contexts(texts, tokenizer, ctx):
+    """Contexts of `ctx` token ids: BOS, then the texts one after another, with EOS after each."""
+    bos = first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)
+    length = ctx - len(bos)
+    ids = []
+    for more in token_ids(texts, tokenizer):
+        ids += more
+        whole = len(ids) // length * length
+        for start in range(0, whole, length):
+            yield bos + ids[start : start + length]
+        ids = ids[whole:]
+
+
+def kept_tokens(ids_RL, tokenizer):
+    """Which tokens (R, L) of R contexts are used: all but the first one of each and special ones.
+
+    The first is BOS. In a model that has none, whatever stands there takes over BOS's part
+    as attention sink, and its activation is as much of an outlier in norm.
+    """
+    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
+    kept_RL = ~torch.isin(ids_RL, special.to(ids_RL.device))
+    kept_RL[:, 0] = False
+    return kept_RL
+
+
+class LayerReached(Exception):
+    """Ends a forward pass of the language model at a layer, whose output it has."""
+
+
+@torch.inference_mode()
+def layer_output(lm, layer, ids_RL, **inputs):
+    """Output (R, L, D) of a layer when the language model reads the token ids of R contexts."""
+
+    def stop(module, args, output):
+        raise LayerReached(output[0] if isinstance(output, (tuple, list)) else output)
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        lm(input_ids=ids_RL, **inputs)
+    except LayerReached as reached:
+        x_RLD = reached.args[0]
+    else:
+        raise InputError("the model does not use its layer")
+    finally:
+        handle.remove()
+    if x_RLD.dim() != 3 or x_RLD.shape[:2] != ids_RL.shape:
+        found = " × ".join(map(str, x_RLD.shape))
+        raise InputError(f"the layer's output is {found}, and not one vector for each token")
+    return x_RLD
+
+
+def harvest(reader, ids_RL, x_CD, lm_batch):
+    """Fills x (C, D) from the front with the layer's activations at the kept tokens of R contexts.
+
+    Returns how many tokens were kept. A pass of the language model reads `lm_batch` contexts, of
+    which it keeps Q tokens.
+    """
+    filled = 0
+    parts = ids_RL.split(lm_batch)
+    for part_RL in progress_bar(parts, desc="activations", leave=False):
+        stop_if_asked()
+        part_RL = part_RL.to(reader.lm.device)
+        x_RLD = layer_output(reader.lm, reader.layer, part_RL)
+        x_QD = x_RLD[kept_tokens(part_RL, reader.tokenizer)]
+        if not x_QD.isfinite().all():
+            raise InputError("the model's activations are not finite; try --dtype float32")
+        x_CD[filled : filled + len(x_QD)] = x_QD
+        filled += len(x_QD)
+    return filled
+
+
+def replace_outliers(x_CD, max_norm, generator):
+    """Puts other tokens in the place of those whose norm is over max_norm times the median norm.
+
+    Returns their number. This is ours. Ω grows with the 4th power of the norm: one token of 100
+    times the usual norm in a batch of 2,048 multiplied it by 18,600 (Gaussian x, N 512, k 16), and
+    such tokens mislead --normalize. They are tokens that take over BOS's part as attention sink. Of
+    93,375 tokens at layer 9 of Gemma 3 270M, nine had 9.0 to 10.7 times the median norm, and no
+    other had twice. With some of them in a batch its Ω was up to 36 times as large. Replacing them,
+    rather than dropping them, keeps the number of a round's batches, on which resuming relies.
+    """
+    norm_C = torch.linalg.vector_norm(x_CD, dim=1, dtype=torch.float32)
+    is_outlier_C = norm_C > max_norm * norm_C.median()
+    n_outliers = int(is_outlier_C.sum())
+    if n_outliers:
+        others = (~is_outlier_C).nonzero()[:, 0]
+        chosen = torch.randint(len(others), (n_outliers,), generator=generator)
+        x_CD[is_outlier_C] = x_CD[others[chosen.to(others.device)]]
+    return n_outliers
+
+
+def round_of_contexts(contexts, tokenizer, R, enough):
+    """The next R contexts for each of n processes, of which a process has every n-th.
+
+    Returns their token ids, and how many tokens each process keeps of its own. Fewer contexts are
+    read where each process has `enough` tokens already: those of its whole run.
+    """
+    n = n_processes()
+    ids = []
+    kept_by_process = torch.zeros(n, dtype=torch.long)
+    while len(ids) < R * n and kept_by_process.min() < enough:
+        ids += itertools.islice(contexts, n)
+        kept_by_process += kept_tokens(torch.tensor(ids[-n:]), tokenizer).sum(1)
+    return torch.tensor(ids), kept_by_process
+
+
+def batches(cfg, reader, skip=0):
+    """Batches of activations x (B, D) in the model's dtype, without end; the first `skip` are left
+    out.
+
+    They come in rounds. A round reads contexts, drops what of their kept tokens fills no batch,
+    shuffles the others' activations and serves them. The data, data_seed and the number of the
+    round fix all of it, so to resume a run is to count batches: rounds that are over are read
+    again, and the language model does not run on them.
+    """
+    lm = reader.lm
+    B = cfg.batch // n_processes()  # tokens of a batch in this process
+    # Up to half of the tokens may be EOS: contexts for two batches are read to be sure of one.
+    R = max(cfg.buffer // n_processes(), 2 * math.ceil(B / (cfg.ctx - 1)))
+    enough = cfg.tokens // cfg.batch * B
+    lm_batch = cfg.lm_batch or (128 if lm.device.type == "cuda" else 32)
+    contexts = token_contexts(read_texts(cfg), reader.tokenizer, cfg.ctx)
+    # The activations of a round: 1.2 GB in run 4.
+    shape = (R * (cfg.ctx - 1), lm.config.hidden_size)
+    x_CD = torch.empty(shape, dtype=lm.dtype, device=lm.device)
+    n_tokens = lm.get_input_embeddings().num_embeddings
+    told = False
+    for number in itertools.count():
+        stop_if_asked()
+        ids_RL, kept_by_process = round_of_contexts(contexts, reader.tokenizer, R, enough)
+        if ids_RL.max() >= n_tokens:
+            raise InputError(
+                f"the tokenizer gives the id {ids_RL.max()} of {n_tokens} in the model"
+            )
+        n_batches = int(kept_by_process.min()) // B
+        if n_batches == 0:
+            raise InputError(
+                f"{cfg.dataset}: of {ids_RL.numel():,} tokens read, {int(kept_by_process.sum()):,} "
+                f"are kept, too few for a batch of {cfg.batch:,}; the others are special, such as "
+                "unknown words, or first in their context"
+            )
+        if skip >= n_batches:
+            skip -= n_batches
+            continue
+        filled = harvest(reader, ids_RL[rank() :: n_processes()], x_CD, lm_batch)
+        generator = torch.Generator().manual_seed((cfg.data_seed << 20) + number)
+        order = torch.randperm(n_batches * B, generator=generator).to(lm.device)
+        outliers = 0
+        if cfg.max_norm > 0:
+            outliers = replace_outliers(x_CD[:filled], cfg.max_norm, generator)
+        if outliers and not told:
+            say(
+                f"\n{outliers:,} of {filled:,} tokens have over {cfg.max_norm:g} times the median "
+                "norm; other tokens take their places (--max-norm)"
+            )
+            told = True
+        for chosen_B in order.split(B)[skip:]:
+            yield x_CD[chosen_B]
+        skip = 0
+
+
+# ----------------------------------------------------------------------------------------- training
+DEAD_AFTER = 409_600  # tokens: a latent that was active on none of so many is dead; ours
+SAMPLE = 16384  # tokens from which the scale, the geometric median and the thresholds are taken
+
+
+def scheduled_alpha(cfg, step, steps):
+    """Weight of Ω at a step of a run.
+
+    Ours: the warm-up is in proportion to the run. It starts at 0.01/0.075 of α, and reaches α after
+    1,000/4,882 of the steps, which in run 4 are the paper's numbers. The settings alpha_start and
+    alpha_warmup change it.
+    """
+    start = cfg.alpha * (0.01 / 0.075) if cfg.alpha_start is None else cfg.alpha_start
+    return alpha_at(step, cfg.alpha, start, int(cfg.alpha_warmup * steps))
+
+
+class Run:
+    """An autoencoder in training, its settings, optimiser, α and λ, and what was logged of it."""
+
+    def __init__(self, cfg, d_in, device, mixed_precision=False):
+        torch.manual_seed(cfg.seed)  # the weights are drawn on the CPU, the same for every device
+        self.cfg = cfg
+        self.sae = ARCHITECTURES[cfg.arch](d_in, cfg.d_sae, cfg.k).to(device)
+        self.adam = torch.optim.Adam(self.sae.parameters(), betas=(0.9, 0.999), fused=True)
+        self.mixed_precision = mixed_precision and not cfg.plain
+        self.started = time.monotonic()
+        self.alpha = 0.0
+        self.lam = torch.tensor(cfg.lam, device=device)
+        self.gradient_norm = 0.0
+        # For each latent, how many steps were done when it was last active; at first, 0.
+        self.last_fired_N = torch.zeros(cfg.d_sae, dtype=torch.long, device=device)
+        self.history = []  # the lines of metrics.jsonl
+        self.log_is_whole = False  # whether the file has them
+        self.failure = None
+        self.weighted = cfg.pair_weights == "coactivation"
+        # Ω of latents f (B, N)
+        self.penalty = partial(
+            orthogonality if cfg.plain else sgo_penalty_dense, weighted=self.weighted
+        )
+        average_gradients(self.sae)
+
+    def terms(self, x_BD):
+        """The `Terms` of Eq. 2. Here it is chosen how they are computed: by `method` with --plain,
+        fast for a top-k autoencoder, and by `method` with a fast Ω for the others.
+
+        Ω is over the tokens of all processes, or 0 where α is 0.
+        """
+
+        def omega_of_selected(vals_BK, idx_BK, N):
+            if self.cfg.alpha == 0:
+                return 0.0
+            return sgo_penalty(gather_tokens(vals_BK), gather_tokens(idx_BK), N, self.weighted)
+
+        def omega(f_BN):
+            return 0.0 if self.cfg.alpha == 0 else self.penalty(gather_tokens(f_BN))
+
+        if type(self.sae) is SAE and not self.cfg.plain:
+            return topk_loss_terms(self.sae, x_BD, omega_of_selected)
+        return loss_terms(self.sae, x_BD, omega)
+
+    def step(self, x_BD, step, steps):
+        """One training step, in this order:
+
+        1. α and the learning rate of the step;
+        2. the terms of Eq. 2, in mixed precision where the language model runs in bfloat16, but not
+           with --plain;
+        3. the loss, and which latents fired;
+        4. λ of a baseline for the next step, and batchtopk's θ;
+        5. the update: the gradient, its mean over processes (`average_gradients`), the projection
+           of W_dec's gradient, clipping, Adam, unit rows.
+
+        A gradient that is not finite ends this run, and others go on.
+        """
+        if self.failure:
+            return
+        cfg = self.cfg
+        # 1.
+        self.alpha = scheduled_alpha(cfg, step, steps)
+        lr = lr_at(step, steps, cfg.lr, cfg.decay_start)
+        # 2.
+        with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):
+            terms = self.terms(x_BD)
+        # 3. Ω is that of all processes' tokens. The mean over processes will divide its gradient by
+        # their number, by which α is multiplied here.
+        loss = total_loss(terms, self.lam, self.alpha * n_processes())
+        # An auxiliary loss would be added here, as a mean over the tokens of this process. What
+        # `terms` has beside the terms is detached. AuxK (Gao et al. 2024), for example, lets dead
+        # latents reconstruct what is left of x, on any device:
+        #     dead_N = self.dead(step)
+        #     def select(pre_BN):
+        #         vals_BK, idx_BK = pre_BN.masked_fill(~dead_N, -math.inf).topk(512)
+        #         return vals_BK.relu(), idx_BK
+        #     aux_BD = decode_selected(self.sae, *encode_selected(self.sae, x_BD, select))
+        #     loss += (x_BD - terms.xhat_BD - aux_BD).square().sum(1).mean() / 32
+        fired_N = all_reduce_(terms.fired_N.int(), "MAX") > 0
+        self.last_fired_N.masked_fill_(fired_N, step + 1)
+        # 4.
+        self.lam = adjust_baseline(self.sae, self.lam, terms.f_BN, lr)
+        # 5.
+        self.gradient_norm = update(self.sae, self.adam, loss, lr, cfg.clip)
+        if not math.isfinite(self.gradient_norm):
+            self.failure = f"{cfg.out}: gradient not finite at step {step}, α {self.alpha:.4g}"
+
+    def dead(self, done):
+        """Which latents (N,) have been active on none of the last DEAD_AFTER tokens."""
+        return (done - self.last_fired_N) * self.cfg.batch >= DEAD_AFTER
+
+    def log(self, x_BD, done, scale):
+        """Adds a line to metrics.jsonl, and says once if Ω outweighs the reconstruction."""
+        is_known = done * self.cfg.batch >= DEAD_AFTER  # earlier, none can be dead
+        m = {
+            "step": done,
+            "tokens": done * self.cfg.batch,
+            "lr": self.adam.param_groups[0]["lr"],
+            "alpha": self.alpha,
+            "activation_scale": scale,
+            "gradient_norm": self.gradient_norm,
+            "dead": int(self.dead(done).sum()) if is_known else None,
+            "seconds": time.monotonic() - self.started,
+            "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if x_BD.is_cuda else None,
+            **figures_of(self.sae, gather_tokens(x_BD), self.lam, self.alpha, scale, self.penalty),
+        }
+        share = m["penalty_share"]
+        if share > 1 and all(past["penalty_share"] <= 1 for past in self.history):
+            say(
+                f"\n{self.cfg.out}: αΩ is {share:.3g} times the reconstruction error, step {done:,}"
+            )
+        self.history.append(m)
+        write_log(self)
+
+    def short_figures(self):
+        """What fits beside a bar of the progress."""
+        m = self.history[-1]
+        return f"EV {m['explained_variance']:.4f}, αΩ/rec {m['penalty_share']:.1%}"
+
+    def figures(self):
+        """The last figures in a line."""
+        m = self.history[-1]
+        dead = "unknown" if m["dead"] is None else f"{m['dead'] / self.cfg.d_sae:.2%}"
+        return (
+            f"EV {m['explained_variance']:.4f}  MSE {m['mse']:<6.4g}  cosine {m['cosine']:.4f}  "
+            f"L0 {m['l0']:.1f}  dead {dead} ({DEAD_AFTER:,} tokens)  "
+            f"Ω {m['omega']:<6.4g}  αΩ/rec {m['penalty_share']:.2%}"
+        )
+
+
+@torch.no_grad()
+def figures_of(sae, x_BD, lam, alpha, scale, penalty=sgo_penalty_dense):
+    """Figures of a batch after its update, outside of autocast. `penalty` computes Ω of latents f.
+
+    They are those of the autoencoder as it is saved: in batchtopk its θ decides which latents are
+    active, and not the batch. The terms of the loss are in the units of training, in which
+    activations are `scale` times those of the model; `mse` is in the model's.
+    """
+    f_BN = sae.encode(x_BD)
+    terms = Terms(
+        reconstruction=(x_BD - sae.decode(f_BN)).square().sum(1).mean(),
+        sparsity=sae.sparsity(sae.pre_activations(x_BD), f_BN),
+        omega=penalty(f_BN),
+        xhat_BD=sae.decode(f_BN),
+        fired_N=(f_BN > 0).any(0),
+    )
+    error = terms.reconstruction
+    figures = {
+        "loss": total_loss(terms, lam, alpha),
+        "reconstruction": error,
+        "sparsity": terms.sparsity,
+        "omega": terms.omega,
+        "lambda": lam,
+        "penalty_share": alpha * terms.omega / error,
+        "mse": error / x_BD.shape[1] / scale**2,  # per element
+        "explained_variance": 1 - error / (x_BD - x_BD.mean(0)).square().sum(1).mean(),
+        "cosine": F.cosine_similarity(x_BD, terms.xhat_BD, dim=1).mean(),
+        "l0": (f_BN > 0).sum(1).float().mean(),
+    }
+    return {name: figure.item() for name, figure in figures.items()}
+
+
+def begin(runs, data, steps):
+    """Sets what depends on the data, from its first batches.
+
+    Returns the factor by which activations are multiplied, and the data from the first batch on.
+    The factor is 1, but with --normalize such that ‖x‖² averages D. All that --normalize changes
+    is this factor: α, λ and the learning rate stay what they are, the figures but `mse` are in the
+    units of the multiplied activations, and `save_sae` divides it out again. On activations times
+    2, the same α weighs Ω 4 times as much beside the reconstruction.
+    """
+    cfg = runs[0].cfg
+    first = list(itertools.islice(data, min(steps, math.ceil(SAMPLE / cfg.batch))))
+    sample_BD = gather_tokens(torch.cat(first).float())
+    scale = 1.0
+    if cfg.normalize:
+        scale = (sample_BD.shape[1] / sample_BD.square().sum(1).mean()).sqrt().item()
+    sample_BD *= scale
+    median_D = geometric_median(sample_BD)
+    for run in runs:
+        run.sae.b_dec.data.copy_(median_D)
+        start_baseline(run.sae, sample_BD, run.cfg.lam)
+        check_saved_form(run, sample_BD)
+    return scale, itertools.chain(iter(first), data)  # `iter` lets go of them when they are used up
+
+
+def train(cfgs, folder, device, dtype):
+    """Trains autoencoders on the same batches and saves each in its `out`.
+
+    Their settings differ in those of LISTS and in `out` alone. Whatever ends the run between two
+    steps leaves a checkpoint, with which --resume goes on.
+    """
+    cfg = cfgs[0]
+    # All float32 products of a GPU are in TF32: those of the language model, of training, and of
+    # the figures.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    steps = cfg.tokens // cfg.batch
+    check_texts(cfg)
+    reader = load_lm(cfg.model, cfg.layer, device, dtype, cfg.ctx)
+    # The language model's dtype decides whether the autoencoder has mixed precision (5.1).
+    d_in = reader.lm.config.hidden_size
+    runs = [Run(c, d_in, device, mixed_precision=dtype == torch.bfloat16) for c in cfgs]
+    checkpoint = folder / "checkpoint.pt"
+    scale, done = load_checkpoint(checkpoint, runs)  # 1 and 0 where there is none
+    say(f"{cfg.model} in {dtype} on {device}; steps {done:,} to {steps:,}, into {folder}")
+    for c in cfgs:
+        most = scheduled_alpha(c, steps - 1, steps)
+        if most < c.alpha:
+            say(f"{c.out}: α rises to {most:.4g} and not to {c.alpha:g}, since the run ends before")
+    data = batches(cfg, reader, done)
+    if done == 0:
+        scale, data = begin(runs, data, steps)
+    for run in runs:
+        write_log(run)
+    with handling_signals(note_signal):
+        bar = progress_bar(range(done, steps), initial=done, total=steps)
+        try:
+            for step, x_BD in in_every_process(zip(bar, data)):
+                x_BD = x_BD.float() * scale
+                for run in runs:
+                    run.step(x_BD, step, steps)
+                done = step + 1
+                live = [run for run in runs if not run.failure]
+                if not live:
+                    raise InputError(f"{runs[0].failure}; the last checkpoint, if any, stays")
+                if done % cfg.log_every == 0 or done == steps:
+                    for run in live:
+                        run.log(x_BD, done, scale)
+                    bar.set_postfix_str(live[-1].short_figures(), refresh=False)
+                if cfg.save_every and done % cfg.save_every == 0:
+                    save_checkpoint(checkpoint, runs, done, scale)
+        except EndedBetweenSteps as end:
+            bar.close()
+            if done and save_checkpoint(checkpoint, runs, done, scale):
+                say(f"stopped after step {done:,}; the same command with --resume goes on")
+            raise end.__cause__
+        save_all(runs, folder, done, scale, reader)
+
+
+# ==================================================================================================
+# Part 2: the program around the reference, which ends here.
+# ==================================================================================================
+
+
 # ---------------------------------------------------------------------------------------- baselines
 # The architectures that the paper compares with. Where a top-k autoencoder takes the k largest
 # latents of a token, these take those above a threshold θ. Each is one class. To add another,
-# derive it from `ThresholdSAE`, or from `SAE`, and enter it in ARCHITECTURES. It must have
+# derive it from `ThresholdSAE`, or from `SAE`, and enter it in ARCHITECTURES. It says
 #
-#     activate       the latents while it is trained, from the pre-activations
+#     activate       the latents in training, from the pre-activations
+#     encode         the latents after training, where they are others: by θ in batchtopk
 #     saelens_name   what SAELens calls what is saved: "topk", with k; "jumprelu", with thresholds
-#                    `threshold()`; or "standard", a ReLU
+#                    `threshold()`; or "standard", a ReLU. `check_saved_form` refuses a class that
+#                    would be loaded as another function than it is
 #
 # and, where they differ from those of `ThresholdSAE`,
 #
-#     encode         the latents after training, by θ
 #     sparsity       the term that λ weighs
 #     start          what is set before training, from a sample of the activations
 #     adjust         what is set after a step, so that k latents of a token are active on average;
@@ -647,16 +1052,26 @@ class ThresholdSAE(SAE):
     def threshold(self):
         return self.theta
 
-    def encode(self, x):
-        pre = self.pre_activations(x).relu()
+    def activate(self, pre):
+        pre = pre.relu()
         return pre * (pre > self.threshold())
 
     def start(self, x_BD, lam):
         """Sets what a sample x and λ decide before training."""
 
-    def adjust(self, lam, f_BN, l0, lr):
-        """Returns λ for the next step, after one with the latents f, l0 of them active a token."""
+    def adjust(self, lam, f_BN, lr):
+        """Returns λ for the next step, after one with the latents f."""
         return lam
+
+
+def start_baseline(sae, x_BD, lam):
+    if isinstance(sae, ThresholdSAE):
+        sae.start(x_BD, lam)
+
+
+def adjust_baseline(sae, lam, f_BN, lr):
+    """λ for the next step; that of a top-k autoencoder stays."""
+    return sae.adjust(lam, f_BN, lr) if isinstance(sae, ThresholdSAE) else lam
 
 
 class BatchTopK(ThresholdSAE):
@@ -666,11 +1081,14 @@ class BatchTopK(ThresholdSAE):
         vals, cells = pre_BN.relu().flatten().topk(len(pre_BN) * self.k, sorted=False)
         return torch.zeros_like(pre_BN).flatten().scatter(0, cells, vals).view_as(pre_BN)
 
+    def encode(self, x):
+        return super().activate(self.pre_activations(x))
+
     def sparsity(self, pre_BN, f_BN):
         """Bussmann et al. have no sparsity term."""
         return f_BN.new_zeros(())
 
-    def adjust(self, lam, f_BN, l0, lr):
+    def adjust(self, lam, f_BN, lr):
         """Moves θ, one for all latents: a running mean, over some 20 batches, of the least active
         value of a batch. Returns λ for the next step."""
         least = f_BN.masked_fill(f_BN <= 0, math.inf).min().to(self.theta.dtype)
@@ -707,13 +1125,14 @@ class ReLU(ThresholdSAE):
         cut = pre_BN.flatten().topk(len(x_BD) * self.k, sorted=False).values.min()
         self.b_enc.add_(self.first_threshold(pre_BN, cut) - cut)  # moves the cut to θ
 
-    def adjust(self, lam, f_BN, l0, lr):
+    def adjust(self, lam, f_BN, lr):
         """PI control of log(L0 / k): both parts are factors of λ.
 
         The integral moves by at most exp(100 lr) in a step, no faster than Adam moves the weights.
         The proportional part, a 4th power, acts at once and keeps L0 from swinging. Both numbers
         are ours, tried on the demo.
         """
+        l0 = all_reduce_((f_BN > 0).sum() / len(f_BN)) / n_processes()
         excess = (l0 / self.k).clamp(1 / math.e, math.e)
         self.lam_integral *= excess ** (self.INTEGRAL * lr)
         return self.lam_integral * excess**self.PROPORTIONAL
@@ -780,7 +1199,11 @@ ARCHITECTURES = {"topk": SAE, "batchtopk": BatchTopK, "relu": ReLU, "jumprelu": 
 # multiplies α by n.
 #
 # A run of two processes is not that of one: each shuffles the tokens that it has read itself, so
-# batches are put together differently, and batchtopk selects among a process's own tokens.
+# batches are put together differently, and batchtopk selects among a process's own tokens. The
+# first process decides what is in the folder, and alone writes there: nodes need not share it.
+JOIN_MINUTES = 10  # that a process waits for the others
+
+
 def torchrun():
     """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized()
@@ -803,7 +1226,12 @@ def start_processes(device):
     try:
         if device in ("auto", "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()  # NCCL for tensors on GPUs, Gloo for others
+        # While it waits, Python sees no signal: those of the system end it.
+        with handling_signals(signal.SIG_DFL):
+            wait = timedelta(minutes=JOIN_MINUTES)
+            store, place, world = next(dist.rendezvous("env://", timeout=wait))
+            # NCCL for tensors on GPUs, Gloo for others
+            dist.init_process_group(store=store, rank=place, world_size=world)
     except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"several processes are started by torchrun: {error}") from error
 
@@ -824,14 +1252,23 @@ def decide_together(work):
 
 
 def say(message):
-    """Tells the user, from the first process alone."""
+    """Tells the user, from the first process alone; where nobody can be told, the work goes on."""
     if rank() == 0:
-        print(message, file=sys.stderr)
+        with suppress(OSError):
+            print(message, file=sys.stderr)
 
 
 @functools.cache
 def say_once(message):
     say(message)
+
+
+def progress_bar(work, **options):
+    """tqdm, with a line every 10 s where the output is no terminal."""
+    from tqdm import tqdm
+
+    often = 0.5 if sys.stderr.isatty() else 10
+    return tqdm(work, mininterval=often, disable=rank() > 0, **options)
 
 
 def all_reduce_(t, operation="SUM"):
@@ -853,6 +1290,8 @@ def gather_tokens(t):
 
 def average_gradients(sae):
     """From now on, backward() leaves the mean of the processes' gradients in every process."""
+    if not torchrun():
+        return
 
     def average(parameter):
         # W_enc's gradient is a transposed tensor, and NCCL takes contiguous ones only.
@@ -863,7 +1302,83 @@ def average_gradients(sae):
         parameter.register_post_accumulate_grad_hook(average)
 
 
+class Stopped(BaseException):
+    """A signal asks the program to stop; the argument is its number."""
+
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has not all of them
+noted_signals = []
+
+
+@contextmanager
+def handling_signals(handler):
+    """Within, the signals that stop a program call the handler, but for those that are ignored."""
+    known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in known}
+    for number, old in before.items():
+        if old is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def stop(number, frame):
+    """Handles a signal at once."""
+    raise Stopped(number)
+
+
+def note_signal(number, frame):
+    """Handles a signal by a note, on which `stop_if_asked` acts. A second one ends the program."""
+    noted_signals.append(number)
+    for name in SIGNALS:
+        other = getattr(signal, name, number)
+        if signal.getsignal(other) is note_signal:
+            signal.signal(other, signal.SIG_DFL)
+
+
+def stop_if_asked():
+    """Raises Stopped where a signal was noted. Between two steps, or two passes of the language
+    model, nothing is lost by it."""
+    if noted_signals:
+        raise Stopped(noted_signals.pop())
+
+
+class EndedBetweenSteps(Exception):
+    """A run ends before its last step; the cause is what ended it."""
+
+
+def is_in_any_process(condition):
+    return bool(all_reduce_(torch.tensor(int(bool(condition))), "MAX"))
+
+
+def in_every_process(steps):
+    """Yields what an iterator yields. What ends it in one of the processes, be it a signal, data
+    that can't be read or a closed output, ends it in all of them, between the same two steps.
+    """
+    while True:
+        try:
+            stop_if_asked()
+            item = next(steps, None)
+        except (Exception, Stopped) as error:
+            is_in_any_process(True)
+            raise EndedBetweenSteps from error
+        if is_in_any_process(False):
+            raise EndedBetweenSteps from InputError("another process can't go on")
+        if item is None:
+            return
+        yield item
+
+
 # -------------------------------------------------------------------------------------------- texts
+LOCAL = re.compile(r"\.(txt|jsonl|csv|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)  # local files
+LOOKED_AT = 10_000  # rows among the first of which there must be a text
+LONGEST = 2**18  # characters of a text; longer ones are cut, so that any document fits into memory
+HELD = 1000  # texts that are shuffled together
+
+
 @contextmanager
 def loading(what):
     """Makes one line of whatever the Hub and the readers of files raise while they load `what`."""
@@ -872,321 +1387,271 @@ def loading(what):
     except InputError:
         raise
     except Exception as error:  # whatever readers, decompressors and networks raise
-        kind = type(error).__name__
-        reason = f"{kind} {error}" if isinstance(error, LookupError) else str(error) or kind
-        reason = reason[:400]
+        reason = f"{type(error).__name__} {error}"[:400]
         raise InputError(f"{what} can't be loaded: {reason}") from error
 
 
 def check_name(name):
     """Refuses what is plainly a path, and not a name on the Hub, where nothing is at that path."""
-    path = Path(name)
-    is_path = str(name).startswith((".", "/", "~")) or len(path.parts) > 2 or format_of(path)
-    if is_path and not path.exists():
+    is_path = str(name).startswith((".", "/", "~")) or len(Path(name).parts) > 2
+    if (is_path or LOCAL.search(str(name))) and not Path(name).exists():
         raise InputError(f"{name}: there is no such file or folder")
 
 
-# The formats of local files, each of which may be compressed (.jsonl.gz).
-FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-FOREIGN = re.compile(  # names of files that come with data and are none
-    r"(readme|licen[sc]e|copying|notice|authors|changelog|requirements)\b.*"
-    r"|(dataset_infos?|dataset_dict|state|config)\.json",
-    re.IGNORECASE,
-)
-SPLITS = {  # the words by which a file's name says what split it is of, as `datasets` has them
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "val", "dev"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
-MARKS = {  # byte order marks; UTF-16's are the beginning of UTF-32's
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-LOOKED_AT = 10_000  # rows among the first of which there must be a text
-LONGEST = 2**18  # characters that are handled at once, so that any document fits into memory
-
-
-def format_of(file):
-    """The format of a file by its name, one of FORMATS, or None."""
-    from fsspec.utils import infer_compression
-
-    name = file.stem if infer_compression(file.name) else file.name
-    suffix = Path(name).suffix.lower()
-    return suffix if suffix in FORMATS else None
-
-
-def split_of(path):
-    """The split that a relative path names; it is "train" where it names none."""
-    words = set(re.split(r"[^a-z]+", str(path).lower()))
-    return next((split for split in SPLITS if SPLITS[split] & words), "train")
-
-
-def local_files(path, split):
-    """The data files of a path: itself, or those of a folder that are of the split."""
-    if path.is_file():
-        if not format_of(path):
-            raise InputError(f"{path}: one of the formats {', '.join(FORMATS)} is needed")
-        if split != "train":
-            raise InputError(f"--split {split}: {path} is a file, whose split is train")
-        return [path]
-    found = []
-    for file in sorted(path.rglob("*")):
-        parts = file.relative_to(path).parts
-        hidden = any(part.startswith((".", "__", "~")) for part in parts)
-        if file.is_file() and not hidden and not FOREIGN.fullmatch(file.name):
-            found.append(file)
-    data = [file for file in found if format_of(file)]
-    formats = {format_of(file) for file in data}
-    if len(formats) != 1:
-        names = sorted(formats) or sorted({file.suffix or file.name for file in found})[:5]
+def local_files(name):
+    """The files of a dataset that is here: a file, those of a folder, or of a pattern, such as
+    "data/*.jsonl". There are none where it is a name on the Hub."""
+    path = Path(name)
+    pattern = glob.escape(name) + ("/*" if path.is_dir() else "")
+    found = sorted(glob.glob(pattern if path.exists() else name, recursive=True))
+    files = [file for file in found if LOCAL.search(file)]
+    kinds = {LOCAL.search(file)[1].lower() for file in files}
+    if len(kinds) != 1 and (found or path.exists()):
         raise InputError(
-            f"{path}: files of one of the formats {', '.join(FORMATS)} are needed, and it has "
-            + (" and ".join(names) or "none")
+            f"{name}: txt, jsonl, csv or parquet files are needed, all of one kind; a pattern such "
+            "as 'data/*.jsonl' chooses some"
         )
-    split_by_file = {file: split_of(file.relative_to(path)) for file in data}
-    chosen = [file for file in data if split_by_file[file] == split]
-    if not chosen:
-        others = " or ".join(sorted(set(split_by_file.values())))
-        raise InputError(f"{path} has no files of the split {split}: --split {others}")
-    names = ", ".join(file.relative_to(path).as_posix() for file in chosen[:5])
-    say_once(f"{path}: {len(chosen)} of {len(found)} files are read, {names}"[:400])
-    return chosen
+    if len(files) > 1:
+        say_once(f"{name}: {len(files)} files are read, {', '.join(files)}"[:400])
+    return files
 
 
-def open_text(file, newline=None):
-    """A local file as a stream of text. Only UTF-16 and UTF-32 with a byte order mark are known
-    beside UTF-8, and bytes that are not UTF-8 become lone surrogates, which `clean` replaces."""
-    import fsspec
-
-    if str(file).endswith(".zip"):
-        names = [name for name in zipfile.ZipFile(file).namelist() if "__MACOSX" not in name]
-        if len(names) != 1:
-            raise InputError(f"{file} has {len(names)} files; only one can be read out of a zip")
-    with fsspec.open(str(file), "rb", compression="infer") as stream:
-        head = stream.read(4)
-    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
-    if encoding != "utf-8-sig":
-        say_once(f"{file} is read as {encoding.upper()}, as its byte order mark says")
-    errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
-    options = {"encoding": encoding, "errors": errors, "newline": newline}
-    return fsspec.open(str(file), "rt", compression="infer", **options)
+def absolute(name):
+    """The same name in any folder: of what is here the path, and of what is on the Hub its name."""
+    return str(Path(name).resolve()) if Path(name).exists() or glob.glob(name) else name
 
 
-def clean(value, file):
-    """A field's value; in text, � stands for what is no Unicode."""
-    if not isinstance(value, str) or value.isascii():
-        return value
-    text = re.sub("[\ud800-\udfff]", "\ufffd", value)
-    if text != value:
-        say_once(f"{file} is not all UTF-8, and the rest is read as \ufffd; iconv converts files")
-    return text
+def replaced(error):
+    """� in the place of bytes that are not UTF-8."""
+    say_once("bytes that are not UTF-8 are read as \ufffd; iconv converts files")
+    return "\ufffd", error.end
 
 
-def pieces(text):
-    """The parts of a text, of at most LONGEST characters each, cut before spaces if it has some."""
-    start = 0
-    while len(text) - start > LONGEST:
-        end = start + LONGEST
-        space = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
-        if space > 0:
-            end = space
-        yield text[start:end]
-        start = end
-    yield text[start:]
+codecs.register_error("replaced", replaced)
 
 
 def text_rows(stream):
     """The rows of a text file, in which documents are between blank lines. Long ones are cut."""
-    rest = ""
-    while block := stream.read(LONGEST):
-        *documents, rest = (rest + block).split("\n\n")
-        *parts, rest = pieces(rest)
-        for text in documents + parts:
-            yield {"text": text}
-    yield {"text": rest}
+    lines = []
+    length = 0
+    while line := stream.readline(LONGEST):
+        is_blank = not line.strip()
+        if not is_blank:
+            lines.append(line)
+            length += len(line)
+        if is_blank or length > LONGEST:
+            yield {"text": "".join(lines).rstrip("\n")}
+            lines = []
+            length = 0
+    yield {"text": "".join(lines).rstrip("\n")}
 
 
-def json_values(text):
-    """The values of a text in JSON, which may be one after another."""
-    decoder = json.JSONDecoder()
-    space = re.compile(r"\s*")
-    end = space.match(text).end()
-    while end < len(text):
-        value, end = decoder.raw_decode(text, end)
-        yield value
-        end = space.match(text, end).end()
+def unicode_of(value):
+    """A value with � for each half of a surrogate pair, which JSON can spell and is no Unicode."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", value) if isinstance(value, str) else value
 
 
 def json_rows(stream, file):
-    """The rows of a file with a JSON object a line, or with one array of objects or of strings."""
-    first = True
-    for number, line in enumerate(stream, 1):
-        over_lines = first and (line.startswith("[") or line.strip() == "{")
+    """The rows of a file with a JSON object a line. A line that is none costs itself."""
+    for line in filter(str.strip, stream):
         try:
-            values = list(json_values(line + stream.read() if over_lines else line))
-        except (ValueError, RecursionError) as error:
-            if over_lines:
-                raise
-            say_once(f"{file}: line {number} and others like it are left out: {error}")
-            continue
-        first = first and not values
-        for value in values:
-            for row in value if isinstance(value, list) else [value]:
-                yield {"text": row} if isinstance(row, str) else row
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            yield {name: unicode_of(value) for name, value in row.items()}
+        else:
+            say_once(f"{file}: lines that are no JSON object are left out")
 
 
 def rows_of(files, columns=None):
-    """The rows of local files, as dicts of those of the columns that a row has; None is all.
+    """The rows of local files, as dicts. Of parquet no other columns than these are read."""
+    import fsspec
+    from pyarrow.parquet import ParquetFile
 
-    Other columns are not read. A row of JSON that can't be read costs itself. In a csv, a quote
-    that is not closed makes one field of all that follows, up to the next quote.
-    """
     for file in files:
-        kind = format_of(Path(file))
-        if kind == ".parquet":
-            from pyarrow.parquet import ParquetFile
-
+        kind = LOCAL.search(file)[1].lower()
+        if kind == "parquet":
             parquet = ParquetFile(file)
-            known = parquet.schema_arrow.names
-            if columns:
-                known = [name for name in known if name in columns]
-            for batch in parquet.iter_batches(1000, columns=known):
+            known = [name for name in parquet.schema_arrow.names if name in (columns or ())]
+            for batch in parquet.iter_batches(1000, columns=known or None):
                 yield from batch.to_pylist()
             continue
-        with open_text(file, newline="" if kind == ".csv" else None) as stream:
-            if kind == ".txt":
-                rows = text_rows(stream)
-            elif kind == ".csv":
+        # A byte order mark is no text, and csv asks for line ends as they are.
+        options = {"encoding": "utf-8-sig", "errors": "replaced"}
+        options["newline"] = "" if kind == "csv" else None
+        with fsspec.open(file, "rt", compression="infer", **options) as stream:
+            if kind == "txt":
+                yield from text_rows(stream)
+            elif kind == "csv":
                 csv.field_size_limit(2**31 - 1)  # of characters, in place of 131,072
-                rows = csv.DictReader(stream)
+                yield from csv.DictReader(stream)
             else:
-                rows = json_rows(stream, file)
-            for row in rows:
-                if isinstance(row, dict):
-                    names = columns or tuple(row)
-                    yield {name: clean(row[name], file) for name in names if name in row}
+                yield from json_rows(stream, file)
 
 
-def open_dataset(cfg, columns=None):
-    """The rows of cfg.dataset as a stream: of local files, or of the Hub."""
+def generator_of(seed, epoch):
+    """The random generator of an epoch, as `datasets` makes it."""
+    import numpy
+
+    first = numpy.random.default_rng(seed)
+    if epoch == 0:
+        return first
+    return numpy.random.default_rng((int(first.integers(0, 2**63)) - epoch) % 2**63)
+
+
+def open_dataset(cfg, columns=None, epoch=None):
+    """The rows of cfg.dataset, once: of local files, or of the Hub.
+
+    With an epoch the files are in random order, without one in the order of their names.
+    """
+    files = local_files(cfg.dataset)
+    if files:
+        if cfg.subset or cfg.split != "train":
+            raise InputError("--subset and --split are of the Hub: name the files in --dataset")
+        if epoch is not None:
+            generator_of(cfg.data_seed, epoch).shuffle(files)
+        return rows_of(files, columns)
     import datasets
 
-    path = Path(cfg.dataset)
-    if path.exists():
-        if cfg.subset:
-            raise InputError(f"--subset {cfg.subset}: {path} is here, and has no configurations")
-        files = [str(file) for file in local_files(path, cfg.split)]
-        options = {"files": files, "columns": columns}
-        return datasets.IterableDataset.from_generator(rows_of, gen_kwargs=options)
     check_name(cfg.dataset)
-    return datasets.load_dataset(cfg.dataset, cfg.subset, split=cfg.split, streaming=True)
+    rows = datasets.load_dataset(cfg.dataset, cfg.subset, split=cfg.split, streaming=True)
+    if epoch is not None:
+        rows = rows.shuffle(seed=cfg.data_seed, buffer_size=1)  # `shuffled` shuffles the rows
+        rows.set_epoch(epoch)
+    return rows
 
 
 def is_text(value):
-    return isinstance(value, str) and value.strip() != ""
+    """Whether a value is text that is not blank. \\0 is in no text, but in UTF-16 read as UTF-8."""
+    return isinstance(value, str) and value.strip() != "" and "\0" not in value
 
 
-def load_texts(cfg):
-    """The rows of the dataset that have text, shuffled, as a stream; checks that there are any."""
-    column = cfg.text_column
+def shuffled(texts, generator):
+    """The texts in random order: from HELD of them, half go out at a time, as in `datasets`."""
+    held = []
+    for text in texts:
+        held.append(text)
+        if len(held) == HELD:
+            order = generator.permutation(HELD)
+            yield from (held[i] for i in order[: HELD // 2])
+            held = [held[i] for i in order[HELD // 2 :]]
+    yield from (held[i] for i in generator.permutation(len(held)))
+
+
+def texts_in(rows, column):
+    """The texts of a column, in parts of at most LONGEST characters."""
+    for row in rows:
+        text = row.get(column)
+        if is_text(text):
+            for start in range(0, len(text), LONGEST):
+                yield text[start : start + LONGEST]
+
+
+def texts_of(cfg, epoch=0):
+    """The texts of a dataset, once, in random order."""
     with loading(cfg.dataset):
-        rows = open_dataset(cfg, (column,))
-        kinds = set()
-        for row in itertools.islice(rows, LOOKED_AT):
+        rows = open_dataset(cfg, (cfg.text_column,), epoch)
+        texts = texts_in(rows, cfg.text_column)
+        yield from shuffled(texts, generator_of(cfg.data_seed, epoch))
+
+
+def check_texts(cfg):
+    """Refuses a dataset that has no text among its first rows."""
+    column = cfg.text_column
+    names = set()
+    with loading(cfg.dataset):
+        for row in itertools.islice(open_dataset(cfg, (column,)), LOOKED_AT):
             if is_text(row.get(column)):
-                break
-            if column in row:
-                kinds.add("blank" if isinstance(row[column], str) else type(row[column]).__name__)
-        else:
-            if kinds:
-                found = " and ".join(sorted(kinds))
-                raise InputError(f"{cfg.dataset} holds no text: its column {column} is {found}")
-            first_row = next(iter(open_dataset(cfg)), {})
-            if first_row:
-                names = ", ".join(map(str, first_row))
-                raise InputError(f"--text-column {column}: {cfg.dataset} has {names}")
-            raise InputError(f"{cfg.dataset} holds no text")
-        rows = rows.filter(lambda row: is_text(row.get(column)))
-    return rows.shuffle(seed=cfg.data_seed, buffer_size=1000)
+                return
+            names.update(map(str, row))
+    found = ", ".join(sorted(names)) or "none"
+    raise InputError(f"{cfg.dataset} has no text in --text-column {column}; its columns: {found}")
 
 
-def read_texts(rows, cfg):
-    """Texts without end, shuffled anew each time that the dataset is used up."""
+def read_texts(cfg):
+    """Texts without end, shuffled anew each time that the dataset has been read."""
     for epoch in itertools.count():
         if epoch == 1:
-            say("\nall the data has been used once: starting over, reshuffled")
-        rows.set_epoch(epoch)
+            say("\nall the data has been read once: reading starts over, reshuffled")
         text = None
-        with loading(cfg.dataset):
-            for row in rows:
-                text = row[cfg.text_column]
-                yield text
+        for text in texts_of(cfg, epoch):
+            yield text
         if text is None:
             raise InputError(f"{cfg.dataset} holds no text any more")
 
 
-# -------------------------------------------------------------------------------------- activations
-# These tokens never reach the autoencoder: the first of each context, BOS or not; the tokenizer's
-# special tokens, such as EOS and unknown words; those whose norm is over --max-norm times the
-# median of their round, whose places others take; and what is left of a round when it fills no
-# batch.
-class Reader(NamedTuple):
-    """A language model that is read at one of its layers."""
-
-    lm: nn.Module
-    layer: nn.Module
-    tokenizer: object
-    hook_name: str  # of the layer, in the language model with its head
-
-
+# ---------------------------------------------------------------------------------- language model
 def load_lm(name, layer, device, dtype, ctx=2, whole=False):
     """The `Reader` of a language model: up to a layer, or whole and with its head for eval_sae.py.
 
-    ctx is the length of the longest context that it is going to read, in tokens.
+    ctx is the length of the longest context that it is going to read, in tokens. The class of the
+    model is the one that its own configuration names, so that each of its tensors has its place.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers.utils import find_adapter_config_file
 
     check_name(name)
     with loading(name):
-        config = AutoConfig.from_pretrained(name)
+        if find_adapter_config_file(name):
+            raise InputError(f"{name} has an adapter: merge it into its model and save that")
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model_class = getattr(transformers, (config.architectures or [""])[0], None)
+        if model_class is None or config.is_encoder_decoder:
+            raise InputError(f"{name}: a decoder of transformers, or an encoder alone, is needed")
         # Text that spells "<bos>" must not become that token.
-        tokenizer = AutoTokenizer.from_pretrained(name, split_special_tokens=True)
-        ids = tokenizer("some text", add_special_tokens=False).input_ids
-        if set(ids) <= {tokenizer.unk_token_id}:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, split_special_tokens=True, trust_remote_code=False
+        )
+        if set(tokenizer("some text", add_special_tokens=False).input_ids) <= {
+            tokenizer.unk_token_id
+        }:
             raise InputError(f"{name} has no tokenizer that can split text into tokens")
         text_config = config.get_text_config()
-        if config.is_encoder_decoder:
-            raise InputError(f"{name} is an encoder with a decoder, which can't be read")
         n_layers = text_config.num_hidden_layers
         if layer >= n_layers:
             raise InputError(f"--layer {layer}: the layers of {name} are 0 to {n_layers - 1}")
         text_config.use_cache = False  # of keys and values, which nobody reads
-        auto = AutoModelForCausalLM if whole else AutoModel
         with torch.device("meta"):  # the model without the content of its tensors
-            outline = auto.from_config(config)
+            outline = model_class(config)
+        most = getattr(text_config, "max_position_embeddings", None) or ctx
+        for path, module in outline.named_modules():
+            padding = getattr(module, "padding_idx", None)
+            if path.endswith("position_embeddings") and padding is not None:
+                # As in RoBERTa: the positions begin after the padding's.
+                most = module.num_embeddings - padding - 1
+        if ctx > most:
+            raise InputError(f"--ctx {ctx}: {name} was made for {most} tokens")
         reader_path, layers_path = paths_in(outline, n_layers, name)
-        model_class = type(outline)
         if not whole:
             model_class = up_to_layer(model_class, layer, layers_path)
         lm, report = model_class.from_pretrained(
             name, config=outline.config, dtype=dtype, output_loading_info=True
         )
+    check_tensors(name, report, layers_path, layer)
+    lm.eval()
+    hook_name = f"{layers_path}.{layer}"
+    module = lm.get_submodule(hook_name)
+    reader = lm if whole else lm.get_submodule(reader_path)  # without the head
+    return Reader(reader.to(device), module, tokenizer, hook_name)
+
+
+def check_tensors(name, report, layers_path, layer):
+    """Refuses a model whose files lack tensors, and says so where it does not take some of theirs.
+
+    These would be the scales of a quantised model. `report` is what transformers says of them.
+    """
     # A pooler comes after the last layer, and is often not saved.
     missing = [tensor for tensor in report["missing_keys"] if "pooler" not in tensor]
     if missing:
         raise InputError(f"{name}: its files lack tensors, {missing[0]} among them")
-    lm.eval()
-    reader = lm.get_submodule(reader_path)  # of a multimodal model, the part that reads text
-    layers = lm.get_submodule(layers_path)
-    check_positions(reader, layers[0], ids[0], ctx, name)
-    most = getattr(text_config, "max_position_embeddings", None) or ctx
-    if ctx > most:
-        say(f"--ctx {ctx}: {name} reads so many tokens, but was made for {most}")
-    prefix = "" if whole else f"{lm.base_model_prefix}."
-    hook_name = f"{prefix}{layers_path}.{layer}"
-    return Reader((lm if whole else reader).to(device), layers[layer], tokenizer, hook_name)
+    unused = []
+    for tensor in sorted(report["unexpected_keys"]):
+        of_layer = re.match(rf"{re.escape(layers_path)}\.(\d+)\.", tensor)
+        if not of_layer or int(of_layer[1]) <= layer:
+            unused.append(tensor)
+    if unused:
+        say(f"{name}: {len(unused)} tensors of its files are not used, {unused[0]} among them")
 
 
 def up_to_layer(model_class, layer, layers_path):
@@ -1226,439 +1691,17 @@ def paths_in(lm, n_layers, name):
     raise InputError(f"{name} can't be read, since its {n_layers} layers are not in one list")
 
 
-def check_positions(lm, first_layer, token, ctx, name):
-    """Refuses contexts that are longer than a model's table of positions; a GPU would just abort.
-
-    The first layer reads one, on the CPU.
-    """
+# ------------------------------------------------------------------------------------------ files
+def write_whole(path, write):
+    """Lets `write` make a file, given the path, beside its place, and puts it there when it is
+    whole. So a crash or a full disk leaves the file that was there before."""
+    aside = path.with_name(f"{path.name}.part")
     try:
-        layer_output(lm, first_layer, torch.full((1, 2), token))
-    except RuntimeError:
-        return  # The CPU lacks an operation in this dtype, so that it can't be tried.
-    try:
-        layer_output(lm, first_layer, torch.full((1, ctx), token))
-    except (IndexError, RuntimeError) as error:
-        raise InputError(f"--ctx {ctx}: {name} can't read as many tokens: {error}") from error
-
-
-def first_id(*ids):
-    """A list of the first token id that is not None; it is empty where there is none."""
-    return [i for i in ids if i is not None][:1]
-
-
-def token_ids(texts, tokenizer):
-    """Lists of token ids, one for each piece of a text, and EOS after each text."""
-    eos = first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
-    without = 0  # texts in a row that gave no token
-    for text in texts:
-        without += 1
-        for piece in pieces(text):
-            ids = tokenizer(piece, add_special_tokens=False).input_ids
-            without = 0 if ids or eos else without
-            yield ids
-        yield eos
-        if without == LOOKED_AT:
-            raise InputError(f"the tokenizer makes no token of {without:,} texts in a row")
-
-
-def token_contexts(texts, tokenizer, ctx):
-    """Contexts of `ctx` token ids: BOS, then the texts one after another, with EOS after each."""
-    bos = first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)
-    length = ctx - len(bos)
-    ids = []
-    for more in token_ids(texts, tokenizer):
-        ids += more
-        whole = len(ids) // length * length
-        for start in range(0, whole, length):
-            yield bos + ids[start : start + length]
-        ids = ids[whole:]
-
-
-def kept_tokens(ids_RL, tokenizer):
-    """Which tokens (R, L) of R contexts are used: all but the first one of each and special ones.
-
-    The first is BOS. In a model that has none, whatever stands there takes over BOS's part
-    as attention sink, and its activation is as much of an outlier in norm.
-    """
-    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
-    kept_RL = ~torch.isin(ids_RL, special.to(ids_RL.device))
-    kept_RL[:, 0] = False
-    return kept_RL
-
-
-class LayerReached(Exception):
-    """Ends a forward pass of the language model at a layer, whose output it has."""
-
-
-@torch.inference_mode()
-def layer_output(lm, layer, ids_RL, **inputs):
-    """Output (R, L, D) of a layer when the language model reads the token ids of R contexts."""
-
-    def stop(module, args, output):
-        raise LayerReached(output[0] if isinstance(output, (tuple, list)) else output)
-
-    handle = layer.register_forward_hook(stop)
-    try:
-        lm(input_ids=ids_RL, **inputs)
-    except LayerReached as reached:
-        x_RLD = reached.args[0]
-    else:
-        raise InputError("the model does not use its layer")
-    finally:
-        handle.remove()
-    if x_RLD.dim() != 3 or x_RLD.shape[:2] != ids_RL.shape:
-        found = " × ".join(map(str, x_RLD.shape))
-        raise InputError(f"the layer's output is {found}, and not one vector for each token")
-    return x_RLD
-
-
-def progress_bar(work, **options):
-    """tqdm, with a line every 10 s where the output is no terminal."""
-    from tqdm import tqdm
-
-    return tqdm(work, mininterval=0.5 if sys.stderr.isatty() else 10, **options)
-
-
-def harvest(reader, ids_RL, x_CD, lm_batch):
-    """Fills x (C, D) from the front with the layer's activations at the kept tokens of R contexts.
-
-    Returns how many tokens were kept. A pass of the language model reads `lm_batch` contexts, of
-    which it keeps Q tokens.
-    """
-    filled = 0
-    parts = ids_RL.split(lm_batch)
-    for part_RL in progress_bar(parts, desc="activations", leave=False, disable=rank() > 0):
-        part_RL = part_RL.to(reader.lm.device)
-        x_RLD = layer_output(reader.lm, reader.layer, part_RL)
-        x_QD = x_RLD[kept_tokens(part_RL, reader.tokenizer)]
-        if not x_QD.isfinite().all():
-            raise InputError("the model's activations are not finite; try --dtype float32")
-        x_CD[filled : filled + len(x_QD)] = x_QD
-        filled += len(x_QD)
-    return filled
-
-
-def replace_outliers(x_CD, max_norm, generator):
-    """Puts other tokens in the place of those whose norm is over max_norm times the median norm.
-
-    Returns their number. This is ours. Ω grows with the 4th power of the norm: one token of 100
-    times the usual norm in a batch of 2,048 multiplied it by 18,600 (Gaussian x, N 512, k 16), and
-    such tokens mislead --normalize. They are tokens that take over BOS's part as attention sink. Of
-    93,375 tokens at layer 9 of Gemma 3 270M, nine had 9.0 to 10.7 times the median norm, and no
-    other had twice. With some of them in a batch its Ω was up to 36 times as large. Replacing them,
-    rather than dropping them, keeps the number of a round's batches, on which resuming relies.
-    """
-    norm_C = torch.linalg.vector_norm(x_CD, dim=1, dtype=torch.float32)
-    is_outlier_C = norm_C > max_norm * norm_C.median()
-    n_outliers = int(is_outlier_C.sum())
-    if n_outliers:
-        others = (~is_outlier_C).nonzero()[:, 0]
-        chosen = torch.randint(len(others), (n_outliers,), generator=generator)
-        x_CD[is_outlier_C] = x_CD[others[chosen.to(others.device)]]
-    return n_outliers
-
-
-class Batch(NamedTuple):
-    """A batch of activations, and what is known of its round."""
-
-    x_BD: torch.Tensor  # in the model's dtype
-    outliers: int  # tokens of this process that were left out of the round for their norm
-    seconds: float  # that reading the round took, for each of its batches
-
-
-def batches(cfg, rows, reader, skip=0):
-    """A `Batch` after another, without end, from the one after the first `skip` on.
-
-    They come in rounds. A round reads R contexts, of which a process has every n-th, n being the
-    number of processes. It has room for C tokens. It drops what of the kept ones fills no batch,
-    shuffles the others' activations and serves them. A run that is shorter than a round reads no
-    more than it needs. The data, data_seed and the number of the round fix all of it, so to resume
-    a run is to count batches: rounds that are over are read again, and the language model does not
-    run on them.
-    """
-    lm = reader.lm
-    world = n_processes()
-    B = cfg.batch // world  # tokens of a batch in this process
-    # Up to half of the tokens may be EOS: contexts for two batches are read to be sure of one.
-    per_process = max(cfg.buffer // world, 2 * math.ceil(B / (cfg.ctx - 1)))  # contexts
-    steps = cfg.tokens // cfg.batch
-    lm_batch = cfg.lm_batch or (128 if lm.device.type == "cuda" else 32)
-    told = False
-    contexts = token_contexts(read_texts(rows, cfg), reader.tokenizer, cfg.ctx)
-    # The activations of a round, in the model's dtype: 1.2 GB in run 4.
-    shape = (per_process * (cfg.ctx - 1), lm.config.hidden_size)
-    x_CD = torch.empty(shape, dtype=lm.dtype, device=lm.device)
-    n_tokens = lm.get_input_embeddings().num_embeddings
-    for number in itertools.count():
-        started = time.monotonic()
-        ids_RL = torch.tensor(list(itertools.islice(contexts, per_process * world)))
-        if ids_RL.max() >= n_tokens:
-            raise InputError(
-                f"the tokenizer gives the id {ids_RL.max()} of {n_tokens} in the model"
-            )
-        kept_R = kept_tokens(ids_RL, reader.tokenizer).sum(1)
-        # How many contexts of a process hold all its tokens of the run: a short run needs fewer.
-        kept_so_far = [kept_R[r::world].cumsum(0) for r in range(world)]  # by process
-        needed = 1 + max(int((kept < steps * B).sum()) for kept in kept_so_far)
-        ids_RL = ids_RL[: needed * world]
-        n_batches = min(int(kept[:needed][-1]) for kept in kept_so_far) // B
-        if n_batches == 0:
-            raise InputError(
-                f"{cfg.dataset}: of {ids_RL.numel():,} tokens read, {int(kept_R.sum()):,} are "
-                f"kept, too few for a batch of {cfg.batch:,}; the others are special, such as "
-                "unknown words, or first in their context"
-            )
-        if skip >= n_batches:
-            skip -= n_batches
-            continue
-        filled = harvest(reader, ids_RL[rank() :: world], x_CD, lm_batch)
-        generator = torch.Generator().manual_seed((cfg.data_seed << 20) + number)
-        order = torch.randperm(n_batches * B, generator=generator).to(lm.device)
-        outliers = 0
-        if cfg.max_norm > 0:
-            outliers = replace_outliers(x_CD[:filled], cfg.max_norm, generator)
-        if outliers and not told:
-            say(
-                f"\n{outliers:,} of {filled:,} tokens have over {cfg.max_norm:g} times the median "
-                "norm; other tokens take their places (--max-norm)"
-            )
-            told = True
-        seconds = (time.monotonic() - started) / n_batches
-        for chosen_B in order.split(B)[skip:]:
-            yield Batch(x_CD[chosen_B], outliers, seconds)
-        skip = 0
-
-
-# ----------------------------------------------------------------------------------------- training
-DEAD_AFTER = 200  # steps: a latent that was active on no token of so many is dead
-SAMPLE = 16384  # tokens from which the scale, the geometric median and the thresholds are taken
-
-
-def paper_alpha(x_BD):
-    """The α that would be on these activations as strong as 0.075 is in the paper.
-
-    α Ω grows with the 4th power of the activations' norm, the reconstruction with the 2nd. The
-    paper's MSE is SAEBench's, which divides a token's ‖x - x̂‖² by the 2,032 tokens of its batch,
-    so that ‖x - x̂‖² = 1.41 · 2,032 = 2,865 on average. If the error is orthogonal to x̂, its cosine
-    of 0.93 makes this 1 - 0.93² of ‖x‖², which thus is 21,000.
-    """
-    return 0.075 * 21_000 / x_BD.square().sum(1).mean().item()
-
-
-def alpha_advice(cfg, x_BD):
-    normalize = "" if cfg.normalize else " or --normalize"
-    if cfg.pair_weights != "coactivation":
-        return f"use a smaller --alpha{normalize}"
-    strength = f"the paper's strength is α {paper_alpha(x_BD):.2g} here"
-    return f"use a smaller --alpha{normalize} ({strength})"
-
-
-def failure_of(cfg, x_BD):
-    """Why a gradient is not finite, as far as can be told."""
-    if not x_BD.isfinite().all():
-        return "the activations are not finite"
-    # How strong uniform weights are beside the paper's is not known.
-    harmless = paper_alpha(x_BD) if cfg.pair_weights == "coactivation" else 0
-    return alpha_advice(cfg, x_BD) if cfg.alpha > harmless else "use a smaller --lr"
-
-
-def scheduled_alpha(cfg, step, steps):
-    """Weight of Ω at a step of a run.
-
-    Ours: the warm-up is in proportion to the run. It starts at 0.01/0.075 of α, and reaches α after
-    1,000/4,882 of the steps, which in run 4 are the paper's numbers. The settings alpha_start and
-    alpha_warmup change it.
-    """
-    start = cfg.alpha * (0.01 / 0.075) if cfg.alpha_start is None else cfg.alpha_start
-    return alpha_at(step, cfg.alpha, start, int(cfg.alpha_warmup * steps))
-
-
-class Penalty(NamedTuple):
-    """What a --pair-weights stands for: w as `method` has it, and Ω in its two fast forms."""
-
-    weights: Callable  # of latents f (B, N), w (N, N)
-    of_selected: Callable  # of selected latents (B, K), their indices and N, Ω
-    of_dense: Callable  # of latents f (B, N), Ω
-
-
-PENALTIES = {
-    "coactivation": Penalty(coactivation_weights, sgo_penalty, sgo_penalty_dense),
-    "uniform": Penalty(uniform_weights, uniform_penalty, uniform_penalty_dense),
-}
-
-
-class Run:
-    """An autoencoder in training, its settings, optimiser, α and λ, and what was logged of it."""
-
-    def __init__(self, cfg, d_in, device, mixed_precision=False):
-        torch.manual_seed(cfg.seed)  # the weights are drawn on the CPU, the same for every device
-        self.cfg = cfg
-        self.sae = ARCHITECTURES[cfg.arch](d_in, cfg.d_sae, cfg.k).to(device)
-        self.adam = torch.optim.Adam(self.sae.parameters(), betas=(0.9, 0.999), fused=True)
-        self.mixed_precision = mixed_precision and not cfg.plain
-        self.alpha = 0.0
-        self.lam = torch.tensor(cfg.lam, device=device)
-        self.gradient_norm = 0.0
-        # For each latent, how many steps were done when it was last active; at first, 0.
-        self.last_fired_N = torch.zeros(cfg.d_sae, dtype=torch.long, device=device)
-        self.history = []  # the lines of metrics.jsonl
-        self.failure = None
-        self.penalty = PENALTIES[cfg.pair_weights]
-        if torchrun():
-            average_gradients(self.sae)
-
-    def terms(self, x_BD):
-        """The `Terms` of Eq. 2; the section `fast` tells which way trains what."""
-        if type(self.sae) is SAE and not self.cfg.plain:
-            return topk_loss_terms(self.sae, x_BD, self.omega_of_selected)
-        return loss_terms(self.sae, x_BD, self.omega)
-
-    def omega_of_selected(self, vals_BK, idx_BK, d_sae):
-        """Ω over the tokens of all processes, or 0 where α is 0."""
-        if self.cfg.alpha == 0:
-            return 0.0
-        return self.penalty.of_selected(gather_tokens(vals_BK), gather_tokens(idx_BK), d_sae)
-
-    def omega(self, f_BN):
-        """The same of latents f (B, N)."""
-        if self.cfg.alpha == 0:
-            return 0.0
-        f_BN = gather_tokens(f_BN)
-        if self.cfg.plain:
-            return orthogonality(f_BN, self.penalty.weights)
-        return self.penalty.of_dense(f_BN)
-
-    def step(self, x_BD, step, steps):
-        """One training step, in this order:
-
-        1. α and the learning rate of the step;
-        2. the terms of Eq. 2, in mixed precision where the language model runs in bfloat16, but not
-           with --plain;
-        3. the loss, and which latents fired;
-        4. λ of a baseline for the next step, and batchtopk's θ;
-        5. the update: the gradient, its mean over processes (`average_gradients`), the projection
-           of W_dec's gradient, clipping, Adam, unit rows.
-
-        A gradient that is not finite ends this run, and others go on.
-        """
-        if self.failure:
-            return
-        cfg = self.cfg
-        # 1.
-        self.alpha = scheduled_alpha(cfg, step, steps)
-        lr = lr_at(step, steps, cfg.lr, cfg.decay_start)
-        # 2.
-        with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):
-            terms = self.terms(x_BD)
-        # 3. Ω is that of all processes' tokens. The mean over processes will divide its gradient by
-        # their number, by which α is multiplied here.
-        loss = total_loss(terms, self.lam, self.alpha * n_processes())
-        # An auxiliary loss would be added here, as a mean over the tokens of this process. What
-        # `terms` has beside the terms is detached. AuxK (Gao et al. 2024), for example, lets dead
-        # latents reconstruct what is left of x, on any device:
-        #     dead_N = step - self.last_fired_N >= DEAD_AFTER
-        #     def select(pre_BN):
-        #         vals_BK, idx_BK = pre_BN.masked_fill(~dead_N, -math.inf).topk(512)
-        #         return vals_BK.relu(), idx_BK
-        #     aux_BD = decode_selected(self.sae, *encode_selected(self.sae, x_BD, select))
-        #     loss += (x_BD - terms.xhat_BD - aux_BD).square().sum(1).mean() / 32
-        fired_N = all_reduce_(terms.fired_N.int(), "MAX") > 0
-        self.last_fired_N.masked_fill_(fired_N, step + 1)
-        # 4.
-        if isinstance(self.sae, ThresholdSAE):
-            l0 = (terms.f_BN > 0).sum() / len(x_BD)
-            l0 = all_reduce_(l0) / n_processes()
-            self.lam = self.sae.adjust(self.lam, terms.f_BN, l0, lr)
-        # 5.
-        self.gradient_norm = update(self.sae, self.adam, loss, lr, cfg.clip)
-        if not math.isfinite(self.gradient_norm):
-            why = failure_of(cfg, x_BD)
-            self.failure = f"{cfg.out}: gradient not finite at step {step}; {why}"
-
-    def log(self, x_BD, done, scale, **more):
-        """Adds a line to metrics.jsonl, and says once if Ω outweighs the reconstruction."""
-        dead = int((done - self.last_fired_N >= DEAD_AFTER).sum())
-        omega = self.penalty.of_dense
-        m = {
-            "step": done,
-            "tokens": done * self.cfg.batch,
-            "lr": self.adam.param_groups[0]["lr"],
-            "alpha": self.alpha,
-            "activation_scale": scale,
-            "gradient_norm": self.gradient_norm,
-            "dead": dead if done >= DEAD_AFTER else None,  # earlier, none can be
-            **figures_of(self.sae, gather_tokens(x_BD), self.lam, self.alpha, scale, omega),
-            **more,
-        }
-        if m["penalty_share"] > 1 and all(past["penalty_share"] <= 1 for past in self.history):
-            weighs = f"the penalty weighs {m['penalty_share']:.3g} times the reconstruction"
-            say(f"\n{self.cfg.out}: {weighs}: {alpha_advice(self.cfg, x_BD)}")
-        self.history.append(m)
-        if rank() == 0:
-            with Path(self.cfg.out, "metrics.jsonl").open("a") as file:
-                file.write(json_line(m))
-
-    def short_figures(self):
-        """What fits beside a bar of the progress."""
-        m = self.history[-1]
-        return f"EV {m['explained_variance']:.4f}, αΩ/rec {m['penalty_share']:.1%}"
-
-    def figures(self):
-        """The last figures in a line."""
-        m = self.history[-1]
-        dead = "unknown" if m["dead"] is None else f"{m['dead'] / self.cfg.d_sae:.2%}"
-        return (
-            f"EV {m['explained_variance']:.4f}  MSE {m['mse']:<6.4g}  cosine {m['cosine']:.4f}  "
-            f"L0 {m['l0']:.1f}  dead {dead}  "
-            f"Ω {m['omega']:<6.4g}  αΩ/rec {m['penalty_share']:.2%}"
-        )
-
-
-@torch.no_grad()
-def figures_of(sae, x_BD, lam, alpha, scale, omega=sgo_penalty_dense):
-    """Figures of a batch after its update, outside of autocast. `omega` computes Ω of latents f.
-
-    The terms of the loss are in the units of training, in which activations are `scale` times those
-    of the model; `mse` is in the model's.
-    """
-    terms = loss_terms(sae, x_BD, omega)
-    error = terms.reconstruction
-    figures = {
-        "loss": total_loss(terms, lam, alpha),
-        "reconstruction": error,
-        "sparsity": terms.sparsity,
-        "omega": terms.omega,
-        "lambda": lam,
-        "penalty_share": alpha * terms.omega / error,
-        "mse": error / x_BD.shape[1] / scale**2,  # per element
-        "explained_variance": 1 - error / (x_BD - x_BD.mean(0)).square().sum(1).mean(),
-        "cosine": F.cosine_similarity(x_BD, terms.xhat_BD, dim=1).mean(),
-        # Of the autoencoder as it is saved: in batchtopk θ decides there, and not the batch.
-        "l0": (sae.encode(x_BD) > 0).sum(1).float().mean(),
-    }
-    return {name: figure.item() for name, figure in figures.items()}
-
-
-def begin(runs, data, steps):
-    """Sets what depends on the data, from its first batches.
-
-    Returns the factor by which activations are multiplied, and the data from the first batch on.
-    α is not changed by it: on activations times 2, the same α weighs Ω 4 times as much beside the
-    reconstruction. With --normalize, ‖x‖² averages D, and the paper's strength is α 1,600 / D.
-    """
-    cfg = runs[0].cfg
-    first = list(itertools.islice(data, min(steps, math.ceil(SAMPLE / cfg.batch))))
-    sample_BD = gather_tokens(torch.cat([batch.x_BD for batch in first]).float())
-    scale = 1.0
-    if cfg.normalize:
-        scale = (sample_BD.shape[1] / sample_BD.square().sum(1).mean()).sqrt().item()
-    sample_BD *= scale
-    median_D = geometric_median(sample_BD)
-    for run in runs:
-        run.sae.b_dec.data.copy_(median_D)
-        if isinstance(run.sae, ThresholdSAE):
-            run.sae.start(sample_BD, run.cfg.lam)
-    return scale, itertools.chain(iter(first), data)  # `iter` lets go of them when they are used up
+        write(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def finite(figures):
@@ -1674,230 +1717,31 @@ def json_line(figures):
     return json.dumps(finite(figures)) + "\n"
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM came; the argument is its number."""
+def write_log(run):
+    """Adds the last line of a run's history to its metrics.jsonl.
 
-
-@contextmanager
-def handling_signals(handler):
-    """Within, SIGINT and SIGTERM call the handler."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, old in zip(numbers, before, strict=True):
-            signal.signal(number, old)
-
-
-def interrupt(number, frame):
-    """Handles a signal by raising Interrupted, wherever the program is."""
-    raise Interrupted(number)
-
-
-def train(cfgs, folder, device, dtype):
-    """Trains autoencoders on the same batches and saves each in its `out`.
-
-    Their settings differ in those of LISTS and in `out` alone.
+    The whole history is written where the file may be another's: at the start, when a run that was
+    killed may have logged more than its checkpoint has, and after a line that could not be written.
     """
-    cfg = cfgs[0]
-    # All float32 products of a GPU are in TF32: those of the language model, of training, and of
-    # the figures.
-    torch.backends.cuda.matmul.allow_tf32 = True
-    steps = cfg.tokens // cfg.batch
-    rows = load_texts(cfg)
-    reader = load_lm(cfg.model, cfg.layer, device, dtype, cfg.ctx)
-    # The language model's dtype decides whether the autoencoder has mixed precision (5.1).
-    mixed = dtype == torch.bfloat16
-    runs = [Run(c, reader.lm.config.hidden_size, device, mixed) for c in cfgs]
-    checkpoint = folder / "checkpoint.pt"
-    done = 0
-    scale = None
-    if cfg.resume and checkpoint.exists():
-        scale, done = load_checkpoint(checkpoint, runs)
-    say(f"{cfg.model} in {dtype} on {device}; steps {done:,} to {steps:,}, into {folder}")
-    for c in cfgs:
-        most = scheduled_alpha(c, steps - 1, steps)
-        if most < c.alpha:
-            say(f"{c.out}: α rises to {most:.4g} and not to {c.alpha:g}, since the run ends before")
-    data = batches(cfg, rows, reader, done)
-    if scale is None:
-        scale, data = begin(runs, data, steps)
-    for run in runs:
-        prepare_folder(run)
-    caught = []  # signals that wait for the end of a step
-
-    def wait(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the same once more acts at once
-
-    # Alone, a signal ends the reading of a batch at once. Several processes wait for the end of the
-    # step, so that all end in the same one.
-    while_reading = wait if torchrun() else interrupt
-    bar = progress_bar(range(done, steps), initial=done, total=steps, disable=rank() > 0)
-    pace = Pace(steps, device)
+    if rank() > 0:
+        return
+    path = Path(run.cfg.out, "metrics.jsonl")
     try:
-        for step in bar:
-            try:
-                with handling_signals(while_reading):
-                    batch = next(data)
-                    x_BD = batch.x_BD.float() * scale
-            except InputError as error:
-                # The data can't be read any more. Several processes may fail in different steps.
-                if torchrun() or not save_checkpoint(checkpoint, runs, done, scale):
-                    raise
-                kept = f"step {done:,} is kept, and the same command with --resume goes on"
-                raise InputError(f"{error}; {kept}") from error
-            with handling_signals(wait):
-                started = time.monotonic()
-                for run in runs:
-                    run.step(x_BD, step, steps)
-                pace.add(time.monotonic() - started, batch.seconds)
-                done = step + 1
-                live = [run for run in runs if not run.failure]
-                if not live:
-                    raise InputError(f"{runs[0].failure}; the last checkpoint, if any, stays")
-                if done % cfg.log_every == 0 or done == steps:
-                    more = {"outliers": batch.outliers, **pace.figures(cfg.batch)}
-                    for run in live:
-                        run.log(x_BD, done, scale, **more)
-                    pace.tell_once(done)
-                    bar.set_postfix_str(live[-1].short_figures(), refresh=False)
-                stop = int(all_reduce_(torch.tensor(max(caught, default=0)), "MAX"))
-                if cfg.save_every and done % cfg.save_every == 0 and not stop:
-                    save_checkpoint(checkpoint, runs, done, scale)
-            if stop:
-                raise Interrupted(stop)
-    except Interrupted as interrupted:
-        bar.close()
-        if save_checkpoint(checkpoint, runs, done, scale):
-            say(f"stopped after step {done:,}; the same command with --resume goes on")
-        raise SystemExit(128 + interrupted.args[0]) from None
-    with handling_signals(wait):
-        save_all(runs, folder, done, scale, reader)
+        if run.log_is_whole:
+            with path.open("a") as file:
+                file.write(json_line(run.history[-1]))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = "".join(map(json_line, run.history))
+            write_whole(path, lambda aside: aside.write_text(lines))
+        run.log_is_whole = True
+    except OSError as error:
+        run.log_is_whole = False
+        say(f"\n{path} can't be written, its lines will be when it can: {error}")
 
 
-class Pace:
-    """How long steps take, and how much memory."""
-
-    def __init__(self, steps, device):
-        self.steps = steps
-        self.device = device
-        self.timed = 0  # steps
-        self.training = 0.0  # seconds
-        self.reading = 0.0
-        self.told = False
-
-    def add(self, training, reading):
-        """Counts a step, and the seconds that its training and the reading of its batch took."""
-        self.timed += 1
-        if self.timed == 1:
-            return  # A first step also loads the device's libraries.
-        self.training += training
-        self.reading += reading
-
-    def figures(self, batch):
-        """For metrics.jsonl: tokens a second, reading and training, and the peak of memory."""
-        seconds = self.training + self.reading
-        speed = batch * (self.timed - 1) / seconds if seconds else None
-        return {"tokens_per_second": speed, "peak_memory_gb": peak_memory(self.device)[0]}
-
-    def tell_once(self, done):
-        """One line after the first steps: how fast it goes, when it ends and what it needs."""
-        if self.told or self.timed < 2:
-            return
-        self.told = True
-        training = self.training / (self.timed - 1)
-        reading = self.reading / (self.timed - 1)
-        end = time.localtime(time.time() + (self.steps - done) * (training + reading))
-        used, there_is = peak_memory(self.device)
-        memory = f"; peak memory {used:.1f} of {there_is:.0f} GB" if used else ""
-        say(
-            f"\n{self.steps - done:,} steps to go, of {1000 * training:.3g} ms, and "
-            f"{1000 * reading:.3g} ms for reading; done at about "
-            f"{time.strftime('%a %H:%M', end)}{memory}"
-        )
-
-
-def peak_memory(device):
-    """The peak of the memory used, and how much there is, in GB: of the GPU, or of the process."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return torch.cuda.max_memory_allocated(device) / 1e9, total / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows does not tell it so
-        return None, None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return used / 1e9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-
-
-def save_all(runs, folder, done, scale, reader):
-    """Saves the autoencoders that did not fail, and then prints their last figures.
-
-    The checkpoint goes last, and where one can't be saved it stays, so that nothing is lost.
-    """
-    failures = [run.failure for run in runs if run.failure]
-    saved = []
-    unsaved = []
-    for run in runs:
-        if not run.failure and rank() == 0:
-            try:
-                save_sae(run.sae, run.cfg, run.cfg.out, scale, about(run, reader))
-                saved.append(run)
-            except OSError as error:
-                unsaved.append(f"{run.cfg.out} can't be written: {error}")
-    if int(all_reduce_(torch.tensor(len(unsaved)), "MAX")):  # the first process's number
-        save_checkpoint(folder / "checkpoint.pt", runs, done, scale)
-    elif rank() == 0:
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-    if rank() == 0:
-        for run in saved:
-            print(f"{Path(run.cfg.out).name:<26}  {run.figures()}")
-        if saved:
-            print(f"saved in {folder}")
-    if failures + unsaved:
-        raise InputError("; ".join(failures + unsaved))
-
-
-# ------------------------------------------------------------------------------------------ files
-def about(run, reader):
-    """What cfg.json says of a run beside its settings."""
-    last = run.history[-1]
-    tokenizer = reader.tokenizer
-    return {
-        "hf_hook_name": reader.hook_name,
-        "prepend_bos": bool(first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)),
-        "l0": last["l0"],
-        "dead_latents": last["dead"],
-    }
-
-
-def write_whole(path, write):
-    """Lets `write` make a file, given the path, beside its place, and puts it there when it is
-    whole. So a crash or a full disk leaves the file that was there before."""
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        write(aside)
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def prepare_folder(run):
-    """Makes the folder of a run, and its metrics.jsonl with what was logged up to its checkpoint.
-
-    What a run logged after its checkpoint, before it was killed, it is going to log again.
-    """
-    lines = "".join(map(json_line, run.history))
-    if rank() == 0:
-        Path(run.cfg.out).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(run.cfg.out, "metrics.jsonl"), lambda path: path.write_text(lines))
-
-
-FREE = ("out", "device", "log_every", "save_every", "resume")  # a resumed run may change these
+# A resumed run may change these.
+FREE = ("out", "device", "lm_batch", "log_every", "save_every", "resume")
 LATER = {"pair_weights": "coactivation"}  # settings that older files lack, and what they were then
 
 
@@ -1926,10 +1770,10 @@ def settings_of(runs):
 def save_checkpoint(path, runs, done, scale):
     """Writes what the runs need to continue. Returns whether it could.
 
-    With --resume a run gets, from here on, the batches that it would have got, and on a CPU the
-    same weights to the bit; a GPU's sums vary in their last digits. All settings but FREE must be
-    the same, and so must the number of processes. A run that was killed before its first
-    checkpoint starts anew.
+    This is what --resume promises. From here on a run gets the batches that it would have got, and
+    on a CPU the same weights to the bit; a GPU's sums vary in their last digits. All settings but
+    FREE must be the same, and so must the number of processes; the first of them has the file. A
+    run that was killed before its first checkpoint starts anew.
 
     No state of a random generator is needed: after the weights, only the order of the data is
     drawn, and `batches` finds its place again from the number of steps.
@@ -1953,23 +1797,39 @@ def save_checkpoint(path, runs, done, scale):
     return written
 
 
-def load_checkpoint(path, runs):
-    """Brings the runs to where a checkpoint has them. Returns its scale and the steps done."""
+def read_checkpoint(path, runs):
+    """The content of a checkpoint on the CPU, or None where there is none."""
+    if not path.exists():
+        return None
     with loading(str(path)):
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty; without it the run starts anew")
-        saved = torch.load(path, map_location=runs[0].lam.device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, saved["settings"], settings_of(runs))
+    return saved
+
+
+def load_checkpoint(path, runs):
+    """Brings the runs to where a checkpoint has them. Returns its scale and the steps done.
+
+    The first process reads it: other nodes need not have it.
+    """
+    saved = decide_together(lambda: read_checkpoint(path, runs))
+    if saved is None:
+        return 1.0, 0
+    with loading(str(path)):
         for run, state in zip(runs, saved["runs"], strict=True):
-            run.sae.load_state_dict(state.pop("sae"))
-            run.adam.load_state_dict(state.pop("adam"))
-            vars(run).update(state)
+            run.sae.load_state_dict(state["sae"])
+            run.adam.load_state_dict(state["adam"])
+            run.lam = state["lam"].to(run.lam.device)
+            run.last_fired_N = state["last_fired_N"].to(run.lam.device)
+            run.history = state["history"]
+            run.failure = state["failure"]
         return saved["scale"], saved["done"]
 
 
-@torch.no_grad()
-def save_sae(sae, cfg, folder, scale=1.0, more=()):
-    """Writes a folder that SAELens loads: cfg.json, and sae_weights.safetensors in float32.
+def saelens_form(sae, cfg, scale=1.0, more=()):
+    """What SAELens has in a folder: the content of cfg.json, and the weights in float32.
 
     `more` is what its metadata has beside the settings.
 
@@ -1977,8 +1837,6 @@ def save_sae(sae, cfg, folder, scale=1.0, more=()):
     the autoencoder of the model's own activations: f(s x) = s ReLU((x - b_dec/s) W_enc + b_enc/s),
     with the same latents active.
     """
-    from safetensors.torch import save
-
     weights = {
         "W_enc": sae.W_enc,
         "b_enc": sae.b_enc / scale,
@@ -2012,6 +1870,34 @@ def save_sae(sae, cfg, folder, scale=1.0, more=()):
     if content["architecture"] == "jumprelu":
         weights["threshold"] = sae.threshold() / scale
     weights = {name: w.detach().float().cpu().contiguous() for name, w in weights.items()}
+    return content, weights
+
+
+@torch.no_grad()
+def check_saved_form(run, x_BD):
+    """Refuses an autoencoder that would be loaded as another function than it is on a sample x.
+
+    Such is a class of one's own whose formulas SAELens does not know.
+    """
+    x_BD = x_BD[:64]
+    name = f"--arch {run.cfg.arch}"
+    if not hasattr(run.sae, "threshold") and getattr(run.sae, "saelens_name", "") == "jumprelu":
+        raise InputError(f"{name} would be saved as jumprelu, and its class has no threshold()")
+    again = from_saelens(*saelens_form(run.sae, run.cfg), name).to(x_BD.device)
+    same_latents = torch.allclose(again.encode(x_BD), run.sae.encode(x_BD), rtol=1e-3, atol=1e-4)
+    if not same_latents or not torch.allclose(again(x_BD), run.sae(x_BD), rtol=1e-3, atol=1e-3):
+        form = getattr(run.sae, "saelens_name", "topk")
+        raise InputError(
+            f"{name} would be saved as SAELens's {form}, which computes something else"
+        )
+
+
+@torch.no_grad()
+def save_sae(sae, cfg, folder, scale=1.0, more=()):
+    """Writes a folder that SAELens loads: cfg.json and sae_weights.safetensors."""
+    from safetensors.torch import save
+
+    content, weights = saelens_form(sae, cfg, scale, more)
     text = json.dumps(content, indent=2)
     Path(folder).mkdir(parents=True, exist_ok=True)
     # safetensors's own writing of files has errors of its own kind, and makes them unreadable to
@@ -2021,43 +1907,92 @@ def save_sae(sae, cfg, folder, scale=1.0, more=()):
     write_whole(Path(folder, "cfg.json"), lambda path: path.write_text(text))
 
 
-def load_sae(path, device="cpu"):
-    """The autoencoder of a folder that this file or SAELens wrote, in float32.
+def save_all(runs, folder, done, scale, reader):
+    """Saves the autoencoders that did not fail, and then prints their last figures.
 
-    Known are topk, standard and jumprelu. Whatever would give other latents is refused.
+    The checkpoint goes last, and where one can't be saved it stays, so that nothing is lost.
     """
+    failures = [run.failure for run in runs if run.failure]
+    saved = []
+    unsaved = []
+    for run in runs:
+        if not run.failure and rank() == 0:
+            try:
+                save_sae(run.sae, run.cfg, run.cfg.out, scale, about(run, reader))
+                saved.append(run)
+            except OSError as error:
+                unsaved.append(f"{run.cfg.out} can't be written: {error}")
+    if is_in_any_process(unsaved):  # in the first one, which saves
+        save_checkpoint(folder / "checkpoint.pt", runs, done, scale)
+    elif rank() == 0:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    if rank() == 0:
+        for run in saved:
+            print(f"{Path(run.cfg.out).name:<26}  {run.figures()}")
+        if saved:
+            print(f"saved in {folder}")
+    if failures + unsaved:
+        raise InputError("; ".join(failures + unsaved))
+
+
+def about(run, reader):
+    """What cfg.json says of a run beside its settings."""
+    last = run.history[-1]
+    tokenizer = reader.tokenizer
+    return {
+        "hf_hook_name": reader.hook_name,
+        "prepend_bos": bool(first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)),
+        "l0": last["l0"],
+        "dead_latents": last["dead"],
+    }
+
+
+def load_sae(path, device="cpu"):
+    """The autoencoder of a folder that this file or SAELens wrote, in float32."""
     from safetensors.torch import load_file
 
-    check_sae_folder(Path(path))
+    names = ("cfg.json", "sae_weights.safetensors")
+    if not all(Path(path, name).exists() for name in names):
+        raise InputError(f"{path}: a folder with {' and '.join(names)} is needed, SAELens's format")
     with loading(str(path)):
-        cfg = json.loads(Path(path, "cfg.json").read_text(encoding="utf-8"))
-        if not isinstance(cfg, dict):
+        content = json.loads(Path(path, "cfg.json").read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise InputError(f"{path}: cfg.json holds no settings")
         stored = load_file(Path(path, "sae_weights.safetensors"))
         weights = {name: tensor.float() for name, tensor in stored.items()}
-        N, D = weights["W_dec"].shape
-        # SAELens before version 6 names the architecture only where it is not the standard one.
-        kind = cfg.get("architecture", "standard")
-        refuse_unknown(path, kind, "architecture", ("topk", "standard", "jumprelu"))
-        refuse_unknown(path, cfg.get("activation_fn_str", "relu"), "activation_fn_str", ("relu",))
-        normalization = cfg.get("normalize_activations") or "none"  # null and false were none, too
-        refuse_unknown(path, normalization, "normalize_activations", ("none",))
-        for flag in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
-            refuse_unknown(path, cfg.get(flag) or False, flag, (True, False))
-        if kind == "topk":
-            k = cfg.get("k")
-            if type(k) is not int or not 1 <= k <= N:
-                raise InputError(f"{path}: k is {k!r}, an integer from 1 to {N} is needed")
-            sae = SAE(D, N, k)
-        else:
-            sae = ThresholdSAE(D, N, N)  # k is not used
-            weights["theta"] = weights.pop("threshold", sae.theta)
-        if not cfg.get("apply_b_dec_to_input", True):  # encode() subtracts b_dec: add it back
-            weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]
-        set_weights(sae, weights, path)
-    if cfg.get("rescale_acts_by_decoder_norm"):
+        return from_saelens(content, weights, path).to(device)
+
+
+def from_saelens(content, weights, path):
+    """The autoencoder of a cfg.json's content and weights. `path` is for what is refused.
+
+    Known are topk, standard and jumprelu. Whatever would give other latents is refused.
+    """
+    N, D = weights["W_dec"].shape
+    # SAELens before version 6 names the architecture only where it is not the standard one.
+    kind = content.get("architecture", "standard")
+    refuse_unknown(path, kind, "architecture", ("topk", "standard", "jumprelu"))
+    for name in ("activation_fn_str", "activation_fn"):  # of SAELens before version 6
+        refuse_unknown(path, content.get(name, "relu"), name, ("relu",))
+    refuse_unknown(path, content.get("activation_fn_kwargs") or {}, "activation_fn_kwargs", ({},))
+    normalization = content.get("normalize_activations") or "none"  # null and false were none, too
+    refuse_unknown(path, normalization, "normalize_activations", ("none",))
+    for flag in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        refuse_unknown(path, content.get(flag) or False, flag, (True, False))
+    if kind == "topk":
+        k = content.get("k")
+        if type(k) is not int or not 1 <= k <= N:
+            raise InputError(f"{path}: k is {k!r}, an integer from 1 to {N} is needed")
+        sae = SAE(D, N, k)
+    else:
+        sae = ThresholdSAE(D, N, N)  # k is not used
+        weights["theta"] = weights.pop("threshold", sae.theta)
+    if not content.get("apply_b_dec_to_input", True):  # encode() subtracts b_dec: add it back
+        weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
+    set_weights(sae, weights, path)
+    if content.get("rescale_acts_by_decoder_norm"):
         fold_decoder_norms(sae)
-    return sae.to(device)
+    return sae
 
 
 def set_weights(sae, weights, path):
@@ -2071,26 +2006,6 @@ def refuse_unknown(path, value, name, known):
     """Refuses a value in cfg.json that this file does not know how to honour."""
     if not any(value is one or value == one and type(value) is type(one) for one in known):
         raise InputError(f"{path} has {name} {value!r}, and known are {', '.join(map(str, known))}")
-
-
-def check_sae_folder(folder):
-    """Refuses a folder without our two files, and says what it is where that can be told."""
-    if (folder / "cfg.json").exists() and (folder / "sae_weights.safetensors").exists():
-        return
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if not there:
-        raise InputError(f"{folder}: there is no such folder, or it is empty")
-    kind = "an unknown format"
-    if {"ae.pt", "config.json"} <= set(there):
-        kind = "dictionary_learning's format"
-    elif {"sae.safetensors", "cfg.json"} <= set(there):
-        kind = "sparsify's format"
-    elif {"params.safetensors", "config.json"} <= set(there):
-        kind = "Gemma Scope 2's format"
-    raise InputError(
-        f"{folder} has {', '.join(there[:5])}, which is {kind}; needed are cfg.json and "
-        "sae_weights.safetensors, as SAELens and save_sae write them"
-    )
 
 
 @torch.no_grad()
@@ -2127,25 +2042,22 @@ def library_texts():
 def demo_files(folder):
     """Makes the demo's heldout.jsonl, train.jsonl and language model; this takes about 100 s.
 
-    They are made beside their place, so that what is there is whole. Another demo waits for them.
+    They are made beside their place, so that what is there is whole.
     """
-    import filelock
-
+    if folder.exists():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_name(f"{folder.name}.lock")):
-        if folder.exists():
-            return
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of a demo that was killed
-        part.mkdir()
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
         documents = {"heldout": [], "train": []}
         for name, text in library_texts():
             split = "heldout" if zlib.crc32(name.encode()) % 10 == 0 else "train"
             documents[split].append({"name": name, "text": text})
         for split, rows in documents.items():
-            (part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        train_demo_lm([row["text"] for row in documents["train"]], part)
-        part.rename(folder)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            Path(aside, f"{split}.jsonl").write_text(lines)
+        train_demo_lm([row["text"] for row in documents["train"]], aside)
+        if not folder.exists():  # Another demo may have made it.
+            os.rename(aside, folder)
 
 
 def train_demo_lm(texts, folder, steps=1000, batch=8, ctx=128):
@@ -2197,6 +2109,32 @@ def demo_folder():
 
 
 # --------------------------------------------------------------------------------------------- main
+
+
+DEMO = {
+    "d_sae": [1024],
+    "k": [16],
+    "alpha": [0.0, 0.075],
+    "alpha_warmup": 0.2,
+    "tokens": 1_228_800,
+    "lr": 1e-3,
+    "layer": 1,
+    "buffer": 1024,
+    "model": "",  # empty, so that `check` sees a --model or --dataset beside --demo
+    "dataset": "",
+}
+
+
+# --------------------------------------------------------------------------------------------- main
+FLAGS = {"d_sae": "--dict", "lam": "--sparsity"}  # the other flags are the names of their settings
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CHOICES = {
+    "arch": tuple(ARCHITECTURES),
+    "pair_weights": ("coactivation", "uniform"),
+    "dtype": DTYPES,
+}
+
+
 def flag_of(name):
     return FLAGS.get(name, "--" + name.replace("_", "-"))
 
@@ -2212,12 +2150,20 @@ def new_parser(usage, text):
     )
 
 
+def parsed(parser, argv):
+    """The arguments as a parser has them. A flag that is given twice is refused."""
+    given = [part.split("=")[0] for part in argv if part.startswith("--")]
+    for flag in given:
+        if given.count(flag) > 1:
+            parser.error(f"{flag} is given twice: give all its values after it, once")
+    return parser.parse_args(argv)
+
+
 def parse_args(argv):
     """The settings of a command line: a Config for each combination of the values of LISTS."""
     parser = new_parser("sgo_sae.py [--flag VALUE ...]", __doc__.splitlines()[0])
     comment = re.compile(r"^    (\w+): .+  # (.+)$", re.MULTILINE)
     comments = dict(comment.findall(inspect.getsource(Config)))
-    choices = {"arch": tuple(ARCHITECTURES), "pair_weights": tuple(PENALTIES), "dtype": DTYPES}
     for field in dataclasses.fields(Config):
         options = {"dest": field.name, "default": field.default, "help": comments[field.name]}
         if "(default" in comments[field.name]:
@@ -2226,33 +2172,36 @@ def parse_args(argv):
             options["action"] = "store_true"
         else:
             options["type"] = field.type
-            options["choices"] = choices.get(field.name)
+            options["choices"] = CHOICES.get(field.name)
         if field.name in LISTS:
             options["nargs"] = "+"
             options["default"] = [field.default]
         parser.add_argument(flag_of(field.name), **options)
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
-    values = vars(parser.parse_args(argv))
+    values = vars(parsed(parser, argv))
     lists = itertools.product(*[values[name] for name in LISTS])
     cfgs = [Config(**dict(values, **dict(zip(LISTS, one)))) for one in lists]
     # Where α is 0 no pair has a weight, and one of --pair-weights is trained.
     return [cfg for cfg in cfgs if cfg.alpha != 0 or cfg.pair_weights == values["pair_weights"][0]]
 
 
+SHARES = ("decay_start", "alpha_warmup")
+COUNTS = ("d_sae", "k", "tokens", "batch", "lm_batch", "buffer", "log_every")
+LARGEST = 2**40  # which is no size of anything, and which every generator takes as a seed
+
+
 def check(cfg):
     """Refuses settings that can't work."""
     for name, value in vars(cfg).items():
-        least = AT_LEAST.get(name, 0)
-        most = AT_MOST.get(name, sys.float_info.max)
+        least = 1 if name in COUNTS else 0
+        most = 1 if name in SHARES else LARGEST
         if type(value) in (int, float) and not least <= value <= most:
-            up_to = f" and at most {most}" if name in AT_MOST else ""
-            raise InputError(f"{flag_of(name)} must be at least {least}{up_to}, but is {value}")
+            raise InputError(f"{flag_of(name)} must be from {least} to {most}, but is {value}")
+    if cfg.ctx < 2:
+        raise InputError(f"--ctx {cfg.ctx}: the first token of a context is left out")
     if 0 < cfg.max_norm < 1:
         raise InputError(f"--max-norm {cfg.max_norm} would leave out half of the tokens and more")
-    own_class = ARCHITECTURES[cfg.arch]
-    if own_class is not SAE and not hasattr(own_class, "saelens_name"):
-        raise InputError(f"--arch {cfg.arch}: its class has no saelens_name to be saved by")
     if cfg.k > cfg.d_sae:
         raise InputError(f"--k {cfg.k} is more than the {cfg.d_sae} latents of --dict")
     if cfg.tokens < cfg.batch:
@@ -2284,7 +2233,7 @@ def choose_folders(cfgs):
 
 @contextmanager
 def taken(folder):
-    """Makes a folder and keeps other processes out of it. It is removed where it stays empty."""
+    """Makes a folder, and keeps other runs out of it. It is removed where it stays empty."""
     import filelock
 
     if rank() > 0:
@@ -2305,38 +2254,32 @@ def taken(folder):
             folder.rmdir()
 
 
-def check_folder(folder, cfgs):
-    """Refuses a folder that holds runs, unless they can be resumed. Returns whether they ended."""
-    found = []
+def has_ended(folder, cfgs):
+    """Whether the runs of a command have ended in their folder. Its rule is one: a folder that
+    holds a run is refused, but with --resume, if that is the run.
+
+    With neither a checkpoint nor anything saved, the run was killed before its first checkpoint,
+    and starts anew.
+    """
+    held = []
     for depth in ("", "*/", "*/*/"):
         for name in ("checkpoint.pt", "cfg.json", "metrics.jsonl"):
-            found += folder.glob(depth + name)
-    if cfgs[0].resume:
-        if folder / "checkpoint.pt" in found:
-            return False
-        saved = [cfg for cfg in cfgs if Path(cfg.out, "cfg.json") in found]
-        # One whose gradient was not finite has been logged, and is not saved.
-        missing = [cfg.out for cfg in cfgs if Path(cfg.out, "metrics.jsonl") not in found]
-        for cfg in saved:
-            file = Path(cfg.out, "cfg.json")
-            with loading(str(file)):
-                theirs = json.loads(file.read_text())["metadata"]["settings"]
-            check_settings(file, [theirs], [fixed_settings(cfg)])
-        if saved and missing:
-            raise InputError(
-                f"{folder}: its runs have ended, and {missing[0]} is not one of them; "
-                "choose another --out for it"
-            )
-        if saved:
-            return True
-        # Where there is nothing but metrics.jsonl, the run was killed before its first checkpoint.
-        if {Path(cfg.out, "metrics.jsonl") for cfg in cfgs} >= set(found):
-            return False
-    if found:
-        stopped = folder / "checkpoint.pt" in found
-        advice = "--resume continues it" if stopped else "choose another --out"
-        raise InputError(f"{folder} holds a run, {found[0]}: {advice}")
-    return False
+            held += folder.glob(depth + name)
+    if held and not cfgs[0].resume:
+        raise InputError(f"{folder} holds a run: --resume continues it, or choose another --out")
+    if not held or folder / "checkpoint.pt" in held:
+        return False
+    # One whose gradient was not finite has been logged, and is not saved.
+    logged = {file.parent for file in held if file.name == "metrics.jsonl"}
+    if {file.parent for file in held} | logged != {Path(cfg.out) for cfg in cfgs}:
+        raise InputError(f"{folder} holds other runs than the command's: choose another --out")
+    saved = [cfg for cfg in cfgs if Path(cfg.out, "cfg.json") in held]
+    for cfg in saved:
+        file = Path(cfg.out, "cfg.json")
+        with loading(str(file)):
+            theirs = json.loads(file.read_text())["metadata"]["settings"]
+        check_settings(file, [theirs], [fixed_settings(cfg)])
+    return bool(saved)
 
 
 def find_device(name, dtype):
@@ -2362,11 +2305,10 @@ def work(argv):
     folder = choose_folders(cfgs)
     for cfg in cfgs:
         cfg.dtype = str(dtype).removeprefix("torch.")  # what auto stands for here
-        if cfg.demo:
-            cfg.model = str(demo_folder())
-            cfg.dataset = str(demo_folder() / "train.jsonl")
+        cfg.model = str(demo_folder()) if cfg.demo else absolute(cfg.model)
+        cfg.dataset = str(demo_folder() / "train.jsonl") if cfg.demo else absolute(cfg.dataset)
     with taken(folder):
-        if decide_together(lambda: check_folder(folder, cfgs)):
+        if decide_together(lambda: has_ended(folder, cfgs)):
             say(f"{folder} holds this run, and it has ended: there is nothing to resume")
             return
         if cfgs[0].demo:
@@ -2376,28 +2318,6 @@ def work(argv):
         dist.destroy_process_group()
     if cfgs[0].demo:
         print(f"to see what the penalty did:  python eval_sae.py {folder} --html page.html")
-
-
-class Output:
-    """A stream that text is written to, if it can be: no print may end a run.
-
-    Characters that its encoding lacks are escaped. When a pipe is closed or a disk full, the rest
-    goes nowhere.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream or io.StringIO()  # None is a stream that was closed before
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        encoding = self.stream.encoding or "utf-8"
-        try:
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 MEMORY_ADVICE = "smaller --dict, --k, --batch, --buffer and --lm-batch need less"
@@ -2415,26 +2335,29 @@ def main(argv, work=work, program="sgo_sae.py", memory_advice=MEMORY_ADVICE):
     """
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     logging.disable()  # the libraries raise what they also log
-    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
-        try:
-            with handling_signals(interrupt):
-                return work(argv) or 0
-        except SystemExit as end:  # of the parser, or of a run that was stopped
-            return end.code
-        except Interrupted as interrupted:
-            print(f"{program}: stopped", file=sys.stderr)
-            return 128 + interrupted.args[0]
-        except (InputError, OSError) as error:  # an OSError here is a file that can't be written
-            message = " ".join(str(error).split())
-        except RuntimeError as error:
-            if is_lack_of_memory(error):
-                message = f"out of memory, {memory_advice}: {str(error)[:200]}"
-            elif torchrun() and ("closed by peer" in str(error) or "NCCL" in str(error)):
-                message = f"another process has ended, or can't be reached: {str(error)[:200]}"
-            else:
-                raise
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # characters that its encoding lacks are escaped
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with handling_signals(stop):
+            return work(argv) or 0
+    except SystemExit as end:  # of the parser
+        return end.code
+    except Stopped as stopped:
+        say(f"{program}: stopped")
+        return 128 + stopped.args[0]
+    except (InputError, OSError) as error:  # an OSError here is a file that can't be written
+        message = " ".join(str(error).split())
+    except RuntimeError as error:
+        if is_lack_of_memory(error):
+            message = f"out of memory, {memory_advice}: {str(error)[:200]}"
+        elif torchrun() and ("closed by peer" in str(error) or "NCCL" in str(error)):
+            message = f"another process has ended, or can't be reached: {str(error)[:200]}"
+        else:
+            raise
+    with suppress(OSError):
         print(f"{program}: error: {message}", file=sys.stderr)
-        return 2
+    return 2
 
 
 if __name__ == "__main__":
