@@ -2884,7 +2884,7 @@ def members(run):
 
 def work(argv):
     """Measures what the command line asks for. Returns the exit code."""
-    args = sgo_sae.parsed(new_parser(), argv)
+    args = new_parser().parse_args(argv)
     args.seed = list(dict.fromkeys(args.seed))
     if args.html and not Path(args.html).parent.is_dir():
         raise InputError(f"--html {args.html}: there is no folder {Path(args.html).parent}")

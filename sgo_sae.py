@@ -11,7 +11,7 @@ paper.
     torchrun --nproc-per-node=4 sgo_sae.py          its batches shared by four GPUs
     python sgo_sae.py --help                        every setting
 
-Part 1 is the reference. Who stops at its end has missed nothing of the method.
+Part 1 is the reference. A reader who stops at its end has missed nothing of the method.
 
     settings       what can be chosen; the defaults are the paper's run 4
     method         the paper: the model, Eq. 2 and 3, one update, the schedules; needs torch alone
@@ -112,7 +112,7 @@ class Config:
     max_norm: float = 5.0  # times the median norm; tokens over it give way to others; 0: none
     # The run
     device: str = "auto"  # cuda, cuda:1, cpu or mps; auto is cuda where there is one, else cpu
-    dtype: str = "auto"  # of the model; bfloat16 gives the SAE mixed precision; auto: that on cuda
+    dtype: str = "auto"  # of the model; bfloat16, auto on cuda, gives the SAE mixed precision
     out: str = None  # new folder of the result, or of all (default: runs/MODEL-lLAYER-ARCH-...)
     log_every: int = 50  # steps between lines of metrics.jsonl
     save_every: int = 500  # steps between checkpoints; 0 writes one only when stopped
@@ -388,7 +388,7 @@ class Omega(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, f, gradient_of):
-        with torch.autocast(f.device.type, enabled=False):  # the caller's
+        with torch.autocast(f.device.type, enabled=False):  # The caller's does not act here.
             gradient = gradient_of(f)
             ctx.save_for_backward(gradient)
             return (f * gradient).sum() / 4
@@ -401,10 +401,10 @@ class Omega(torch.autograd.Function):
         return d_omega * gradient, None
 
 
-# Pairs are faster where N > PAIRS_PAY · K. Tiles take B N² multiply-adds for each product, pairs
-# B K² entries, and an entry takes as long as 127² multiply-adds on an H200, and 15² on a CPU.
+# Pairs are faster where N > PAIRS_PAY · K. For each product, tiles take B N² multiply-adds, pairs
+# B K² entries. On an H200 an entry takes as long as 127² multiply-adds do, and on a CPU as 15².
 PAIRS_PAY = {"cuda": 127, "cpu": 15}
-PAIRS_FIT = 2048 * 320**2  # B K² of run 4, for which `gradient_by_pairs` needs 7 GB
+PAIRS_FIT = 2048 * 320**2  # B K² of run 4, for which `gradient_by_pairs` needs 7 GB of a GPU
 
 
 def sgo_penalty(vals_BK, idx_BK, d_sae, weighted=True):
@@ -414,11 +414,14 @@ def sgo_penalty(vals_BK, idx_BK, d_sae, weighted=True):
     All active latents of a token must be among its K, each once. Values of 0 get no gradient, as
     ReLU's derivative is 0 there.
     """
+    B, K = vals_BK.shape
+    pays = d_sae > PAIRS_PAY.get(vals_BK.device.type, 127) * K
 
     def gradient_of(vals_BK):
-        if d_sae > PAIRS_PAY.get(vals_BK.device.type, 127) * vals_BK.shape[1]:
-            by_pairs = gradient_by_blocks if vals_BK.is_cpu else gradient_by_pairs
-            return by_pairs(vals_BK, idx_BK, d_sae, weighted)
+        if pays and vals_BK.is_cpu:
+            return gradient_by_blocks(vals_BK, idx_BK, d_sae, weighted)
+        if pays and B * K**2 <= PAIRS_FIT:
+            return gradient_by_pairs(vals_BK, idx_BK, d_sae, weighted)
         gradient_BN = gradient_by_tiles(dense(vals_BK, idx_BK, d_sae), weighted)
         return gradient_BN.gather(1, idx_BK) * (vals_BK > 0)
 
@@ -433,10 +436,8 @@ def sgo_penalty_dense(f_BN, weighted=True):
     """
     if not f_BN.requires_grad:  # Without a gradient only active latents matter.
         most = max(1, int((f_BN > 0).sum(1).max()))
-        # A token of a baseline may have any number of them, for whose pairs a GPU has no memory.
-        if f_BN.is_cpu or len(f_BN) * most**2 <= PAIRS_FIT:
-            vals_BK, idx_BK = f_BN.topk(most, dim=1, sorted=False)
-            return sgo_penalty(vals_BK, idx_BK, f_BN.shape[1], weighted)
+        vals_BK, idx_BK = f_BN.topk(most, dim=1, sorted=False)
+        return sgo_penalty(vals_BK, idx_BK, f_BN.shape[1], weighted)
     return Omega.apply(f_BN, lambda f_BN: gradient_by_tiles(f_BN, weighted))
 
 
@@ -694,8 +695,8 @@ def replace_outliers(x_CD, max_norm, generator):
 def round_of_contexts(contexts, tokenizer, R, enough):
     """The next R contexts for each of n processes, of which a process has every n-th.
 
-    Returns their token ids, and how many tokens each process keeps of its own. Fewer contexts are
-    read where each process has `enough` tokens already: those of its whole run.
+    Returns their token ids, and how many tokens each process keeps of its own. Reading stops early
+    where each process has `enough` tokens: a run that is shorter than a round needs no more.
     """
     n = n_processes()
     ids = []
@@ -719,7 +720,7 @@ def batches(cfg, reader, skip=0):
     B = cfg.batch // n_processes()  # tokens of a batch in this process
     # Up to half of the tokens may be EOS: contexts for two batches are read to be sure of one.
     R = max(cfg.buffer // n_processes(), 2 * math.ceil(B / (cfg.ctx - 1)))
-    enough = cfg.tokens // cfg.batch * B
+    enough = cfg.tokens // cfg.batch * B  # tokens of the whole run in this process
     lm_batch = cfg.lm_batch or (128 if lm.device.type == "cuda" else 32)
     contexts = token_contexts(read_texts(cfg), reader.tokenizer, cfg.ctx)
     # The activations of a round: 1.2 GB in run 4.
@@ -913,14 +914,16 @@ def figures_of(sae, x_BD, lam, alpha, scale, penalty=sgo_penalty_dense):
 
     They are those of the autoencoder as it is saved: in batchtopk its θ decides which latents are
     active, and not the batch. The terms of the loss are in the units of training, in which
-    activations are `scale` times those of the model; `mse` is in the model's.
+    activations are `scale` times those of the model; `mse` is in the model's. λ, which a baseline
+    adjusts, is that of the next step.
     """
     f_BN = sae.encode(x_BD)
+    xhat_BD = sae.decode(f_BN)
     terms = Terms(
-        reconstruction=(x_BD - sae.decode(f_BN)).square().sum(1).mean(),
+        reconstruction=(x_BD - xhat_BD).square().sum(1).mean(),
         sparsity=sae.sparsity(sae.pre_activations(x_BD), f_BN),
         omega=penalty(f_BN),
-        xhat_BD=sae.decode(f_BN),
+        xhat_BD=xhat_BD,
         fired_N=(f_BN > 0).any(0),
     )
     error = terms.reconstruction
@@ -960,14 +963,15 @@ def begin(runs, data, steps):
         run.sae.b_dec.data.copy_(median_D)
         start_baseline(run.sae, sample_BD, run.cfg.lam)
         check_saved_form(run, sample_BD)
-    return scale, itertools.chain(iter(first), data)  # `iter` lets go of them when they are used up
+    # `iter`, so that `chain` holds no list of them, and each is freed when it is used up.
+    return scale, itertools.chain(iter(first), data)
 
 
 def train(cfgs, folder, device, dtype):
     """Trains autoencoders on the same batches and saves each in its `out`.
 
     Their settings differ in those of LISTS and in `out` alone. Whatever ends the run between two
-    steps leaves a checkpoint, with which --resume goes on.
+    steps leaves a checkpoint, from which --resume goes on.
     """
     cfg = cfgs[0]
     # All float32 products of a GPU are in TF32: those of the language model, of training, and of
@@ -982,10 +986,6 @@ def train(cfgs, folder, device, dtype):
     checkpoint = folder / "checkpoint.pt"
     scale, done = load_checkpoint(checkpoint, runs)  # 1 and 0 where there is none
     say(f"{cfg.model} in {dtype} on {device}; steps {done:,} to {steps:,}, into {folder}")
-    for c in cfgs:
-        most = scheduled_alpha(c, steps - 1, steps)
-        if most < c.alpha:
-            say(f"{c.out}: α rises to {most:.4g} and not to {c.alpha:g}, since the run ends before")
     data = batches(cfg, reader, done)
     if done == 0:
         scale, data = begin(runs, data, steps)
@@ -994,6 +994,7 @@ def train(cfgs, folder, device, dtype):
     with handling_signals(note_signal):
         bar = progress_bar(range(done, steps), initial=done, total=steps)
         try:
+            # The bar comes first, so that at its end no batch is read.
             for step, x_BD in in_every_process(zip(bar, data)):
                 x_BD = x_BD.float() * scale
                 for run in runs:
@@ -1032,9 +1033,8 @@ def train(cfgs, folder, device, dtype):
 #                    `threshold()`; or "standard", a ReLU. `check_saved_form` refuses a class that
 #                    would be loaded as another function than it is
 #
-# and, where they differ from those of `ThresholdSAE`,
+# and `sparsity`, the term that λ weighs, where it is another. A `ThresholdSAE` may also say
 #
-#     sparsity       the term that λ weighs
 #     start          what is set before training, from a sample of the activations
 #     adjust         what is set after a step, so that k latents of a token are active on average;
 #                    it returns λ for the next step
@@ -1220,13 +1220,14 @@ def n_processes():
 def start_processes(device):
     """Joins the processes that torchrun started, if it did, for a --device."""
     if os.environ.get("WORLD_SIZE", "1") == "1" and "RANK" not in os.environ:
-        return  # WORLD_SIZE 1 without RANK is a process alone on a cluster
+        return  # A cluster may set WORLD_SIZE to 1 for a process that is alone.
     if ":" in device:
         raise InputError(f"--device {device}: torchrun gives each process a GPU; --device cuda")
     try:
         if device in ("auto", "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # While it waits, Python sees no signal: those of the system end it.
+        # While it waits, Python's handlers would not run: the system's own ends the process. The
+        # limit is of this wait alone; that of `init_process_group` would be of all later ones, too.
         with handling_signals(signal.SIG_DFL):
             wait = timedelta(minutes=JOIN_MINUTES)
             store, place, world = next(dist.rendezvous("env://", timeout=wait))
@@ -1491,7 +1492,8 @@ def rows_of(files, columns=None):
 
 
 def generator_of(seed, epoch):
-    """The random generator of an epoch, as `datasets` makes it."""
+    """The random generator of an epoch. Local files get the order that `datasets`, which reads the
+    Hub, would give them, so its seeds are drawn here, too."""
     import numpy
 
     first = numpy.random.default_rng(seed)
@@ -1523,12 +1525,13 @@ def open_dataset(cfg, columns=None, epoch=None):
 
 
 def is_text(value):
-    """Whether a value is text that is not blank. \\0 is in no text, but in UTF-16 read as UTF-8."""
+    """Whether a value is text that is not blank. UTF-16, read as UTF-8, has \\0, and is none."""
     return isinstance(value, str) and value.strip() != "" and "\0" not in value
 
 
 def shuffled(texts, generator):
-    """The texts in random order: from HELD of them, half go out at a time, as in `datasets`."""
+    """The texts in random order. HELD of them are held and shuffled; one half goes out, and the
+    other is held on, to be shuffled with those that follow. So does `datasets`."""
     held = []
     for text in texts:
         held.append(text)
@@ -1626,9 +1629,9 @@ def load_lm(name, layer, device, dtype, ctx=2, whole=False):
         if not whole:
             model_class = up_to_layer(model_class, layer, layers_path)
         lm, report = model_class.from_pretrained(
-            name, config=outline.config, dtype=dtype, output_loading_info=True
+            name, config=config, dtype=dtype, output_loading_info=True
         )
-    check_tensors(name, report, layers_path, layer)
+    check_tensors(lm, name, report, layers_path, layer)
     lm.eval()
     hook_name = f"{layers_path}.{layer}"
     module = lm.get_submodule(hook_name)
@@ -1636,7 +1639,7 @@ def load_lm(name, layer, device, dtype, ctx=2, whole=False):
     return Reader(reader.to(device), module, tokenizer, hook_name)
 
 
-def check_tensors(name, report, layers_path, layer):
+def check_tensors(lm, name, report, layers_path, layer):
     """Refuses a model whose files lack tensors, and says so where it does not take some of theirs.
 
     These would be the scales of a quantised model. `report` is what transformers says of them.
@@ -1645,10 +1648,12 @@ def check_tensors(name, report, layers_path, layer):
     missing = [tensor for tensor in report["missing_keys"] if "pooler" not in tensor]
     if missing:
         raise InputError(f"{name}: its files lack tensors, {missing[0]} among them")
+    base = f"{lm.base_model_prefix}."  # which names in files may lack
+    layers = rf"({re.escape(base)})?{re.escape(layers_path.removeprefix(base))}"
     unused = []
     for tensor in sorted(report["unexpected_keys"]):
-        of_layer = re.match(rf"{re.escape(layers_path)}\.(\d+)\.", tensor)
-        if not of_layer or int(of_layer[1]) <= layer:
+        of_layer = re.match(rf"{layers}\.(?P<number>\d+)\.", tensor)
+        if not of_layer or int(of_layer["number"]) <= layer:
             unused.append(tensor)
     if unused:
         say(f"{name}: {len(unused)} tensors of its files are not used, {unused[0]} among them")
@@ -1718,10 +1723,10 @@ def json_line(figures):
 
 
 def write_log(run):
-    """Adds the last line of a run's history to its metrics.jsonl.
+    """Brings a run's metrics.jsonl up to its history, of which it lacks the last line.
 
-    The whole history is written where the file may be another's: at the start, when a run that was
-    killed may have logged more than its checkpoint has, and after a line that could not be written.
+    The whole history is written at the start, as a run that was killed may have logged more than
+    its checkpoint has, and after a line that could not be written.
     """
     if rank() > 0:
         return
@@ -1737,7 +1742,7 @@ def write_log(run):
         run.log_is_whole = True
     except OSError as error:
         run.log_is_whole = False
-        say(f"\n{path} can't be written, its lines will be when it can: {error}")
+        say(f"\n{path} can't be written, and will be at the next line: {error}")
 
 
 # A resumed run may change these.
@@ -1771,9 +1776,10 @@ def save_checkpoint(path, runs, done, scale):
     """Writes what the runs need to continue. Returns whether it could.
 
     This is what --resume promises. From here on a run gets the batches that it would have got, and
-    on a CPU the same weights to the bit; a GPU's sums vary in their last digits. All settings but
-    FREE must be the same, and so must the number of processes; the first of them has the file. A
-    run that was killed before its first checkpoint starts anew.
+    on a CPU the same weights to the bit; a GPU's sums vary in their last digits, and so do those of
+    another --device or --lm-batch. All settings but FREE must be the same, and so must the number
+    of processes; the first of them has the file. A run that was killed before its first checkpoint
+    starts anew.
 
     No state of a random generator is needed: after the weights, only the order of the data is
     drawn, and `batches` finds its place again from the number of steps.
@@ -1919,6 +1925,8 @@ def save_all(runs, folder, done, scale, reader):
         if not run.failure and rank() == 0:
             try:
                 save_sae(run.sae, run.cfg, run.cfg.out, scale, about(run, reader))
+                if not run.log_is_whole:
+                    write_log(run)
                 saved.append(run)
             except OSError as error:
                 unsaved.append(f"{run.cfg.out} can't be written: {error}")
@@ -1986,7 +1994,7 @@ def from_saelens(content, weights, path):
         sae = SAE(D, N, k)
     else:
         sae = ThresholdSAE(D, N, N)  # k is not used
-        weights["theta"] = weights.pop("threshold", sae.theta)
+        weights["theta"] = weights.pop("threshold") if kind == "jumprelu" else sae.theta
     if not content.get("apply_b_dec_to_input", True):  # encode() subtracts b_dec: add it back
         weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
     set_weights(sae, weights, path)
@@ -2004,7 +2012,7 @@ def set_weights(sae, weights, path):
 
 def refuse_unknown(path, value, name, known):
     """Refuses a value in cfg.json that this file does not know how to honour."""
-    if not any(value is one or value == one and type(value) is type(one) for one in known):
+    if json.dumps(value) not in map(json.dumps, known):  # in which 1 is not true
         raise InputError(f"{path} has {name} {value!r}, and known are {', '.join(map(str, known))}")
 
 
@@ -2108,9 +2116,6 @@ def demo_folder():
     return cache / f"demo-python3.{sys.version_info.minor}"
 
 
-# --------------------------------------------------------------------------------------------- main
-
-
 DEMO = {
     "d_sae": [1024],
     "k": [16],
@@ -2139,24 +2144,31 @@ def flag_of(name):
     return FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
+class Given(argparse.Action):
+    """Stores what a flag is given. A list is added to where its flag comes again; of other flags
+    the last value counts, and this is said."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self in parser.given and self.nargs:
+            values = getattr(namespace, self.dest) + values
+        elif self in parser.given:
+            say(f"{option_string} is given twice, and {values} counts")
+        parser.given.append(self)
+        setattr(namespace, self.dest, values)
+
+
 def new_parser(usage, text):
     """A parser whose help shows the defaults, and whose errors are one line, without the usage."""
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=usage.split()[0],
         usage=argparse.SUPPRESS,
         description=f"{text} Usage: python {usage}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-
-
-def parsed(parser, argv):
-    """The arguments as a parser has them. A flag that is given twice is refused."""
-    given = [part.split("=")[0] for part in argv if part.startswith("--")]
-    for flag in given:
-        if given.count(flag) > 1:
-            parser.error(f"{flag} is given twice: give all its values after it, once")
-    return parser.parse_args(argv)
+    parser.register("action", None, Given)
+    parser.given = []
+    return parser
 
 
 def parse_args(argv):
@@ -2179,7 +2191,7 @@ def parse_args(argv):
         parser.add_argument(flag_of(field.name), **options)
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
-    values = vars(parsed(parser, argv))
+    values = vars(parser.parse_args(argv))
     lists = itertools.product(*[values[name] for name in LISTS])
     cfgs = [Config(**dict(values, **dict(zip(LISTS, one)))) for one in lists]
     # Where α is 0 no pair has a weight, and one of --pair-weights is trained.
@@ -2262,19 +2274,21 @@ def has_ended(folder, cfgs):
     and starts anew.
     """
     held = []
-    for depth in ("", "*/", "*/*/"):
+    for depth in ("", "*/", "*/*/"):  # a run's own folder, a grid's, and one of several grids
         for name in ("checkpoint.pt", "cfg.json", "metrics.jsonl"):
             held += folder.glob(depth + name)
     if held and not cfgs[0].resume:
         raise InputError(f"{folder} holds a run: --resume continues it, or choose another --out")
-    if not held or folder / "checkpoint.pt" in held:
+    if folder / "checkpoint.pt" in held:
         return False
-    # One whose gradient was not finite has been logged, and is not saved.
-    logged = {file.parent for file in held if file.name == "metrics.jsonl"}
-    if {file.parent for file in held} | logged != {Path(cfg.out) for cfg in cfgs}:
-        raise InputError(f"{folder} holds other runs than the command's: choose another --out")
-    saved = [cfg for cfg in cfgs if Path(cfg.out, "cfg.json") in held]
-    for cfg in saved:
+    ours = {Path(cfg.out) for cfg in cfgs}
+    saved = {file.parent for file in held if file.name == "cfg.json"}
+    if {file.parent for file in held} - ours or saved not in (set(), ours):
+        raise InputError(
+            f"{folder} holds other runs than the command's, or not all of them, and no checkpoint: "
+            "choose another --out"
+        )
+    for cfg in cfgs if saved else ():
         file = Path(cfg.out, "cfg.json")
         with loading(str(file)):
             theirs = json.loads(file.read_text())["metadata"]["settings"]
@@ -2310,14 +2324,14 @@ def work(argv):
     with taken(folder):
         if decide_together(lambda: has_ended(folder, cfgs)):
             say(f"{folder} holds this run, and it has ended: there is nothing to resume")
-            return
-        if cfgs[0].demo:
-            decide_together(lambda: demo_files(demo_folder()))
-        train(cfgs, folder, device, dtype)
+        else:
+            if cfgs[0].demo:
+                decide_together(lambda: demo_files(demo_folder()))
+            train(cfgs, folder, device, dtype)
+    if cfgs[0].demo and rank() == 0:
+        print(f"to see what the penalty did:  python eval_sae.py {folder} --html page.html")
     if torchrun():
         dist.destroy_process_group()
-    if cfgs[0].demo:
-        print(f"to see what the penalty did:  python eval_sae.py {folder} --html page.html")
 
 
 MEMORY_ADVICE = "smaller --dict, --k, --batch, --buffer and --lm-batch need less"
