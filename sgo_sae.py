@@ -1606,9 +1606,8 @@ def load_lm(name, layer, device, dtype, ctx=2, whole=False):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, split_special_tokens=True, trust_remote_code=False
         )
-        if set(tokenizer("some text", add_special_tokens=False).input_ids) <= {
-            tokenizer.unk_token_id
-        }:
+        ids = tokenizer("some text", add_special_tokens=False).input_ids
+        if set(ids) <= {tokenizer.unk_token_id}:
             raise InputError(f"{name} has no tokenizer that can split text into tokens")
         text_config = config.get_text_config()
         n_layers = text_config.num_hidden_layers
