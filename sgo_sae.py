@@ -573,8 +573,13 @@ def gradient_by_blocks(vals_BK, idx_BK, d_sae, weighted=True, cells=1 << 18):
 # -------------------------------------------------------------------------------------- activations
 # These tokens never reach the autoencoder: the first of each context, BOS or not; the tokenizer's
 # special tokens, such as EOS and unknown words; those whose norm is over --max-norm times the
-# median of their round, whose places others take; and what is left of a round when it fills no
+# median of their round, whose places others of the round take; and of these others what fills no
 # batch.
+#
+# From here on Part 1 calls Part 2, by names of which these come often. `say` tells the user
+# something, once if it is `say_once`. `rank()` is the number of this process and `n_processes()`
+# how many there are: 0 and 1 without torchrun, and then `all_reduce_`, `gather_tokens` and
+# `average_gradients` change nothing. `stop_if_asked` raises where a signal came.
 class Reader(NamedTuple):
     """A language model that is read at one of its layers."""
 
@@ -634,10 +639,10 @@ class LayerReached(Exception):
 def layer_output(lm, layer, ids_RL, **inputs):
     """Output (R, L, D) of a layer when the language model reads the token ids of R contexts."""
 
-    def stop(module, args, output):
+    def end_pass(module, args, output):
         raise LayerReached(output[0] if isinstance(output, (tuple, list)) else output)
 
-    handle = layer.register_forward_hook(stop)
+    handle = layer.register_forward_hook(end_pass)
     try:
         lm(input_ids=ids_RL, **inputs)
     except LayerReached as reached:
@@ -692,16 +697,16 @@ def replace_outliers(x_CD, max_norm, generator):
     return n_outliers
 
 
-def round_of_contexts(contexts, tokenizer, R, enough):
-    """The next R contexts for each of n processes, of which a process has every n-th.
+def round_of_contexts(contexts, tokenizer, per_process, enough):
+    """The next contexts for each of n processes, of which a process has every n-th.
 
-    Returns their token ids, and how many tokens each process keeps of its own. Reading stops early
-    where each process has `enough` tokens: a run that is shorter than a round needs no more.
+    Returns their token ids (R, L), and how many tokens each process keeps of its own. Reading stops
+    early where each process has `enough` tokens: a run that is shorter than a round needs no more.
     """
     n = n_processes()
     ids = []
     kept_by_process = torch.zeros(n, dtype=torch.long)
-    while len(ids) < R * n and kept_by_process.min() < enough:
+    while len(ids) < per_process * n and kept_by_process.min() < enough:
         ids += itertools.islice(contexts, n)
         kept_by_process += kept_tokens(torch.tensor(ids[-n:]), tokenizer).sum(1)
     return torch.tensor(ids), kept_by_process
@@ -719,18 +724,18 @@ def batches(cfg, reader, skip=0):
     lm = reader.lm
     B = cfg.batch // n_processes()  # tokens of a batch in this process
     # Up to half of the tokens may be EOS: contexts for two batches are read to be sure of one.
-    R = max(cfg.buffer // n_processes(), 2 * math.ceil(B / (cfg.ctx - 1)))
+    per_process = max(cfg.buffer // n_processes(), 2 * math.ceil(B / (cfg.ctx - 1)))
     enough = cfg.tokens // cfg.batch * B  # tokens of the whole run in this process
     lm_batch = cfg.lm_batch or (128 if lm.device.type == "cuda" else 32)
     contexts = token_contexts(read_texts(cfg), reader.tokenizer, cfg.ctx)
     # The activations of a round: 1.2 GB in run 4.
-    shape = (R * (cfg.ctx - 1), lm.config.hidden_size)
+    shape = (per_process * (cfg.ctx - 1), lm.config.hidden_size)
     x_CD = torch.empty(shape, dtype=lm.dtype, device=lm.device)
     n_tokens = lm.get_input_embeddings().num_embeddings
     told = False
     for number in itertools.count():
         stop_if_asked()
-        ids_RL, kept_by_process = round_of_contexts(contexts, reader.tokenizer, R, enough)
+        ids_RL, kept_by_process = round_of_contexts(contexts, reader.tokenizer, per_process, enough)
         if ids_RL.max() >= n_tokens:
             raise InputError(
                 f"the tokenizer gives the id {ids_RL.max()} of {n_tokens} in the model"
@@ -797,10 +802,8 @@ class Run:
         self.log_is_whole = False  # whether the file has them
         self.failure = None
         self.weighted = cfg.pair_weights == "coactivation"
-        # Ω of latents f (B, N)
-        self.penalty = partial(
-            orthogonality if cfg.plain else sgo_penalty_dense, weighted=self.weighted
-        )
+        dense_penalty = orthogonality if cfg.plain else sgo_penalty_dense
+        self.penalty = partial(dense_penalty, weighted=self.weighted)  # Ω of latents f (B, N)
         average_gradients(self.sae)
 
     def terms(self, x_BD):
@@ -844,8 +847,10 @@ class Run:
         # 2.
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):
             terms = self.terms(x_BD)
-        # 3. Ω is that of all processes' tokens. The mean over processes will divide its gradient by
-        # their number, by which α is multiplied here.
+        # 3. With n processes, `update` takes the mean of their gradients. That is right for the first
+        # two terms, which are means over the tokens of each. Ω is that of all tokens together, and
+        # each process has its gradient for its own tokens, so that the sum of these is the whole
+        # gradient. Multiplied by n, their mean is their sum.
         loss = total_loss(terms, self.lam, self.alpha * n_processes())
         # An auxiliary loss would be added here, as a mean over the tokens of this process. What
         # `terms` has beside the terms is detached. AuxK (Gao et al. 2024), for example, lets dead
@@ -872,6 +877,7 @@ class Run:
     def log(self, x_BD, done, scale):
         """Adds a line to metrics.jsonl, and says once if Ω outweighs the reconstruction."""
         is_known = done * self.cfg.batch >= DEAD_AFTER  # earlier, none can be dead
+        peak = torch.cuda.max_memory_allocated(x_BD.device) if x_BD.is_cuda else 0
         m = {
             "step": done,
             "tokens": done * self.cfg.batch,
@@ -881,14 +887,12 @@ class Run:
             "gradient_norm": self.gradient_norm,
             "dead": int(self.dead(done).sum()) if is_known else None,
             "seconds": time.monotonic() - self.started,
-            "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if x_BD.is_cuda else None,
+            "peak_memory_gb": peak / 1e9 if x_BD.is_cuda else None,
             **figures_of(self.sae, gather_tokens(x_BD), self.lam, self.alpha, scale, self.penalty),
         }
         share = m["penalty_share"]
         if share > 1 and all(past["penalty_share"] <= 1 for past in self.history):
-            say(
-                f"\n{self.cfg.out}: αΩ is {share:.3g} times the reconstruction error, step {done:,}"
-            )
+            say(f"\n{self.cfg.out}: αΩ is {share:.3g} times the reconstruction error at {done:,}")
         self.history.append(m)
         write_log(self)
 
@@ -946,9 +950,9 @@ def begin(runs, data, steps):
     """Sets what depends on the data, from its first batches.
 
     Returns the factor by which activations are multiplied, and the data from the first batch on.
-    The factor is 1, but with --normalize such that ‖x‖² averages D. All that --normalize changes
-    is this factor: α, λ and the learning rate stay what they are, the figures but `mse` are in the
-    units of the multiplied activations, and `save_sae` divides it out again. On activations times
+    Without --normalize the factor is 1. With it, ‖x‖² averages D, and that is all that --normalize
+    changes: α, λ and the learning rate stay what they are, the figures but `mse` are in the units
+    of the multiplied activations, and `save_sae` divides the factor out again. On activations times
     2, the same α weighs Ω 4 times as much beside the reconstruction.
     """
     cfg = runs[0].cfg
@@ -962,7 +966,6 @@ def begin(runs, data, steps):
     for run in runs:
         run.sae.b_dec.data.copy_(median_D)
         start_baseline(run.sae, sample_BD, run.cfg.lam)
-        check_saved_form(run, sample_BD)
     # `iter`, so that `chain` holds no list of them, and each is freed when it is used up.
     return scale, itertools.chain(iter(first), data)
 
@@ -989,12 +992,11 @@ def train(cfgs, folder, device, dtype):
     data = batches(cfg, reader, done)
     if done == 0:
         scale, data = begin(runs, data, steps)
-    for run in runs:
-        write_log(run)
-    with handling_signals(note_signal):
+    with handling_signals(note_signal):  # so that they wait for the end of a step
         bar = progress_bar(range(done, steps), initial=done, total=steps)
         try:
-            # The bar comes first, so that at its end no batch is read.
+            # `zip` asks the bar first, so that after the last step no batch is read. What fails
+            # there in one process, or a signal, is raised as EndedBetweenSteps in all of them.
             for step, x_BD in in_every_process(zip(bar, data)):
                 x_BD = x_BD.float() * scale
                 for run in runs:
@@ -1013,7 +1015,7 @@ def train(cfgs, folder, device, dtype):
             bar.close()
             if done and save_checkpoint(checkpoint, runs, done, scale):
                 say(f"stopped after step {done:,}; the same command with --resume goes on")
-            raise end.__cause__
+            raise end.__cause__  # the error or signal itself, for `main`
         save_all(runs, folder, done, scale, reader)
 
 
@@ -1027,11 +1029,11 @@ def train(cfgs, folder, device, dtype):
 # latents of a token, these take those above a threshold θ. Each is one class. To add another,
 # derive it from `ThresholdSAE`, or from `SAE`, and enter it in ARCHITECTURES. It says
 #
-#     activate       the latents in training, from the pre-activations
+#     activate       the latents in training, at least 0, from the pre-activations
 #     encode         the latents after training, where they are others: by θ in batchtopk
 #     saelens_name   what SAELens calls what is saved: "topk", with k; "jumprelu", with thresholds
-#                    `threshold()`; or "standard", a ReLU. `check_saved_form` refuses a class that
-#                    would be loaded as another function than it is
+#                    `threshold()`; or "standard", a ReLU. A class that would be loaded as another
+#                    function than it is must also extend `saelens_form` and `from_saelens`
 #
 # and `sparsity`, the term that λ weighs, where it is another. A `ThresholdSAE` may also say
 #
@@ -1492,8 +1494,10 @@ def rows_of(files, columns=None):
 
 
 def generator_of(seed, epoch):
-    """The random generator of an epoch. Local files get the order that `datasets`, which reads the
-    Hub, would give them, so its seeds are drawn here, too."""
+    """The random generator of an epoch, by the rule of `datasets` 5.2: epoch 0 has the seed, and a
+    later one a number that is drawn with it, less the epoch's. So local files and those of the Hub
+    are shuffled alike.
+    """
     import numpy
 
     first = numpy.random.default_rng(seed)
@@ -1530,8 +1534,8 @@ def is_text(value):
 
 
 def shuffled(texts, generator):
-    """The texts in random order. HELD of them are held and shuffled; one half goes out, and the
-    other is held on, to be shuffled with those that follow. So does `datasets`."""
+    """The texts in random order, as `datasets` 5.2 has it: HELD of them are held and shuffled; one
+    half goes out, and the other is held on, to be shuffled with those that follow."""
     held = []
     for text in texts:
         held.append(text)
@@ -1639,9 +1643,8 @@ def load_lm(name, layer, device, dtype, ctx=2, whole=False):
 
 
 def check_tensors(lm, name, report, layers_path, layer):
-    """Refuses a model whose files lack tensors, and says so where it does not take some of theirs.
-
-    These would be the scales of a quantised model. `report` is what transformers says of them.
+    """Refuses a model whose files lack tensors. Where they have some that it does not take, such as
+    the scales of a quantised model, this is said. `report` is what transformers says of the files.
     """
     # A pooler comes after the last layer, and is often not saved.
     missing = [tensor for tensor in report["missing_keys"] if "pooler" not in tensor]
@@ -1722,10 +1725,10 @@ def json_line(figures):
 
 
 def write_log(run):
-    """Brings a run's metrics.jsonl up to its history, of which it lacks the last line.
+    """Adds the last line of a run's history to its metrics.jsonl.
 
-    The whole history is written at the start, as a run that was killed may have logged more than
-    its checkpoint has, and after a line that could not be written.
+    The whole history is written at first, as a run that was killed may have logged more than its
+    checkpoint has, and after a line that could not be written.
     """
     if rank() > 0:
         return
@@ -1774,11 +1777,11 @@ def settings_of(runs):
 def save_checkpoint(path, runs, done, scale):
     """Writes what the runs need to continue. Returns whether it could.
 
-    This is what --resume promises. From here on a run gets the batches that it would have got, and
-    on a CPU the same weights to the bit; a GPU's sums vary in their last digits, and so do those of
-    another --device or --lm-batch. All settings but FREE must be the same, and so must the number
-    of processes; the first of them has the file. A run that was killed before its first checkpoint
-    starts anew.
+    This is what --resume promises. A run that goes on from here gets the batches that it would have
+    got, and on a CPU the same weights to the bit; a GPU's sums vary in their last digits, and so do
+    those of another --device or --lm-batch. All settings but FREE must be the same, and so must the
+    number of processes; the first of them has the file. A run that was killed before its first
+    checkpoint starts anew.
 
     No state of a random generator is needed: after the weights, only the order of the data is
     drawn, and `batches` finds its place again from the number of steps.
@@ -1879,22 +1882,22 @@ def saelens_form(sae, cfg, scale=1.0, more=()):
 
 
 @torch.no_grad()
-def check_saved_form(run, x_BD):
-    """Refuses an autoencoder that would be loaded as another function than it is on a sample x.
+def check_saved_form(arch):
+    """Refuses an architecture that would be loaded as another function than it is.
 
-    Such is a class of one's own whose formulas SAELens does not know.
+    A small one, whose tensors are all random, must compute the same when it was saved and loaded.
     """
-    x_BD = x_BD[:64]
-    name = f"--arch {run.cfg.arch}"
-    if not hasattr(run.sae, "threshold") and getattr(run.sae, "saelens_name", "") == "jumprelu":
-        raise InputError(f"{name} would be saved as jumprelu, and its class has no threshold()")
-    again = from_saelens(*saelens_form(run.sae, run.cfg), name).to(x_BD.device)
-    same_latents = torch.allclose(again.encode(x_BD), run.sae.encode(x_BD), rtol=1e-3, atol=1e-4)
-    if not same_latents or not torch.allclose(again(x_BD), run.sae(x_BD), rtol=1e-3, atol=1e-3):
-        form = getattr(run.sae, "saelens_name", "topk")
-        raise InputError(
-            f"{name} would be saved as SAELens's {form}, which computes something else"
-        )
+    sae = ARCHITECTURES[arch](8, 32, 4)
+    form = getattr(sae, "saelens_name", "topk")
+    if form == "jumprelu" and not hasattr(sae, "threshold"):
+        raise InputError(f"--arch {arch} would be saved as jumprelu, and has no threshold()")
+    for tensor in (*sae.parameters(), *sae.buffers()):
+        tensor += 0.1 * torch.rand_like(tensor)
+    again = from_saelens(*saelens_form(sae, Config(arch=arch)), f"--arch {arch}")
+    x_BD = torch.randn(64, 8)
+    pairs = ((again.encode(x_BD), sae.encode(x_BD)), (again(x_BD), sae(x_BD)))
+    if not all(torch.allclose(found, expected, atol=1e-5) for found, expected in pairs):
+        raise InputError(f"--arch {arch} would be saved as {form}, which computes something else")
 
 
 @torch.no_grad()
@@ -2221,6 +2224,7 @@ def check(cfg):
         raise InputError(f"--batch {cfg.batch} can't be shared evenly by {n_processes()} processes")
     if cfg.demo and (cfg.model or cfg.dataset):
         raise InputError("--demo makes its own model and text: no --model, no --dataset")
+    check_saved_form(cfg.arch)
     if cfg.lam == 0 and issubclass(ARCHITECTURES[cfg.arch], ReLU):
         raise InputError(f"--sparsity 0 leaves {cfg.arch} nothing to adjust")
 
@@ -2266,8 +2270,8 @@ def taken(folder):
 
 
 def has_ended(folder, cfgs):
-    """Whether the runs of a command have ended in their folder. Its rule is one: a folder that
-    holds a run is refused, but with --resume, if that is the run.
+    """Whether the runs of a command have ended. A folder that holds a run is refused, unless there
+    is --resume, and the run is the command's.
 
     With neither a checkpoint nor anything saved, the run was killed before its first checkpoint,
     and starts anew.

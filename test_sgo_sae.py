@@ -1329,6 +1329,14 @@ def test_sae_and_its_gradients_match_a_dense_one(bias):
         assert torch.equal(terms.fired_N, (f_BN > 0).any(0))
 
 
+def test_a_latent_that_is_selected_with_value_0_has_not_fired():
+    sae = SAE(6, 20, 4)
+    sae.b_enc.data.fill_(-100.0)
+    sae.b_enc.data[7] = 100.0
+    for terms in (loss_terms(sae, torch.randn(50, 6)), topk_loss_terms(sae, torch.randn(50, 6))):
+        assert terms.fired_N.nonzero().tolist() == [[7]]
+
+
 ARCHS = ("topk", "batchtopk", "relu", "jumprelu")
 
 
@@ -1373,6 +1381,14 @@ def test_other_architectures_and_their_gradients_match_the_formulas(arch):
             -(near_BN * (theta_N * grads[-1] + 0.3 / 50)).sum(0) * 30 * theta_N
         )  # θ is exp(30 theta_raw)
         assert torch.allclose(ours[-1], expected_N, atol=1e-10)
+
+
+def test_batchtopks_threshold_is_a_running_mean_over_some_20_batches():
+    sae = sgo_sae.BatchTopK(6, 3, 1)
+    sae.adjust(0.04, torch.tensor([[0.0, 3, 1]]), 1e-3)
+    assert sae.threshold().tolist() == [1, 1, 1]  # the first one counts whole
+    sae.adjust(0.04, torch.tensor([[2.0, 0, 5]]), 1e-3)
+    assert sae.threshold().tolist() == pytest.approx([1.05] * 3)
 
 
 def test_batchtopk_takes_exactly_k_a_token_where_many_tie():
@@ -1746,6 +1762,17 @@ class NoThreshold(SAE):
     saelens_name = "jumprelu"
 
 
+class LearnedGain(SAE):
+    """It is a top-k autoencoder only before it is trained."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def activate(self, pre):
+        return self.gain * super().activate(pre)
+
+
 class OtherDecoder(SAE):
     def decode(self, f):
         return 0.5 * super().decode(f)
@@ -1765,7 +1792,7 @@ def test_an_architecture_of_ones_own_is_one_class_and_one_name(train_argv, tmp_p
     assert (sgo_sae.load_sae(tmp_path / "run").threshold() == 0).all()
 
 
-@pytest.mark.parametrize("own", [Squares, Halves, Named, NoThreshold, OtherDecoder])
+@pytest.mark.parametrize("own", [Squares, Halves, Named, NoThreshold, OtherDecoder, LearnedGain])
 def test_a_class_that_is_saved_as_another_is_refused_before_the_first_step(
     train_argv, tmp_path, monkeypatch, capsys, own
 ):
@@ -1877,6 +1904,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(clip, most, monkeypatch):
         param_groups = ({},)
 
         def step(self):
+            assert self.param_groups[0]["lr"] == 0.1
             norms.append(math.sqrt(sum(p.grad.square().sum() for p in sae.parameters())))
 
         def zero_grad(self):
@@ -2562,6 +2590,14 @@ def test_outliers_give_their_places_to_other_tokens(model, texts, monkeypatch):
     assert is_there.float().mean() > 0.97
 
 
+def test_an_outlier_is_one_beside_the_median_norm():
+    """Of many of them, the mean norm would hide all."""
+    x_CD = F.normalize(torch.randn(100, 8), dim=1)
+    x_CD[::3] *= 6
+    assert sgo_sae.replace_outliers(x_CD, 5.0, torch.Generator().manual_seed(0)) == 34
+    assert x_CD.norm(dim=1).max() < 1.01
+
+
 def test_outliers_are_told_once_and_leave_resuming_exact(train_argv, tmp_path, monkeypatch, capsys):
     with_outliers(monkeypatch)
     argv = train_argv(**LONG)
@@ -2662,7 +2698,9 @@ def test_runs_from_before_there_were_pair_weights(train_argv, texts, tmp_path, c
     content = json.loads(file.read_text())
     assert content["metadata"]["settings"].pop("pair_weights") == "coactivation"
     file.write_text(json.dumps(content))
-    assert trained(train_argv(out=tmp_path / "u", pair_weights="uniform")) == 0
+    uniform = train_argv(out=tmp_path / "u", pair_weights="uniform")
+    assert trained(uniform) == trained([*uniform, "--resume"]) == 0
+    assert "has ended" in capsys.readouterr().err
     runs = [tmp_path / name for name in ("s0", "s1", "u")]
     assert evaluated([*runs, "--metrics", "core", "--text", texts, "--contexts", 4]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "core: mse ↓" in line)
@@ -3395,6 +3433,7 @@ def test_the_schedule_belongs_to_the_run(train_argv, tmp_path):
     steps = cfg.tokens // cfg.batch
     for step in (0, 1, 500, 999, 1000, 4881):
         assert sgo_sae.scheduled_alpha(cfg, step, steps) == sgo_sae.alpha_at(step)
+    assert sgo_sae.scheduled_alpha(dataclasses.replace(cfg, alpha_start=0.0), 0, steps) == 0
     assert trained(train_argv(alpha=3, tokens=64 * 50, log_every=1)) == 0
     alphas = [row["alpha"] for row in metrics_of(tmp_path / "run")]
     rise = [3 * (2 / 15 + 13 / 15 * min(1, step / 10)) for step in range(50)]
@@ -3566,6 +3605,15 @@ def test_a_grid_of_which_one_run_was_not_saved_has_not_ended(train_argv, tmp_pat
     (tmp_path / "run" / "topk-n64-k4-a0.075-s1" / "cfg.json").unlink()
     capsys.readouterr()
     assert "or not all of them" in refused(grid, capsys)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_update_whose_gradient_is_not_finite_changes_nothing(bad):
+    sae = SAE(6, 20, 4)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    loss = total_loss(topk_loss_terms(sae, torch.randn(50, 6)))
+    assert not math.isfinite(update(sae, adam_of(sae), loss * bad, 0.1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -7069,7 +7117,7 @@ def test_training_and_evaluation_on_a_pretended_gpu(
     argv = train_argv(device="cuda", dtype="bfloat16") + ["--arch", "topk", "relu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "max_memory_allocated", lambda: 3e9)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3e9)
         assert trained(argv) == 0
     file = next((tmp_path / "run").glob("*/metrics.jsonl"))
     assert json.loads(file.read_text().splitlines()[-1])["peak_memory_gb"] == 3.0
