@@ -847,8 +847,8 @@ class Run:
         # 2.
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):
             terms = self.terms(x_BD)
-        # 3. With n processes, `update` takes the mean of their gradients. That is right for the first
-        # two terms, which are means over the tokens of each. Ω is that of all tokens together, and
+        # 3. With n processes, `update` takes the mean of their gradients. That is right for the two
+        # first terms, which are means over the tokens of each. Ω is that of all tokens together, and
         # each process has its gradient for its own tokens, so that the sum of these is the whole
         # gradient. Multiplied by n, their mean is their sum.
         loss = total_loss(terms, self.lam, self.alpha * n_processes())
