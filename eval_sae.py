@@ -81,6 +81,7 @@ def each(work, desc, advice=""):
     start = time.monotonic()
     is_judged = False
     for done, part in enumerate(sgo_sae.progress_bar(work, desc=desc, leave=False)):
+        sgo_sae.stop_if_asked()
         if done and not is_judged:
             spent = time.monotonic() - start
             is_judged = spent > LONG / 30  # then it is known how long a part takes

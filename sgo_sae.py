@@ -25,18 +25,28 @@ Part 2 is the program around it.
     processes      all that torchrun changes, and what ends a run early
     texts          local files and the Hub
     language model any of transformers, up to a layer
-    files          checkpoints and what --resume promises, results in SAELens's format
+    files          checkpoints, and results in SAELens's format
     demo           a small language model and its text
     main           from the command line to a run
+
+Each of these is told in one place:
+
+    the loss and its units                      `total_loss`
+    a training step, and an auxiliary loss      `Run.step`
+    why the fast Ω is the paper's               the head of `fast`
+    which tokens are left out                   the head of `activations`
+    what --normalize changes                    `begin`
+    what --resume promises                      `save_checkpoint`
+    what several processes change               the head of `processes`
+    another architecture                        the head of `baselines`
 
 Shapes are in the names: x_BD is an array of B by D. B are the tokens of a batch, L the positions of
 a context, D the hidden size, N the latents (d_sae) and K the active latents of a token. Other
 letters are told where they are used. λ is `lam`, and Ω is `omega`.
 
-What this file does not do: it has no auxiliary loss against dead latents, as the paper has none,
-but `Run.step` says where one would go. It trains on one layer, and each GPU must hold the language
-model up to it. It logs to a file, not to a service. Its figures are of training batches;
-eval_sae.py measures held-out text.
+What this file does not do: it has no auxiliary loss against dead latents, as the paper has none. It
+trains on one layer, and each GPU must hold the language model up to it. It logs to a file, not to a
+service. Its figures are of training batches; eval_sae.py measures held-out text.
 """
 
 import argparse
@@ -229,7 +239,11 @@ def loss_terms(sae, x_BD, penalty=orthogonality):
 
 
 def total_loss(terms, lam=0.04, alpha=0.075):
-    """Eq. 2, in which λ‖f‖₁ stands beside top-k as well."""
+    """Eq. 2, in which λ‖f‖₁ stands beside top-k as well.
+
+    With means over the B tokens of a batch, and the unit of each term in brackets:
+    mean ‖x - x̂‖² [x²] + λ mean ‖f‖₁ [x] + α Σ_{i≠j} w_ij (mean f_i f_j)² [x⁴].
+    """
     return terms.reconstruction + lam * terms.sparsity + alpha * terms.omega
 
 
@@ -285,14 +299,18 @@ def geometric_median(x_BD, iterations=100):
 
 
 # --------------------------------------------------------------------------------------------- fast
-# The same results as `method`, up to rounding, in less time and memory: first Ω, whose gradient is
-# computed by tiles of dense products or pair by pair, then the other terms of a top-k autoencoder,
-# then what a CPU does differently. `Run.terms` chooses between `method` and this.
+# The same results as `method`, up to rounding, in less time and memory. `Run.terms` chooses between
+# the two, and the update is that of `method`.
 #
-# In a top-k autoencoder `select` alone decides which latents are active. `topk_loss_terms` repeats,
-# for speed, `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. To
-# change one of those, derive a class from `SAE`: `loss_terms` trains whatever is not `SAE` itself.
-# The update is that of `method`.
+# Of Ω, its gradient is computed: ∂Ω/∂f_bi = (4/B) Σ_j w_ij ⟨f_i, f_j⟩ f_bj. The square gives 2, and
+# so do a pair's two orders. Ω itself is Σ f ∂Ω/∂f / 4, as it has degree 4 in f (Euler). Three ways
+# compute the same sum. By tiles, w_ij ⟨f_i, f_j⟩ is computed for a block of i at a time, from dense
+# products over all tokens. By pairs, and by blocks of pairs on a CPU, a token adds to |M_i ∩ M_j|
+# and ⟨f_i, f_j⟩ for the pairs of its own K latents alone: for all others it would add 0.
+#
+# In a top-k autoencoder `select` alone decides which latents are active. `topk_loss_terms` repeats
+# `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. Whoever changes
+# one of these derives a class from `SAE`, which is then trained by `loss_terms`.
 def product(a, b):
     """a @ b. Products of half precision are exact, and summed in float32; bfloat16 itself does not
     count above 256. Float32 is as PyTorch is set, in `train` TF32 on a GPU. Counts are exact in
@@ -306,9 +324,8 @@ def product(a, b):
 def gradient_by_tiles(f_BN, weighted=True, tile=None):
     """∂Ω/∂f (B, N) of latents f by dense products: O(B N²) time at most, and no N × N array.
 
-    ∂Ω/∂f_bi = (4/B) Σ_j w_ij ⟨f_i, f_j⟩ f_bj: the square gives 2, and so do a pair's two orders.
-    That is (4/B) f M, where M_ij = w_ij ⟨f_i, f_j⟩ is symmetric, and 0 for i = j. So only tiles
-    M_TJ on and right of its diagonal are computed: T is a block of rows, J are the columns from T's
+    It is (4/B) f M, where M_ij = w_ij ⟨f_i, f_j⟩ is symmetric, and 0 for i = j. So only tiles M_TJ
+    on and right of its diagonal are computed: T is a block of rows, J are the columns from T's
     first row on. A tile adds f_J M_TJᵀ to the columns T of f M. By symmetry it is also the tile of
     M below the diagonal, and so adds f_T M_TJ to the columns right of T.
 
@@ -349,10 +366,9 @@ def gradient_by_tiles(f_BN, weighted=True, tile=None):
 def gradient_by_pairs(vals_BK, idx_BK, d_sae, weighted=True):
     """∂Ω/∂f of the entries (B, K), from the P = K (K - 1) / 2 pairs of latents of each token.
 
-    The formula is that of `gradient_by_tiles`. A token counts in |M_i ∩ M_j| and ⟨f_i, f_j⟩ only
-    where i and j are both among its K entries. So B P pairs are sorted into U different ones and
-    summed, which takes the time and the memory of O(B K²) entries: 7 GB for B 2,048 and K 320, and
-    0.3 GB for K 64. A million latents cost no more than ten thousand.
+    The B P pairs are sorted into U different ones and summed. That takes time and memory for
+    O(B K²) entries: 7 GB for B 2,048 and K 320, and 0.3 GB for K 64. A million latents cost no more
+    than ten thousand.
     """
     B, K = vals_BK.shape
     vals_BK = vals_BK.to(torch.promote_types(vals_BK.dtype, torch.float32))
@@ -381,17 +397,14 @@ def gradient_by_pairs(vals_BK, idx_BK, d_sae, weighted=True):
 
 
 class Omega(torch.autograd.Function):
-    """Ω of f, from a function that computes ∂Ω/∂f of f.
-
-    Ω has degree 4 in f, so Σ f ∂Ω/∂f = 4 Ω (Euler). It can be differentiated once, backward.
-    """
+    """Ω of f, from a function that computes ∂Ω/∂f of f. It can be differentiated once, backward."""
 
     @staticmethod
     def forward(ctx, f, gradient_of):
         with torch.autocast(f.device.type, enabled=False):  # The caller's does not act here.
             gradient = gradient_of(f)
             ctx.save_for_backward(gradient)
-            return (f * gradient).sum() / 4
+            return (f * gradient).sum() / 4  # Euler
 
     @staticmethod
     def backward(ctx, d_omega):
@@ -574,7 +587,7 @@ def gradient_by_blocks(vals_BK, idx_BK, d_sae, weighted=True, cells=1 << 18):
 # These tokens never reach the autoencoder: the first of each context, BOS or not; the tokenizer's
 # special tokens, such as EOS and unknown words; those whose norm is over --max-norm times the
 # median of their round, whose places others of the round take; and of these others what fills no
-# batch.
+# batch. Texts that are blank are not read.
 #
 # From here on Part 1 calls Part 2, by names of which these come often. `say` tells the user
 # something, once if it is `say_once`. `rank()` is the number of this process and `n_processes()`
@@ -594,24 +607,18 @@ def first_id(*ids):
     return [i for i in ids if i is not None][:1]
 
 
-def token_ids(texts, tokenizer):
-    """Lists of token ids, one for each text, and EOS after each."""
-    eos = first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
-    without = 0  # texts in a row that gave no token
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        without = 0 if ids or eos else without + 1
-        yield ids + eos
-        if without == LOOKED_AT:
-            raise InputError(f"the tokenizer makes no token of {without:,} texts in a row")
-
-
 def token_contexts(texts, tokenizer, ctx):
     """Contexts of `ctx` token ids: BOS, then the texts one after another, with EOS after each."""
     bos = first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)
+    eos = first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     length = ctx - len(bos)
     ids = []
-    for more in token_ids(texts, tokenizer):
+    without = 0  # texts in a row that gave no token
+    for text in texts:
+        more = tokenizer(text, add_special_tokens=False).input_ids + eos
+        without = 0 if more else without + 1
+        if without == LOOKED_AT:
+            raise InputError(f"the tokenizer makes no token of {without:,} texts in a row")
         ids += more
         whole = len(ids) // length * length
         for start in range(0, whole, length):
@@ -717,9 +724,7 @@ def batches(cfg, reader, skip=0):
     out.
 
     They come in rounds. A round reads contexts, drops what of their kept tokens fills no batch,
-    shuffles the others' activations and serves them. The data, data_seed and the number of the
-    round fix all of it, so to resume a run is to count batches: rounds that are over are read
-    again, and the language model does not run on them.
+    shuffles the others' activations and serves them.
     """
     lm = reader.lm
     B = cfg.batch // n_processes()  # tokens of a batch in this process
@@ -848,9 +853,9 @@ class Run:
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.mixed_precision):
             terms = self.terms(x_BD)
         # 3. With n processes, `update` takes the mean of their gradients. That is right for the two
-        # first terms, which are means over the tokens of each. Ω is that of all tokens together, and
-        # each process has its gradient for its own tokens, so that the sum of these is the whole
-        # gradient. Multiplied by n, their mean is their sum.
+        # first terms, which are means over the tokens of each. Ω is that of all tokens together,
+        # and each process has its gradient for its own, so that their sum is the whole gradient.
+        # With α times n, their mean is that sum.
         loss = total_loss(terms, self.lam, self.alpha * n_processes())
         # An auxiliary loss would be added here, as a mean over the tokens of this process. What
         # `terms` has beside the terms is detached. AuxK (Gao et al. 2024), for example, lets dead
@@ -992,31 +997,30 @@ def train(cfgs, folder, device, dtype):
     data = batches(cfg, reader, done)
     if done == 0:
         scale, data = begin(runs, data, steps)
-    with handling_signals(note_signal):  # so that they wait for the end of a step
-        bar = progress_bar(range(done, steps), initial=done, total=steps)
-        try:
-            # `zip` asks the bar first, so that after the last step no batch is read. What fails
-            # there in one process, or a signal, is raised as EndedBetweenSteps in all of them.
-            for step, x_BD in in_every_process(zip(bar, data)):
-                x_BD = x_BD.float() * scale
-                for run in runs:
-                    run.step(x_BD, step, steps)
-                done = step + 1
-                live = [run for run in runs if not run.failure]
-                if not live:
-                    raise InputError(f"{runs[0].failure}; the last checkpoint, if any, stays")
-                if done % cfg.log_every == 0 or done == steps:
-                    for run in live:
-                        run.log(x_BD, done, scale)
-                    bar.set_postfix_str(live[-1].short_figures(), refresh=False)
-                if cfg.save_every and done % cfg.save_every == 0:
-                    save_checkpoint(checkpoint, runs, done, scale)
-        except EndedBetweenSteps as end:
-            bar.close()
-            if done and save_checkpoint(checkpoint, runs, done, scale):
-                say(f"stopped after step {done:,}; the same command with --resume goes on")
-            raise end.__cause__  # the error or signal itself, for `main`
-        save_all(runs, folder, done, scale, reader)
+    bar = progress_bar(range(done, steps), initial=done, total=steps)
+    try:
+        # `zip` asks the bar first, so that after the last step no batch is read. What fails
+        # there in one process, or a signal, is raised as EndedBetweenSteps in all of them.
+        for step, x_BD in in_every_process(zip(bar, data)):
+            x_BD = x_BD.float() * scale
+            for run in runs:
+                run.step(x_BD, step, steps)
+            done = step + 1
+            live = [run for run in runs if not run.failure]
+            if not live:
+                raise InputError(f"{runs[0].failure}; the last checkpoint, if any, stays")
+            if done % cfg.log_every == 0 or done == steps:
+                for run in live:
+                    run.log(x_BD, done, scale)
+                bar.set_postfix_str(live[-1].short_figures(), refresh=False)
+            if cfg.save_every and done % cfg.save_every == 0:
+                save_checkpoint(checkpoint, runs, done, scale)
+    except EndedBetweenSteps as end:
+        bar.close()
+        if done and save_checkpoint(checkpoint, runs, done, scale):
+            say(f"stopped after step {done:,}; the same command with --resume goes on")
+        raise end.__cause__  # the error or signal itself, for `main`
+    save_all(runs, folder, done, scale, reader)
 
 
 # ==================================================================================================
@@ -1201,8 +1205,10 @@ ARCHITECTURES = {"topk": SAE, "batchtopk": BatchTopK, "relu": ReLU, "jumprelu": 
 # multiplies α by n.
 #
 # A run of two processes is not that of one: each shuffles the tokens that it has read itself, so
-# batches are put together differently, and batchtopk selects among a process's own tokens. The
-# first process decides what is in the folder, and alone writes there: nodes need not share it.
+# batches are put together differently, and batchtopk selects among a process's own tokens. Each
+# process reads and tokenizes all of the text, and runs the language model on every n-th context.
+# The first one decides what is in the folder, and alone writes there: nodes need not share it. What
+# ends the run in one process ends it in all, between the same two steps (`in_every_process`).
 JOIN_MINUTES = 10  # that a process waits for the others
 
 
@@ -1324,13 +1330,9 @@ def handling_signals(handler):
     try:
         yield
     finally:
+        noted_signals.clear()
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def stop(number, frame):
-    """Handles a signal at once."""
-    raise Stopped(number)
 
 
 def note_signal(number, frame):
@@ -1343,10 +1345,10 @@ def note_signal(number, frame):
 
 
 def stop_if_asked():
-    """Raises Stopped where a signal was noted. Between two steps, or two passes of the language
-    model, nothing is lost by it."""
+    """Raises Stopped where a signal was noted: between two steps, or two passes of the language
+    model, when nothing is lost by it."""
     if noted_signals:
-        raise Stopped(noted_signals.pop())
+        raise Stopped(noted_signals[0])
 
 
 class EndedBetweenSteps(Exception):
@@ -1783,8 +1785,10 @@ def save_checkpoint(path, runs, done, scale):
     number of processes; the first of them has the file. A run that was killed before its first
     checkpoint starts anew.
 
-    No state of a random generator is needed: after the weights, only the order of the data is
-    drawn, and `batches` finds its place again from the number of steps.
+    A run finds its place by counting batches. The data, --data-seed and the number of a round fix
+    what is in the round, so that `batches` reads again the text of rounds that are over, without
+    the language model, and skips what was used of the next. No state of a random generator is
+    needed, as after the weights only the order of the data is drawn.
     """
     content = {"done": done, "scale": scale, "settings": settings_of(runs), "runs": []}
     for run in runs:
@@ -2101,6 +2105,7 @@ def train_demo_lm(texts, folder, steps=1000, batch=8, ctx=128):
     )
     order = torch.randperm(len(ids_RL))[: steps * batch].split(batch)
     for step, rows in enumerate(progress_bar(order, desc="demo language model", unit="step")):
+        stop_if_asked()
         decay = 0.02 + 1.2 * (1 - step / steps)
         adam.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, decay)
         loss = lm(input_ids=ids_RL[rows], labels=ids_RL[rows]).loss
@@ -2356,7 +2361,7 @@ def main(argv, work=work, program="sgo_sae.py", memory_advice=MEMORY_ADVICE):
         if hasattr(stream, "reconfigure"):  # characters that its encoding lacks are escaped
             stream.reconfigure(errors="backslashreplace")
     try:
-        with handling_signals(stop):
+        with handling_signals(note_signal):
             return work(argv) or 0
     except SystemExit as end:  # of the parser
         return end.code
