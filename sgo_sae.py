@@ -252,7 +252,7 @@ def update(sae, adam, loss, lr, clip=1.0):
     """One update by `adam`, torch.optim.Adam(sae.parameters(), betas=(0.9, 0.999)) (4.2, 5.1).
 
     Returns the norm of the projected gradient, before it is clipped. Where it is not finite,
-    nothing changes.
+    neither `sae` nor `adam` changes.
     """
     loss.backward()  # no_grad does not forbid it
     W_ND = sae.W_dec
@@ -306,11 +306,12 @@ def geometric_median(x_BD, iterations=100):
 # so do a pair's two orders. Ω itself is Σ f ∂Ω/∂f / 4, as it has degree 4 in f (Euler). Three ways
 # compute the same sum. By tiles, w_ij ⟨f_i, f_j⟩ is computed for a block of i at a time, from dense
 # products over all tokens. By pairs, and by blocks of pairs on a CPU, a token adds to |M_i ∩ M_j|
-# and ⟨f_i, f_j⟩ for the pairs of its own K latents alone: for all others it would add 0.
+# and ⟨f_i, f_j⟩ for the pairs of its own K latents alone: for all others it would add 0. In each, w
+# is a constant, and f at least 0.
 #
 # In a top-k autoencoder `select` alone decides which latents are active. `topk_loss_terms` repeats
-# `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. Whoever changes
-# one of these derives a class from `SAE`, which is then trained by `loss_terms`.
+# `SAE`'s decoder and sparsity term, and the backward pass of a CPU its encoder. To change one of
+# these, derive a class from `SAE`: what is not `SAE` itself is trained by `loss_terms`.
 def product(a, b):
     """a @ b. Products of half precision are exact, and summed in float32; bfloat16 itself does not
     count above 256. Float32 is as PyTorch is set, in `train` TF32 on a GPU. Counts are exact in
@@ -584,14 +585,19 @@ def gradient_by_blocks(vals_BK, idx_BK, d_sae, weighted=True, cells=1 << 18):
 
 
 # -------------------------------------------------------------------------------------- activations
-# These tokens never reach the autoencoder: the first of each context, BOS or not; the tokenizer's
-# special tokens, such as EOS and unknown words; those whose norm is over --max-norm times the
-# median of their round, whose places others of the round take; and of these others what fills no
-# batch. Texts that are blank are not read.
+# Activations come in rounds. Each reads --buffer contexts and serves their tokens shuffled, in
+# batches. These tokens never reach the autoencoder:
 #
-# From here on Part 1 calls Part 2, by names of which these come often. `say` tells the user
-# something, once if it is `say_once`. `rank()` is the number of this process and `n_processes()`
-# how many there are: 0 and 1 without torchrun, and then `all_reduce_`, `gather_tokens` and
+#     the first of each context, BOS or not;
+#     the tokenizer's special tokens, such as EOS and unknown words;
+#     outliers, whose norm is over --max-norm times the median of their round: copies of other
+#     tokens of the round, chosen at random, take their places;
+#     the last tokens of a round, where they fill no batch;
+#     those of what is no text: what is blank, or has \0, and lines that are no JSON.
+#
+# From here on Part 1 calls Part 2. The helpers that it uses most: `say` tells the user something,
+# once if it is `say_once`. `rank()` is the number of this process and `n_processes()` how many
+# there are: 0 and 1 without torchrun, and then `all_reduce_`, `gather_tokens` and
 # `average_gradients` change nothing. `stop_if_asked` raises where a signal came.
 class Reader(NamedTuple):
     """A language model that is read at one of its layers."""
@@ -599,7 +605,7 @@ class Reader(NamedTuple):
     lm: nn.Module
     layer: nn.Module
     tokenizer: object
-    hook_name: str  # of the layer, in the model of the class that its configuration names
+    hook_name: str  # the layer's path in the model with its head, such as model.layers.12
 
 
 def first_id(*ids):
@@ -874,6 +880,7 @@ class Run:
         self.gradient_norm = update(self.sae, self.adam, loss, lr, cfg.clip)
         if not math.isfinite(self.gradient_norm):
             self.failure = f"{cfg.out}: gradient not finite at step {step}, α {self.alpha:.4g}"
+            say(f"\n{self.failure}")
 
     def dead(self, done):
         """Which latents (N,) have been active on none of the last DEAD_AFTER tokens."""
@@ -891,7 +898,7 @@ class Run:
             "activation_scale": scale,
             "gradient_norm": self.gradient_norm,
             "dead": int(self.dead(done).sum()) if is_known else None,
-            "seconds": time.monotonic() - self.started,
+            "seconds": time.monotonic() - self.started,  # since this call began
             "peak_memory_gb": peak / 1e9 if x_BD.is_cuda else None,
             **figures_of(self.sae, gather_tokens(x_BD), self.lam, self.alpha, scale, self.penalty),
         }
@@ -1036,8 +1043,8 @@ def train(cfgs, folder, device, dtype):
 #     activate       the latents in training, at least 0, from the pre-activations
 #     encode         the latents after training, where they are others: by θ in batchtopk
 #     saelens_name   what SAELens calls what is saved: "topk", with k; "jumprelu", with thresholds
-#                    `threshold()`; or "standard", a ReLU. A class that would be loaded as another
-#                    function than it is must also extend `saelens_form` and `from_saelens`
+#                    `threshold()`; or "standard", a ReLU. If none of the three computes what the
+#                    class does, `saelens_form` and `from_saelens` must be extended as well
 #
 # and `sparsity`, the term that λ weighs, where it is another. A `ThresholdSAE` may also say
 #
@@ -1204,11 +1211,12 @@ ARCHITECTURES = {"topk": SAE, "batchtopk": BatchTopK, "relu": ReLU, "jumprelu": 
 # over the n processes is then the whole gradient, and since the mean divides it by n, `Run.step`
 # multiplies α by n.
 #
-# A run of two processes is not that of one: each shuffles the tokens that it has read itself, so
-# batches are put together differently, and batchtopk selects among a process's own tokens. Each
-# process reads and tokenizes all of the text, and runs the language model on every n-th context.
-# The first one decides what is in the folder, and alone writes there: nodes need not share it. What
-# ends the run in one process ends it in all, between the same two steps (`in_every_process`).
+# Each process reads and tokenizes all of the text, and runs the language model on every n-th
+# context. A run of two processes is not that of one: each shuffles only the tokens of its own
+# contexts, so batches are put together differently, and batchtopk selects among a process's own
+# tokens. The first process decides what is in the folder, and alone writes there: nodes need not
+# share it. A signal, or data that can't be read, in one process ends the run in all, between the
+# same two steps (`in_every_process`).
 JOIN_MINUTES = 10  # that a process waits for the others
 
 
@@ -1371,7 +1379,7 @@ def in_every_process(steps):
             is_in_any_process(True)
             raise EndedBetweenSteps from error
         if is_in_any_process(False):
-            raise EndedBetweenSteps from InputError("another process can't go on")
+            raise EndedBetweenSteps from InputError("another process ended the run")
         if item is None:
             return
         yield item
@@ -1380,7 +1388,7 @@ def in_every_process(steps):
 # -------------------------------------------------------------------------------------------- texts
 LOCAL = re.compile(r"\.(txt|jsonl|csv|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)  # local files
 LOOKED_AT = 10_000  # rows among the first of which there must be a text
-LONGEST = 2**18  # characters of a text; longer ones are cut, so that any document fits into memory
+LONGEST = 2**18  # characters of a text; longer ones are cut, so that what is held has a bound
 HELD = 1000  # texts that are shuffled together
 
 
@@ -1496,9 +1504,9 @@ def rows_of(files, columns=None):
 
 
 def generator_of(seed, epoch):
-    """The random generator of an epoch, by the rule of `datasets` 5.2: epoch 0 has the seed, and a
-    later one a number that is drawn with it, less the epoch's. So local files and those of the Hub
-    are shuffled alike.
+    """The random generator of an epoch, by the rule of `datasets` 5.2: the seed of epoch 0 is
+    `seed`, and that of a later one the first integer drawn with `seed`, less the epoch. So local
+    files and those of the Hub are shuffled alike.
     """
     import numpy
 
@@ -1684,7 +1692,7 @@ def up_to_layer(model_class, layer, layers_path):
 def paths_in(lm, n_layers, name):
     """Where a language model has the part that reads text, and its list of layers.
 
-    The list is the outermost one that has as many members.
+    The list is the outermost one with n_layers members.
     """
     for part in (lm.get_decoder(), lm):
         reader_path = next(path for path, module in lm.named_modules() if module is part)
@@ -1703,7 +1711,7 @@ def paths_in(lm, n_layers, name):
 # ------------------------------------------------------------------------------------------ files
 def write_whole(path, write):
     """Lets `write` make a file, given the path, beside its place, and puts it there when it is
-    whole. So a crash or a full disk leaves the file that was there before."""
+    whole. So a program that ends, or a full disk, leaves the file that was there before."""
     aside = path.with_name(f"{path.name}.part")
     try:
         write(aside)
@@ -1780,10 +1788,10 @@ def save_checkpoint(path, runs, done, scale):
     """Writes what the runs need to continue. Returns whether it could.
 
     This is what --resume promises. A run that goes on from here gets the batches that it would have
-    got, and on a CPU the same weights to the bit; a GPU's sums vary in their last digits, and so do
-    those of another --device or --lm-batch. All settings but FREE must be the same, and so must the
-    number of processes; the first of them has the file. A run that was killed before its first
-    checkpoint starts anew.
+    got, and on the same CPU with as many threads the same weights to the bit; a GPU's sums vary in
+    their last digits, and so do those of another --device or --lm-batch. All settings but FREE must
+    be the same (--dtype auto is what it was), and so must the number of processes; the first of
+    them has the file. A run that was killed before its first checkpoint starts anew.
 
     A run finds its place by counting batches. The data, --data-seed and the number of a round fix
     what is in the round, so that `batches` reads again the text of rounds that are over, without
@@ -1897,11 +1905,13 @@ def check_saved_form(arch):
         raise InputError(f"--arch {arch} would be saved as jumprelu, and has no threshold()")
     for tensor in (*sae.parameters(), *sae.buffers()):
         tensor += 0.1 * torch.rand_like(tensor)
-    again = from_saelens(*saelens_form(sae, Config(arch=arch)), f"--arch {arch}")
     x_BD = torch.randn(64, 8)
-    pairs = ((again.encode(x_BD), sae.encode(x_BD)), (again(x_BD), sae(x_BD)))
-    if not all(torch.allclose(found, expected, atol=1e-5) for found, expected in pairs):
-        raise InputError(f"--arch {arch} would be saved as {form}, which computes something else")
+    for scale in (1.0, 2.0):  # as of --normalize
+        again = from_saelens(*saelens_form(sae, Config(arch=arch), scale), f"--arch {arch}")
+        found = torch.cat([again.encode(x_BD), again(x_BD)], dim=1)
+        expected = torch.cat([sae.encode(x_BD * scale), sae(x_BD * scale)], dim=1) / scale
+        if not torch.allclose(found, expected, atol=1e-5):
+            raise InputError(f"--arch {arch} would be saved as {form}, which computes another")
 
 
 @torch.no_grad()
@@ -2138,7 +2148,8 @@ DEMO = {
 
 
 # --------------------------------------------------------------------------------------------- main
-FLAGS = {"d_sae": "--dict", "lam": "--sparsity"}  # the other flags are the names of their settings
+# The other flags are the names of their settings, and of the number of processes there is none.
+FLAGS = {"d_sae": "--dict", "lam": "--sparsity", "processes": "processes"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {
     "arch": tuple(ARCHITECTURES),
