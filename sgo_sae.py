@@ -1404,10 +1404,15 @@ def loading(what):
         raise InputError(f"{what} can't be loaded: {reason}") from error
 
 
+def is_here(name):
+    """Whether a name is that of a file or folder, or a pattern of some."""
+    return Path(name).exists() or bool(glob.glob(str(name)))
+
+
 def check_name(name):
     """Refuses what is plainly a path, and not a name on the Hub, where nothing is at that path."""
     is_path = str(name).startswith((".", "/", "~")) or len(Path(name).parts) > 2
-    if (is_path or LOCAL.search(str(name))) and not Path(name).exists():
+    if (is_path or LOCAL.search(str(name))) and not is_here(name):
         raise InputError(f"{name}: there is no such file or folder")
 
 
@@ -1431,7 +1436,7 @@ def local_files(name):
 
 def absolute(name):
     """The same name in any folder: of what is here the path, and of what is on the Hub its name."""
-    return str(Path(name).resolve()) if Path(name).exists() or glob.glob(name) else name
+    return str(Path(name).resolve()) if is_here(name) else name
 
 
 def replaced(error):
@@ -1729,11 +1734,6 @@ def finite(figures):
     return known
 
 
-def json_line(figures):
-    """A line of metrics.jsonl."""
-    return json.dumps(finite(figures)) + "\n"
-
-
 def write_log(run):
     """Adds the last line of a run's history to its metrics.jsonl.
 
@@ -1743,13 +1743,14 @@ def write_log(run):
     if rank() > 0:
         return
     path = Path(run.cfg.out, "metrics.jsonl")
+    figures = run.history[-1:] if run.log_is_whole else run.history
+    lines = "".join(json.dumps(finite(m)) + "\n" for m in figures)
     try:
         if run.log_is_whole:
             with path.open("a") as file:
-                file.write(json_line(run.history[-1]))
+                file.write(lines)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = "".join(map(json_line, run.history))
             write_whole(path, lambda aside: aside.write_text(lines))
         run.log_is_whole = True
     except OSError as error:

@@ -2185,6 +2185,9 @@ def test_a_pattern_chooses_files(tmp_path, capsys):
     assert texts_of(tmp_path) == ["test.jsonl", "train-0.jsonl", "train-1.jsonl"]
     assert "3 files are read" in capsys.readouterr().err
     assert texts_of(tmp_path / "train-*.jsonl") == ["train-0.jsonl", "train-1.jsonl"]
+    sgo_sae.check_name(f"{tmp_path}/train-*.jsonl")
+    with pytest.raises(InputError, match="no such file"):
+        texts_of(tmp_path / "valid-*.jsonl")
     deep = texts_of(tmp_path / "**" / "train-*.jsonl")
     assert sorted(deep) == ["more/train-2.jsonl", "train-0.jsonl", "train-1.jsonl"]
     assert texts_of(tmp_path / "test.jsonl") == ["test.jsonl"]
