@@ -122,7 +122,7 @@ class Config:
     max_norm: float = 5.0  # times the median norm; tokens over it give way to others; 0: none
     # The run
     device: str = "auto"  # cuda, cuda:1, cpu or mps; auto is cuda where there is one, else cpu
-    dtype: str = "auto"  # of the model; bfloat16, auto on cuda, gives the SAE mixed precision
+    dtype: str = "auto"  # of the model; auto: bfloat16 on cuda; with it the SAE has mixed precision
     out: str = None  # new folder of the result, or of all (default: runs/MODEL-lLAYER-ARCH-...)
     log_every: int = 50  # steps between lines of metrics.jsonl
     save_every: int = 500  # steps between checkpoints; 0 writes one only when stopped
@@ -219,7 +219,7 @@ class Terms(NamedTuple):
     sparsity: torch.Tensor  # ‖f‖₁, unit x
     omega: torch.Tensor  # Ω, unit x⁴
     xhat_BD: torch.Tensor
-    fired_N: torch.Tensor  # which latents are active on a token of the batch
+    fired_N: torch.Tensor  # which latents are active on at least one token of the batch
     f_BN: torch.Tensor = None  # the latents, where they were computed as such an array
 
 
@@ -593,7 +593,7 @@ def gradient_by_blocks(vals_BK, idx_BK, d_sae, weighted=True, cells=1 << 18):
 #     outliers, whose norm is over --max-norm times the median of their round: copies of other
 #     tokens of the round, chosen at random, take their places;
 #     the last tokens of a round, where they fill no batch;
-#     those of what is no text: what is blank, or has \0, and lines that are no JSON.
+#     blank text, text with \0, and lines of a jsonl that are not a JSON object.
 #
 # From here on Part 1 calls Part 2. The helpers that it uses most: `say` tells the user something,
 # once if it is `say_once`. `rank()` is the number of this process and `n_processes()` how many
@@ -613,6 +613,9 @@ def first_id(*ids):
     return [i for i in ids if i is not None][:1]
 
 
+TEXTS_WITHOUT = 10_000  # texts in a row that may give no token
+
+
 def token_contexts(texts, tokenizer, ctx):
     """Contexts of `ctx` token ids: BOS, then the texts one after another, with EOS after each."""
     bos = first_id(tokenizer.bos_token_id, tokenizer.cls_token_id)
@@ -623,7 +626,7 @@ def token_contexts(texts, tokenizer, ctx):
     for text in texts:
         more = tokenizer(text, add_special_tokens=False).input_ids + eos
         without = 0 if more else without + 1
-        if without == LOOKED_AT:
+        if without == TEXTS_WITHOUT:
             raise InputError(f"the tokenizer makes no token of {without:,} texts in a row")
         ids += more
         whole = len(ids) // length * length
@@ -978,7 +981,7 @@ def begin(runs, data, steps):
     for run in runs:
         run.sae.b_dec.data.copy_(median_D)
         start_baseline(run.sae, sample_BD, run.cfg.lam)
-    # `iter`, so that `chain` holds no list of them, and each is freed when it is used up.
+    # `iter`, so that the list is freed after its last batch; `chain` alone would hold it for ever.
     return scale, itertools.chain(iter(first), data)
 
 
@@ -1215,8 +1218,8 @@ ARCHITECTURES = {"topk": SAE, "batchtopk": BatchTopK, "relu": ReLU, "jumprelu": 
 # context. A run of two processes is not that of one: each shuffles only the tokens of its own
 # contexts, so batches are put together differently, and batchtopk selects among a process's own
 # tokens. The first process decides what is in the folder, and alone writes there: nodes need not
-# share it. A signal, or data that can't be read, in one process ends the run in all, between the
-# same two steps (`in_every_process`).
+# share it. From the first step on, a signal, or data that can't be read, in one process ends the
+# run in all, between the same two steps (`in_every_process`).
 JOIN_MINUTES = 10  # that a process waits for the others
 
 
@@ -1324,7 +1327,7 @@ class Stopped(BaseException):
 
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has not all of them
-noted_signals = []
+noted_signals = []  # their numbers and times
 
 
 @contextmanager
@@ -1344,19 +1347,21 @@ def handling_signals(handler):
 
 
 def note_signal(number, frame):
-    """Handles a signal by a note, on which `stop_if_asked` acts. A second one ends the program."""
-    noted_signals.append(number)
-    for name in SIGNALS:
-        other = getattr(signal, name, number)
-        if signal.getsignal(other) is note_signal:
-            signal.signal(other, signal.SIG_DFL)
+    """Notes a signal, on which `stop_if_asked` acts. One that comes over a second later ends the
+    program at once; until then it is taken for the same one, as torchrun hands on to its processes
+    what a scheduler has sent to all."""
+    now = time.monotonic()
+    noted_signals.append((number, now))
+    if now - noted_signals[0][1] > 1:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def stop_if_asked():
     """Raises Stopped where a signal was noted: between two steps, or two passes of the language
     model, when nothing is lost by it."""
     if noted_signals:
-        raise Stopped(noted_signals[0])
+        raise Stopped(noted_signals[0][0])
 
 
 class EndedBetweenSteps(Exception):
@@ -1791,8 +1796,8 @@ def save_checkpoint(path, runs, done, scale):
     This is what --resume promises. A run that goes on from here gets the batches that it would have
     got, and on the same CPU with as many threads the same weights to the bit; a GPU's sums vary in
     their last digits, and so do those of another --device or --lm-batch. All settings but FREE must
-    be the same (--dtype auto is what it was), and so must the number of processes; the first of
-    them has the file. A run that was killed before its first checkpoint starts anew.
+    be the same, --dtype auto being what it is on this machine, and so must the number of processes;
+    the first of them has the file. A run that was killed before its first checkpoint starts anew.
 
     A run finds its place by counting batches. The data, --data-seed and the number of a round fix
     what is in the round, so that `batches` reads again the text of rounds that are over, without
@@ -2067,7 +2072,8 @@ def library_texts():
 def demo_files(folder):
     """Makes the demo's heldout.jsonl, train.jsonl and language model; this takes about 100 s.
 
-    They are made beside their place, so that what is there is whole.
+    They are made beside their place, so that what is there is whole. Of several processes the first
+    makes them: a demo on several nodes needs a SGO_CACHE that they share.
     """
     if folder.exists():
         return
@@ -2149,7 +2155,7 @@ DEMO = {
 
 
 # --------------------------------------------------------------------------------------------- main
-# The other flags are the names of their settings, and of the number of processes there is none.
+# Other flags are named after their settings; the number of processes has none.
 FLAGS = {"d_sae": "--dict", "lam": "--sparsity", "processes": "processes"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHOICES = {
@@ -2198,7 +2204,7 @@ def parse_args(argv):
     for field in dataclasses.fields(Config):
         options = {"dest": field.name, "default": field.default, "help": comments[field.name]}
         if "(default" in comments[field.name]:
-            options["default"] = argparse.SUPPRESS  # of argparse's own line on it
+            options["default"] = argparse.SUPPRESS  # left out of the help; Config's applies
         if field.type is bool:
             options["action"] = "store_true"
         else:
