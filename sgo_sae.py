@@ -403,7 +403,7 @@ class Omega(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, gradient_of):
         with torch.autocast(f.device.type, enabled=False):  # The caller's does not act here.
-            gradient = gradient_of(f)
+            gradient = gradient_of(f.detach())  # or a CPU's threads would record a graph
             ctx.save_for_backward(gradient)
             return (f * gradient).sum() / 4  # Euler
 
