@@ -1718,7 +1718,7 @@ def test_without_a_gradient_a_gpu_takes_pairs_only_where_they_fit(monkeypatch, p
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_gradient_is_computed_without_a_graph(way, monkeypatch):
-    """A CPU's threads would record one, whatever the caller's mode, which takes a quarter longer."""
+    """A CPU's threads would record one, whatever the caller's mode, and take a quarter longer."""
     take(way, monkeypatch)
     name = f"gradient_by_{'blocks' if way == 'pairs' else way}"
     real = getattr(sgo_sae, name)
