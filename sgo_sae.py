@@ -783,7 +783,7 @@ def batches(cfg, reader, skip=0):
 
 # ----------------------------------------------------------------------------------------- training
 DEAD_AFTER = 409_600  # tokens: a latent that was active on none of so many is dead; ours
-SAMPLE = 16384  # tokens from which the scale, the geometric median and the thresholds are taken
+SAMPLE = 16384  # tokens from which the scale, b_dec and the thresholds of baselines are taken
 
 
 def scheduled_alpha(cfg, step, steps):
@@ -818,7 +818,7 @@ class Run:
         self.weighted = cfg.pair_weights == "coactivation"
         dense_penalty = orthogonality if cfg.plain else sgo_penalty_dense
         self.penalty = partial(dense_penalty, weighted=self.weighted)  # Ω of latents f (B, N)
-        average_gradients(self.sae)
+        average_gradients(self.sae)  # It registers hooks, which act in each backward pass.
 
     def terms(self, x_BD):
         """The `Terms` of Eq. 2. Here it is chosen how they are computed: by `method` with --plain,
@@ -846,9 +846,9 @@ class Run:
         2. the terms of Eq. 2, in mixed precision where the language model runs in bfloat16, but not
            with --plain;
         3. the loss, and which latents fired;
-        4. λ of a baseline for the next step, and batchtopk's θ;
-        5. the update: the gradient, its mean over processes (`average_gradients`), the projection
-           of W_dec's gradient, clipping, Adam, unit rows.
+        4. λ of a baseline for the next step, and the threshold of batchtopk;
+        5. the update: the gradient, its mean over processes (by the hooks of `average_gradients`),
+           the projection of W_dec's gradient, clipping, Adam, unit rows.
 
         A gradient that is not finite ends this run, and others go on.
         """
@@ -863,8 +863,8 @@ class Run:
             terms = self.terms(x_BD)
         # 3. With n processes, `update` takes the mean of their gradients. That is right for the two
         # first terms, which are means over the tokens of each. Ω is that of all tokens together,
-        # and each process has its gradient for its own, so that their sum is the whole gradient.
-        # With α times n, their mean is that sum.
+        # and each process gets its gradient only for its own tokens, so that the sum over the
+        # processes is the whole gradient. With α times n, their mean is that sum.
         loss = total_loss(terms, self.lam, self.alpha * n_processes())
         # An auxiliary loss would be added here, as a mean over the tokens of this process. What
         # `terms` has beside the terms is detached. AuxK (Gao et al. 2024), for example, lets dead
@@ -989,7 +989,7 @@ def train(cfgs, folder, device, dtype):
     """Trains autoencoders on the same batches and saves each in its `out`.
 
     Their settings differ in those of LISTS and in `out` alone. Whatever ends the run between two
-    steps leaves a checkpoint, from which --resume goes on.
+    of its steps leaves a checkpoint, from which --resume goes on.
     """
     cfg = cfgs[0]
     # All float32 products of a GPU are in TF32: those of the language model, of training, and of
