@@ -41,6 +41,7 @@ at once. A digit is a size.
 """
 
 import argparse
+import glob
 import hashlib
 import itertools
 import json
@@ -1439,15 +1440,19 @@ NOT_NAMED = ("seed", "data_seed", "lm_batch", "out", "log_every", "save_every", 
 
 
 def digest_of(path):
-    """A digest of the names and contents of a file, or of the files of a folder."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    """A digest of the names and contents of a file, or of the files of a folder or a pattern."""
     total = hashlib.sha256()
-    for file in files:
-        total.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            while block := stream.read(2**24):
-                total.update(block)
+    for place in (
+        [Path(path)]
+        if Path(path).exists()
+        else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    ):
+        inside = sorted(file for file in place.rglob("*") if file.is_file())
+        for file in [place] if place.is_file() else inside:
+            total.update(str(file.relative_to(place)).encode())
+            with file.open("rb") as stream:
+                while block := stream.read(2**24):
+                    total.update(block)
     return total.hexdigest()[:16]
 
 
@@ -1684,7 +1689,7 @@ class Evaluation:
                 if family in TEXT_FAMILIES:
                     config = self.text_config()
                     sgo_sae.check_name(config.dataset)
-                    if Path(config.dataset).exists():
+                    if sgo_sae.is_here(config.dataset):
                         sgo_sae.check_texts(config)
                 if family in TASK_FAMILIES and self.args.probe:
                     list(self.tasks(family))  # it raises and notes what is wrong with the files
@@ -1706,7 +1711,7 @@ class Evaluation:
             for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
                 settings[name] = getattr(config, name)
             settings["contexts"] = args.contexts
-            settings["text"] = digest_of(config.dataset) if Path(config.dataset).exists() else ""
+            settings["text"] = digest_of(config.dataset) if sgo_sae.is_here(config.dataset) else ""
         elif family in TASK_FAMILIES:
             settings.update(train=args.train, test=args.test, seed=args.seed)
             settings["probe"] = {path: digest_of(path) for path in args.probe or ()}
@@ -1824,7 +1829,7 @@ class Evaluation:
         text = agreed(self.subjects, Subject.text, "their text", "--text")
         if text:
             config.dataset, config.subset, config.text_column = text
-        if Path(config.dataset).exists():
+        if sgo_sae.is_here(config.dataset):
             raise InputError(f"give --text: no text of {config.dataset} is known to be held out")
         return config
 

@@ -5337,6 +5337,27 @@ def test_runs_of_several_texts_are_not_measured_on_that_of_the_first(run, tmp_pa
     assert (config.subset, config.text_column, config.ctx) == ("small", "body", 16)
 
 
+def test_a_pattern_of_texts_is_known_by_its_contents(run, texts, tmp_path, capsys):
+    """With --resume figures are measured again where one of its files changed. A run that was
+    trained on a pattern is not measured on it."""
+    shutil.copy(texts, tmp_path / "a.jsonl")
+    shutil.copy(texts, tmp_path / "b.jsonl")
+    folder = copy_of(run, tmp_path / "sae")
+    argv = [folder, "--metrics", "core", "--text", f"{tmp_path}/?.jsonl", "--contexts", "9"]
+    stored = []
+    for change in ("", '{"text": "more"}\n'):
+        with (tmp_path / "b.jsonl").open("a") as file:
+            file.write(change)
+        assert evaluated([*argv, "--resume"]) == 0
+        content = json.loads((folder / "eval.json").read_text())
+        stored.append(content["core"]["settings"]["text"])
+    assert stored[0] != stored[1]
+    trained_on = copy_of(run, tmp_path / "other", dataset_path=f"{tmp_path}/?.jsonl")
+    capsys.readouterr()
+    assert evaluated([trained_on, "--metrics", "core"]) == 2
+    assert "is known to be held out" in capsys.readouterr().err
+
+
 def test_the_column_of_a_text_can_be_chosen(run, texts, tmp_path, capsys):
     rows = [json.loads(line) for line in Path(texts).read_text().splitlines()]
     write_rows(tmp_path / "other.jsonl", [{"body": row["text"], "text": None} for row in rows])
