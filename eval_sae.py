@@ -14,24 +14,27 @@ none has any, or where the call can't be carried out.
 The sections, in this order:
 
     figures        every figure: its name, which direction is better, what it means
-    text           core and behaviour: how well the reconstruction stands for the activation
+    model          the language model, and reading it
+
+    core           how well the reconstruction stands for the activation
+    behaviour      what the language model makes of the reconstruction
     competition    which latents are active together more often than chance
-    probes         linear probes, and sparse probing
+    probes, tasks  what the next two families share: linear probes, and labelled texts
+    probe          sparse probing
     scr            spurious correlation removal
     absorption     latents that take over what another should say
-    tasks          the labelled texts of probing and SCR
-    model          the language model, and reading it
-    autoencoders   everybody's files, and the interface that SAEBench asks for
+
+    autoencoders   everybody's files, and what SAEBench asks of them
     results        what is measured of an autoencoder, and eval.json
-    evaluation     one method for each family
+    evaluation     what the families share, and one of them measured after another
     table          means, differences and intervals
     page           the HTML page
     main           from the command line to the table
 
-A call goes from the end to the beginning. `work` in main makes a Subject of each autoencoder, and
-lets an Evaluation measure one family after another. A family's method reads the model for all
-autoencoders together, and hands tensors to the functions of the first sections, which open no
-files.
+Each family is a section that can be read alone. Its last function, measure_NAME, is where it
+begins: it takes the Evaluation, which has the language model and the text, and the Subjects, which
+have an autoencoder each; it hands tensors to the functions above it; and it returns what was Found.
+`work` in main makes the Subjects and the Evaluation, which measures one family after another.
 
 Shapes are named as in sgo_sae.py: B tokens, texts or contexts of a batch, L positions, R contexts,
 D hidden size, N latents. Besides, T are all tokens, texts or words of a measurement and U those of
@@ -40,7 +43,7 @@ letters of the alphabet, S latents that were selected, and I latents that are pa
 at once. A digit is a size.
 """
 
-import argparse
+import dataclasses
 import glob
 import hashlib
 import itertools
@@ -50,11 +53,13 @@ import random
 import re
 import string
 import sys
-import time
+import tempfile
+import traceback
 import types
 import zlib
 from collections import Counter
-from functools import cache, cached_property, partial
+from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,39 +74,7 @@ from torch import nn
 import sgo_sae
 from sgo_sae import InputError
 
-FAMILIES = ("core", "behaviour", "competition", "probe", "scr", "absorption")
-LONG = 600  # seconds of work ahead that are announced
-
-
-def each(work, desc, advice=""):
-    """Yields the parts of the work, beside a progress bar.
-
-    Where much of it is ahead, one line says how long that will take. The advice is how to shorten
-    it.
-    """
-    start = time.monotonic()
-    is_judged = False
-    for done, part in enumerate(sgo_sae.progress_bar(work, desc=desc, leave=False)):
-        sgo_sae.stop_if_asked()
-        if done and not is_judged:
-            spent = time.monotonic() - start
-            is_judged = spent > LONG / 30  # then it is known how long a part takes
-            ahead = spent / done * (len(work) - done)
-            if is_judged and ahead > LONG:
-                sgo_sae.say(f"\n{desc} alone: about {ahead / 3600:.1f} hours. {advice}")
-        yield part
-
-
 # ------------------------------------------------------------------------------------------ figures
-class Figure(NamedTuple):
-    """Figures of one kind."""
-
-    family: str
-    names: tuple
-    better: str  # ↑ where more is better, ↓ where less is, empty where neither is
-    meaning: str
-
-
 PROBE_SIZES = (1, 2, 5, 20)  # latents in a probe; 20 is ours
 SCR_SIZES = (2, 5, 10, 20, 50, 100, 500)  # latents that SCR ablates
 RARE = 20  # latents that are active on fewer tokens are not compared with others; ours
@@ -109,101 +82,52 @@ DENSE = 0.1  # latents that are active on a larger share of the tokens are dense
 OVER_CHANCE = 0.5  # a pair competes where its w is over chance by more than that; ours
 
 
-def sized(name, sizes):
-    """The names of the figures of several sizes."""
-    return tuple(f"{name}_{size}" for size in sizes)
+class Figure(NamedTuple):
+    """A figure, or one of several sizes."""
+
+    family: str
+    name: str  # in eval.json, where _1, _2, ... follow for sizes
+    better: str  # ↑ where more is better, ↓ where less is, – where neither is
+    meaning: str
 
 
-# The order is that of the table, and names are those of eval.json. A new figure takes an entry, and
-# the same name in what the function of its family returns.
-FIGURES = (
-    Figure(
-        "core",
-        ("explained_variance",),
-        "↑",
-        "share of x's variance that x̂ explains; SAEBench takes the mean of x² for that of x",
-    ),
-    Figure("core", ("mse",), "↓", "squared error per element, in the model's units"),
-    Figure(
-        "core",
-        ("mse_benchmark",),
-        "↓",
-        "a token's squared error divided by the tokens of 16 contexts, as SAEBench reports it",
-    ),
-    Figure("core", ("cosine",), "↑", "cosine of x and x̂, mean over the tokens; 1 is the best"),
-    Figure("core", ("l0",), "", "active latents of a token"),
-    Figure("core", ("l1",), "", "sum of a token's latents"),
-    Figure("core", ("norm_ratio",), "", "‖x̂‖ / ‖x‖, mean over the tokens; 1 is no shrinkage"),
-    Figure("core", ("bias",), "", "Σ‖x̂‖² / Σ⟨x, x̂⟩; 1 is no bias of x̂'s length"),
-    Figure("core", ("never_fire",), "↓", "share of the latents that are active on no token"),
-    Figure("core", ("dense",), "↓", f"share of the latents active on over {DENSE:.0%} of tokens"),
-    Figure(
-        "core",
-        ("penalty_share",),
-        "",
-        "αΩ over the reconstruction term, the last tenth of the training's log; 0 is no penalty",
-    ),
-    Figure(
-        "behaviour",
-        ("ce_score",),
-        "↑",
-        "of the cross-entropy that zero in the place of x costs, the share that x̂ saves",
-    ),
-    Figure("behaviour", ("kl_score",), "↑", "the same for the KL divergence; 1 is the best"),
-    Figure("behaviour", ("ce_clean", "ce_zero"), "", "cross-entropy, nats, with x and with zero"),
-    Figure("behaviour", ("ce_sae",), "↓", "cross-entropy, nats, with x̂ in the place of x"),
-    Figure("behaviour", ("kl_zero",), "", "KL divergence from the model's, nats, with zero"),
-    Figure("behaviour", ("kl_sae",), "↓", "KL divergence from the model's, nats, with x̂"),
-    Figure(
-        "competition",
-        ("pairs_over_chance",),
-        "↓",
-        "pairs of latents that share over half of the rarer one's tokens beyond what chance gives",
-    ),
-    Figure("competition", ("share_over_chance",), "↓", "their share of all pairs compared"),
-    Figure("competition", ("compared",), "", "latents that are compared, neither rare nor dense"),
-    Figure("competition", ("rare",), "↓", f"share of the latents active on under {RARE} tokens"),
-    Figure(
-        "competition",
-        ("mean_max_cos",),
-        "↓",
-        "largest |cosine| of a decoder row with another, mean over the latents",
-    ),
-    Figure(
-        "probe",
-        sized("latents", PROBE_SIZES),
-        "↑",
-        "accuracy of a probe on the latents whose means differ most; chance is 0.5",
-    ),
-    Figure(
-        "probe",
-        sized("standardised", PROBE_SIZES),
-        "↑",
-        "the same on those whose means differ most in standard deviations; chance is 0.5",
-    ),
-    Figure("probe", ("latents_all",), "↑", "accuracy of a probe on all latents; chance is 0.5"),
-    Figure(
-        "probe",
-        sized("x", PROBE_SIZES) + ("x_all",),
-        "",
-        "accuracy on dimensions of x itself, whatever the autoencoder; chance is 0.5",
-    ),
-    Figure(
-        "scr",
-        sized("scr", SCR_SIZES),
-        "↑",
-        "of the accuracy that bias costs a probe, the share that ablating latents gives back",
-    ),
-    Figure(
-        "absorption",
-        ("absorption",),
-        "↓",
-        "share of a first letter's direction that other latents than the letter's carry",
-    ),
-    Figure("absorption", ("full",), "↓", "share of words on which one other latent carries it"),
-    Figure("absorption", ("split_latents",), "", "latents that share a letter"),
-    Figure("absorption", ("letters",), "", "letters that are scored, of 26"),
-)
+# The order is that of the table. A new figure takes a line here, and the same name in what the
+# function of its family returns.
+LINES = f"""
+core         explained_variance  ↑  share of x's variance that x̂ explains
+core         mse                 ↓  squared error per element, in the model's units
+core         mse_benchmark       ↓  the same by SAEBench: of a token, over the tokens of 16 contexts
+core         cosine              ↑  cosine of x and x̂, mean over the tokens; 1 is the best
+core         l0                  –  active latents of a token
+core         l1                  –  sum of a token's latents
+core         norm_ratio          –  ‖x̂‖ / ‖x‖, mean over the tokens; 1 is no shrinkage
+core         bias                –  Σ‖x̂‖² / Σ⟨x, x̂⟩; 1 is no bias of x̂'s length
+core         never_fire          ↓  share of the latents that are active on no token
+core         dense               ↓  share of the latents active on over {DENSE:.0%} of the tokens
+behaviour    ce_score            ↑  share that x̂ saves of the cross-entropy that zero for x costs
+behaviour    kl_score            ↑  the same for the KL divergence; 1 is the best
+behaviour    ce_clean            –  cross-entropy, nats, with x
+behaviour    ce_zero             –  cross-entropy, nats, with zero in the place of x
+behaviour    ce_sae              ↓  cross-entropy, nats, with x̂ in the place of x
+behaviour    kl_zero             –  KL divergence from the model's, nats, with zero
+behaviour    kl_sae              ↓  KL divergence from the model's, nats, with x̂
+competition  pairs_over_chance   ↓  pairs of latents whose w is over chance by over {OVER_CHANCE}
+competition  share_over_chance   ↓  their share of all pairs compared
+competition  compared            –  latents that are compared, neither rare nor dense
+competition  rare                ↓  share of the latents active on under {RARE} tokens
+competition  mean_max_cos        ↓  largest |cosine| of a decoder row with another, on average
+probe        latents             ↑  accuracy of a probe on the latents whose means differ most
+probe        standardised        ↑  the same on those that differ most in standard deviations
+probe        latents_all         ↑  accuracy of a probe on all latents
+probe        x                   –  accuracy on dimensions of x itself, whatever the autoencoder
+probe        x_all               –  accuracy on all dimensions of x; chance is 0.5 for all probes
+scr          scr                 ↑  share of the accuracy lost by bias that ablation gives back
+absorption   absorption          ↓  share of a letter's direction that others than its latents carry
+absorption   full                ↓  share of words on which one other latent carries it
+absorption   split_latents       –  latents that share a letter
+absorption   letters             –  letters that are scored, of 26
+"""
+FIGURES = [Figure(*line.split(maxsplit=3)) for line in LINES.strip().splitlines()]
 
 
 def ratio(part, whole):
@@ -216,9 +140,87 @@ def mean_of(dicts):
     return pandas.DataFrame(dicts, dtype=float).mean(skipna=False).to_dict()
 
 
-# --------------------------------------------------------------------------------------------- text
+class Part(NamedTuple):
+    """Figures of an autoencoder on one text or task."""
+
+    task: str
+    seed: int  # of the sample of texts or words; 0 where there is one alone
+    figures: dict
+
+
+class Found(NamedTuple):
+    """What was found of a family."""
+
+    parts: list  # for each autoencoder, a list of Parts
+    sample: dict  # how many texts, tokens or words were used
+    notes: list  # what a reader of the figures has to know
+    is_whole: bool  # whether all was measured that was asked for
+
+
+def each(work, desc):
+    """Yields the parts of the work, beside a progress bar. A signal stops it between two."""
+    for part in sgo_sae.progress_bar(work, desc=desc, leave=False):
+        sgo_sae.stop_if_asked()
+        yield part
+
+
+# -------------------------------------------------------------------------------------------- model
+class LanguageModel:
+    """A language model, whole if it has a head, the layer that is read, and its tokenizer."""
+
+    def __init__(self, name, layer, device, dtype, ctx=2):
+        from transformers import AutoConfig
+
+        sgo_sae.check_name(name)
+        # A RUN may name it otherwise than the Hub; SAELens's have TransformerLens's names.
+        with sgo_sae.loading(f"{name}, the language model (--model gives another),"):
+            saved_as = str(AutoConfig.from_pretrained(name).architectures)
+        # The names of classes that have a head that predicts the next token.
+        self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
+        loaded = sgo_sae.load_lm(name, layer, device, dtype, ctx, whole=self.has_head)
+        self.lm = loaded.lm
+        self.layer = loaded.layer
+        self.tokenizer = loaded.tokenizer
+        self.width = self.lm.config.get_text_config().hidden_size
+        self.bos_ids = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
+
+    def ids(self, lists):
+        """Token ids (B, L) on the device, padded on the right with -1."""
+        parts = [torch.tensor(ids, dtype=torch.long) for ids in lists]
+        ids_BL = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
+        n_tokens = self.lm.get_input_embeddings().num_embeddings
+        if ids_BL.max() >= n_tokens:
+            raise InputError(
+                f"the tokenizer gives the id {ids_BL.max()} of {n_tokens} in the model"
+            )
+        return ids_BL.to(self.lm.device)
+
+    def kept(self, ids_BL):
+        """The positions (B, L) that count: all but the first, special tokens and the padding."""
+        return sgo_sae.kept_tokens(ids_BL, self.tokenizer) & (ids_BL >= 0)
+
+    def read(self, ids_BL):
+        """The layer's output (B, L, D); the padding changes none of it."""
+        is_padded = bool((ids_BL < 0).any())
+        inputs = {"attention_mask": (ids_BL >= 0).long()} if is_padded else {}
+        try:
+            x_BLD = sgo_sae.layer_output(self.lm, self.layer, ids_BL.clamp(min=0), **inputs)
+        except IndexError as error:  # of a table of positions
+            raise InputError(f"the model can't read {ids_BL.shape[1]} tokens at once") from error
+        if not x_BLD[self.kept(ids_BL)].isfinite().all():
+            raise InputError("the model's activations are not finite; try --dtype float32")
+        return x_BLD
+
+    def batches(self, lists, desc, batch=64):
+        """The rows and token ids (B, L) of batches of similar length."""
+        order = sorted(range(len(lists)), key=lambda t: len(lists[t]))
+        for start in each(range(0, len(order), batch), desc):
+            rows = order[start : start + batch]
+            yield rows, self.ids([lists[t] for t in rows])
+
+
+# --------------------------------------------------------------------------------------------- core
 BENCHMARK_CONTEXTS = 16  # contexts in a batch of SAEBench's evaluation
-MAX_LOGITS = 2**27  # logits at once; in float32 they are 0.5 GB, four contexts of Gemma-2
 
 
 @torch.no_grad()
@@ -226,6 +228,7 @@ def reconstruction(sae, x_TD, per_context=127):
     """How well x̂ stands for x over all tokens: a dict of figures.
 
     FIGURES says what each means. `per_context` is how many tokens of a context count on average.
+    (SAEBench's explained variance takes the mean of x² for that of x, in its variance.)
     """
     x_TD = x_TD.float()
     T, D = x_TD.shape
@@ -253,6 +256,22 @@ def reconstruction(sae, x_TD, per_context=127):
         "dense": (fired_N > DENSE * T).float().mean(),
     }
     return {name: figure.item() for name, figure in figures.items()}
+
+
+def measure_core(evaluation, subjects):
+    """Reconstruction of the text's activations: what was Found."""
+    contexts = evaluation.contexts
+    x_TD = evaluation.activations[contexts.kept_RL]
+    per_context = len(x_TD) / len(contexts.kept_RL)
+    parts = []
+    for subject in each(subjects, "core"):
+        figures = reconstruction(subject.sae, x_TD, per_context)
+        parts.append([Part("text", 0, figures)])
+    return Found(parts, contexts.sample, contexts.notes, is_whole=True)
+
+
+# ---------------------------------------------------------------------------------------- behaviour
+MAX_LOGITS = 2**27  # logits at once; in float32 they are 0.5 GB, four contexts of Gemma-2
 
 
 def unchanged(x_BLD, kept_BL):
@@ -291,7 +310,7 @@ def behaviour(lm, layer, saes, ids_RL, kept_RL):
     vocabulary = lm.config.get_text_config().vocab_size
     rows = max(1, MAX_LOGITS // (ids_RL.shape[1] * vocabulary))
     parts = list(zip(ids_RL.split(rows), kept_RL.split(rows)))
-    for ids_BL, kept_BL in each(parts, "behaviour", "Fewer --contexts take less."):
+    for ids_BL, kept_BL in each(parts, "behaviour"):
         clean_EV = log_probabilities(lm, layer, ids_BL, kept_BL, unchanged)
         clean_sum += cross_entropy(clean_EV, ids_BL, kept_BL)
         for n, replace in enumerate(replacements):
@@ -321,7 +340,7 @@ def log_probabilities(lm, layer, ids_BL, kept_BL, replace):
     """Log-probabilities (E, V) of the token after each that counts, with replace(x) for x."""
 
     def hook(module, args, output):
-        if isinstance(output, tuple):
+        if isinstance(output, (tuple, list)):  # OpenAI-GPT's layers return a list
             return (replace(output[0], kept_BL), *output[1:])
         return replace(output, kept_BL)
 
@@ -340,8 +359,19 @@ def cross_entropy(log_p_EV, ids_BL, kept_BL):
     return F.nll_loss(log_p_EV, next_BL[kept_BL], reduction="none").double().sum().item()
 
 
+def measure_behaviour(evaluation, subjects):
+    """What the language model makes of the text's reconstruction: what was Found."""
+    model = evaluation.model
+    if not model.has_head:
+        raise InputError("the model has no language-model head")
+    contexts = evaluation.contexts
+    saes = [subject.sae for subject in subjects]
+    found = behaviour(model.lm, model.layer, saes, contexts.ids_RL, contexts.kept_RL)
+    parts = [[Part("text", 0, figures)] for figures in found]
+    return Found(parts, contexts.sample, contexts.notes, is_whole=True)
+
+
 # -------------------------------------------------------------------------------------- competition
-MAX_COUNTED = 2**23  # co-activations that are counted at once
 MAX_PAIRS = 2**22  # pairs of latents whose counts are held at once
 
 
@@ -357,10 +387,9 @@ class Pairs(NamedTuple):
 
 
 class Activity(NamedTuple):
-    """Which latents are active on which tokens.
+    """Which latents are active on which tokens, on the CPU.
 
-    tokens[e] and latents[e] are entry e: a token, and a latent that is active on it. Entries are in
-    the order of their tokens, and those of a token in the order of its latents.
+    tokens[e] and latents[e] are entry e: a token, and a latent that is active on it.
     """
 
     n_tokens: int
@@ -384,7 +413,7 @@ def activity_of(sae, x_TD):
     """The Activity of an autoencoder's latents on all tokens."""
     parts = []
     for start in range(0, len(x_TD), 2048):
-        active = (sae.encode(x_TD[start : start + 2048].float()) > 0).nonzero()
+        active = (sae.encode(x_TD[start : start + 2048].float()) > 0).nonzero().cpu()
         active[:, 0] += start
         parts.append(active)
     tokens, latents = torch.cat(parts).T
@@ -393,44 +422,31 @@ def activity_of(sae, x_TD):
 
 
 def compared_pairs(activity):
-    """Yields the Pairs of compared latents, part by part. No array has the size of N × N.
+    """Yields the Pairs of compared latents, part by part.
 
+    The counts are the product of the activity, 0 or 1, with itself, as in `coactivation_weights`.
+    It is sparse here, and some of its rows at once, so that no array has the size of N × N.
     Independent latents share |M_i| |M_j| / T tokens on average, so that their w is on average
     max(|M_i|, |M_j|) / T.
     """
     numbers = activity.compared
     S = len(numbers)
-    if S < 2:
-        return
     # From here on, latents are numbered among those that are compared.
     fired_S = activity.fired_N[numbers]
     number_N = torch.full_like(activity.fired_N, -1)
-    number_N[numbers] = torch.arange(S, device=numbers.device)
+    number_N[numbers] = torch.arange(S)
     latents = number_N[activity.latents]
-    tokens = activity.tokens[latents >= 0]
-    latents = latents[latents >= 0]
-    # An entry forms a pair i < j with each entry of its token that follows it. Token t has its
-    # entries before end_T[t], and latent i has its own before end_S[i] of entry_by_latent.
-    end_T = torch.bincount(tokens, minlength=activity.n_tokens).cumsum(0)
-    entry_by_latent = latents.argsort(stable=True)
-    end_S = fired_S.cumsum(0)
-    for rows_I in torch.arange(S, device=numbers.device).split(max(1, MAX_PAIRS // S)):
-        first = int(rows_I[0])
-        entries = entry_by_latent[int(end_S[first] - fired_S[first]) : int(end_S[rows_I[-1]])]
-        n_follow = end_T[tokens[entries]] - entries - 1
-        shared = torch.zeros(len(rows_I) * S, dtype=torch.long, device=numbers.device)
-        part_of = n_follow.cumsum(0) // MAX_COUNTED
-        for part in part_of.unique():
-            own = entries[part_of == part]
-            n = n_follow[part_of == part]
-            row = (latents[own] - first).repeat_interleave(n)
-            # Entry 5 with 2 that follow and entry 9 with 3 give 6, 7, 10, 11, 12.
-            start = own + 1 - (n.cumsum(0) - n)
-            follow = start.repeat_interleave(n) + torch.arange(len(row), device=row.device)
-            shared += torch.bincount(row * S + latents[follow], minlength=len(shared))
-        row, j = shared.view(-1, S).nonzero().T
-        i = row + first
-        shared = shared.view(-1, S)[row, j].float()
+    is_compared = latents >= 0
+    where = torch.stack([latents[is_compared], activity.tokens[is_compared]])
+    ones = torch.ones(where.shape[1])
+    active_ST = torch.sparse_coo_tensor(where, ones, (S, activity.n_tokens)).coalesce()
+    active_TS = active_ST.T.coalesce()
+    for rows_I in torch.arange(S).split(max(1, MAX_PAIRS // max(S, 1))):
+        shared_IS = torch.sparse.mm(active_ST.index_select(0, rows_I), active_TS).coalesce()
+        row, j = shared_IS.indices()
+        i = rows_I[row]
+        once = i < j
+        i, j, shared = i[once], j[once], shared_IS.values()[once]
         w = shared / torch.minimum(fired_S[i], fired_S[j])
         chance = torch.maximum(fired_S[i], fired_S[j]) / activity.n_tokens
         yield Pairs(numbers[i], numbers[j], shared, w, chance)
@@ -469,10 +485,17 @@ def nearest_cosine(W_dec_ND):
     return torch.cat(nearest)
 
 
+def measure_competition(evaluation, subjects):
+    """Competition of latents on the text: what was Found."""
+    contexts = evaluation.contexts
+    x_TD = evaluation.activations[contexts.kept_RL]
+    parts = []
+    for subject in each(subjects, "competition"):
+        parts.append([Part("text", 0, competition(subject.sae, x_TD))])
+    return Found(parts, contexts.sample, contexts.notes, is_whole=True)
+
+
 # ------------------------------------------------------------------------------------------- probes
-FULL_PROBE = {"epochs": 100, "batch": 250, "lr": 1e-2}  # SAEBench's, on all latents
-
-
 class Probe(NamedTuple):
     """A linear probe: positive where w·x + b > 0."""
 
@@ -549,6 +572,306 @@ def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, pat
 def accuracy(x_TD, y_T, probe):
     """The share of texts whose label the probe tells."""
     return (probe.is_positive(x_TD) == y_T.bool()).float().mean().item()
+
+
+# -------------------------------------------------------------------------------------------- tasks
+# The texts of a task are a pandas frame with the columns text, label, attribute (0 where there is
+# none) and is_test, in the order of their source.
+FEWEST_TEXTS = 20  # of each label, and of each attribute of it, to train and to test on; ours
+TASK_LENGTH = 128  # tokens of a text of a task, as in SAEBench
+
+
+def held_out(name, every):
+    """Whether a file or a text of that name is one of those to test on: one of `every`."""
+    return zlib.crc32(name.encode()) % every == 0
+
+
+def demo_frame():
+    """The demo's texts, paragraphs of the standard library.
+
+    The label is the package, one of the five that have most texts in their smallest combination of
+    attribute and part. The attribute is whether the paragraph has a docstring. No file has texts of
+    both parts.
+    """
+    files = pandas.DataFrame(sgo_sae.library_texts(), columns=["file", "text"])
+    files["is_test"] = files["file"].map(lambda file: held_out(file, 3))
+    files["label"] = files["file"].str.split("/").str[0]
+    files["text"] = files["text"].str.split("\n\n")
+    frame = files.explode("text", ignore_index=True)
+    frame = frame[frame["text"].str.len() > 80].copy()
+    frame["attribute"] = frame["text"].str.contains('"""')
+    sizes = frame.groupby(["label", "attribute", "is_test"]).size()
+    smallest = sizes.unstack(["attribute", "is_test"], fill_value=0).min(axis=1)
+    return frame[frame["label"].isin(smallest.nlargest(5).index)]
+
+
+def file_frame(path):
+    """The texts of a local file with the columns text, label and, for SCR, attribute.
+
+    A fifth of them are test texts. An empty cell is no label, whatever the file's format.
+    """
+    config = sgo_sae.Config(dataset=path)
+    sgo_sae.check_name(path)
+    with sgo_sae.loading(path):
+        rows = sgo_sae.open_dataset(config, ("text", "label", "attribute"))
+        frame = pandas.DataFrame(list(rows))
+    if not {"text", "label"} <= set(frame):
+        columns = next(iter(sgo_sae.open_dataset(config)), {})
+        found = ", ".join(map(str, columns)) or "nothing"
+        raise InputError(f"{path} needs the columns text and label, and has {found}")
+    frame = frame[frame["text"].map(sgo_sae.is_text)].copy()
+    for column in frame.columns.intersection(["label", "attribute"]):
+        frame[column] = frame[column].replace("", None)
+        n_empty = frame[column].isna().sum()
+        if n_empty:
+            sgo_sae.say_once(f"{path}: {n_empty} texts have no {column}, and are left out")
+    frame = frame[frame["label"].notna()].copy()
+    for column in frame.columns.intersection(["label", "attribute"]):
+        kinds = {type(value) for value in frame[column].dropna()}
+        for kind in kinds - {str, int, float, bool}:
+            raise InputError(f"{path}: its column {column} has values of the kind {kind.__name__}")
+        if str in kinds and len(kinds) > 1:
+            frame[column] = frame[column].map(str, na_action="ignore")
+    frame["is_test"] = frame["text"].map(lambda text: held_out(text, 5))
+    return frame
+
+
+# Of the datasets of SAEBench: the name on the Hub, and the columns of text, label and attribute.
+BIOS = ("LabHC/bias_in_bios", "hard_text", "profession", "gender")
+AMAZON = ("canrager/amazon_reviews_mcauley_1and5", "text", "category", "rating")
+SENTIMENT = ("canrager/amazon_reviews_mcauley_1and5", "text", "rating", None)
+NEWS = ("fancyzhx/ag_news", "text", "label", None)
+EUROPARL = ("Helsinki-NLP/europarl", "translation", None, None)
+LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
+
+
+def hub_frame(source, classes):
+    """The texts of one of SAEBench's datasets, the labels being the positions of their classes."""
+    import datasets
+
+    name, text, label, attribute = source
+    parts = []
+    with sgo_sae.loading(name):
+        if source == EUROPARL:  # it has no test split, and a configuration for each language
+            for n, (language, subset) in enumerate(LANGUAGES.items()):
+                rows = datasets.load_dataset(name, subset, split="train[:4000]").to_pandas()
+                rows["text"] = rows[text].str.get(language)  # the column has dicts
+                rows["label"] = n
+                rows["attribute"] = 0
+                rows["is_test"] = rows.index % 5 == 0
+                parts.append(rows)
+        else:
+            for split in ("train", "test"):
+                rows = datasets.load_dataset(name, split=split).to_pandas()
+                rows = rows[rows[label].isin(classes)]
+                columns = {
+                    "text": rows[text],
+                    "label": rows[label].map(classes.index),
+                    "attribute": rows[attribute] if attribute else 0,
+                }
+                parts.append(pandas.DataFrame({**columns, "is_test": split == "test"}))
+    return pandas.concat(parts)
+
+
+def task_frames(files, demo, benchmark):
+    """For each task, its name and a function that gives its frame: of one's own files, of the demo,
+    or of the benchmark's sources."""
+    if files:
+        stems = Counter(Path(path).stem for path in files)
+        frames = {}
+        for path in files:  # files of the same name are told apart by their paths
+            name = Path(path).stem if stems[Path(path).stem] == 1 else path
+            frames[name] = partial(file_frame, path)
+        return frames
+    if demo:
+        return {"packages": demo_frame}
+    return {name: partial(hub_frame, *source) for name, source in benchmark.items()}
+
+
+class Sample(NamedTuple):
+    """Texts that were drawn for a task with a seed, those to train on first."""
+
+    seed: int
+    frame: pandas.DataFrame
+    notes: list  # what lacked
+
+
+def cell_sizes(frame):
+    """How many texts there are of each (is_test, label, attribute); InputError where too few."""
+    n_labels = frame["label"].nunique()
+    if n_labels < 2:
+        raise InputError(f"two labels are needed, and it has {n_labels}")
+    sizes = frame.groupby(["is_test", "label", "attribute"]).size()
+    cells = itertools.product((False, True), sizes.index.levels[1], sizes.index.levels[2])
+    sizes = sizes.reindex(pandas.MultiIndex.from_tuples(cells, names=sizes.index.names))
+    sizes = sizes.fillna(0).astype(int)
+    if sizes.min() < FEWEST_TEXTS:
+        raise InputError(lack_of(sizes, sizes.idxmin(), FEWEST_TEXTS))
+    return sizes
+
+
+def lack_of(sizes, cell, wanted):
+    """Says that one of the `cell_sizes` is less than what is wanted."""
+    is_test, label, attribute = cell
+    part = "test" if is_test else "training"
+    of = f"the label {label}"
+    if sizes.index.get_level_values("attribute").nunique() > 1:
+        of += f" with the attribute {attribute}"
+    return f"{of} has {sizes[cell]} {part} texts, and {wanted} are needed"
+
+
+def numbered(chosen):
+    """The chosen texts, those to train on first, labels and attributes numbered in sorted order."""
+    chosen = chosen.sort_values("is_test", kind="stable", ignore_index=True)
+    for column in ("label", "attribute"):
+        chosen[column] = pandas.factorize(chosen[column], sort=True)[0]
+    return chosen
+
+
+class Texts(NamedTuple):
+    """Texts that the language model has read, each once, for all autoencoders and samples.
+
+    Their mean latents are in files, so that memory holds those of one autoencoder at a time.
+    """
+
+    row_of: dict  # of a text, its row
+    x_TD: torch.Tensor  # mean activations
+    files: list  # of each autoencoder, with mean latents (T, N) in float32
+
+    def latents(self, n):
+        """Mean latents (T, N) of the n-th autoencoder."""
+        f_TN = numpy.fromfile(self.files[n], dtype=numpy.float32)
+        return torch.from_numpy(f_TN).view(len(self.x_TD), -1)
+
+
+@torch.no_grad()
+def read_texts(model, saes, texts, folder, desc):
+    """The Texts, whose files go to the folder.
+
+    A mean is over a text's tokens that count, among its first TASK_LENGTH ones, BOS included. It is
+    0 where there is none.
+    """
+    ids = model.tokenizer(texts, add_special_tokens=False).input_ids
+    ids = [model.bos_ids + i[: TASK_LENGTH - len(model.bos_ids)] for i in ids]
+    ids = [i or [0] for i in ids]  # the first token does not count, whatever it is
+    row_of = {}
+    parts = []
+    files = [Path(folder, str(n)) for n in range(len(saes))]
+    for rows, ids_BL in model.batches(ids, desc):
+        kept_BL = model.kept(ids_BL)
+        share_BL1 = (kept_BL / kept_BL.sum(1, keepdim=True).clamp(min=1))[..., None]
+        x_BLD = model.read(ids_BL).float().masked_fill(~kept_BL[..., None], 0)
+        for t in rows:
+            row_of[texts[t]] = len(row_of)
+        parts.append((x_BLD * share_BL1).sum(1).cpu())
+        for sae, file in zip(saes, files):
+            f_BN = (sae.encode(x_BLD) * share_BL1).sum(1)
+            with file.open("ab") as stream:
+                f_BN.cpu().numpy().tofile(stream)
+    return Texts(row_of, torch.cat(parts), files)
+
+
+class TaskInputs(NamedTuple):
+    """What is measured of a Sample: a row for each of its texts, those to train on first."""
+
+    seed: int
+    label_T: torch.Tensor
+    attribute_T: torch.Tensor
+    n_train: int
+    x_TD: torch.Tensor  # mean activations
+    rows_T: torch.Tensor  # where the texts are in Texts
+
+
+def inputs_of(sample, texts, device):
+    """The TaskInputs of a Sample, whose texts are among `texts`."""
+    frame = sample.frame
+    rows_T = torch.tensor([texts.row_of[text] for text in frame["text"]])
+    return TaskInputs(
+        seed=sample.seed,
+        label_T=torch.tensor(frame["label"].to_numpy(), device=device),
+        attribute_T=torch.tensor(frame["attribute"].to_numpy(), device=device),
+        n_train=int((~frame["is_test"]).sum()),
+        x_TD=texts.x_TD[rows_T].to(device),
+        rows_T=rows_T,
+    )
+
+
+def measure_tasks(evaluation, subjects, benchmark, draw, prepare, score):
+    """What was Found of a family of tasks. A task that can't be had, or measured, costs itself.
+
+    With each seed, `draw` makes a Sample of a task's texts, `prepare` makes of its TaskInputs what
+    is the same for all autoencoders, and `score` gives the figures of one of them.
+    """
+    args = evaluation.args
+    parts = [[] for _ in subjects]
+    sizes = {}
+    notes = []
+    lacks = []
+    for task, load in task_frames(args.probe, evaluation.demo, benchmark).items():
+        try:
+            frame = load()
+            samples = [draw(frame, args.train, args.test, seed) for seed in args.seed]
+            every = dict.fromkeys(itertools.chain(*[sample.frame["text"] for sample in samples]))
+            saes = [subject.sae for subject in subjects]
+            with tempfile.TemporaryDirectory() as folder:
+                texts = read_texts(evaluation.model, saes, list(every), folder, task)
+                inputs = [inputs_of(sample, texts, evaluation.device) for sample in samples]
+                prepared = [prepare(own) for own in inputs]
+                for n in each(range(len(subjects)), task):
+                    all_latents = texts.latents(n)
+                    for own, common in zip(inputs, prepared):
+                        f_TN = all_latents[own.rows_T].to(evaluation.device)
+                        figures = score(own, common, f_TN, saes[n])
+                        parts[n].append(Part(task, own.seed, figures))
+        except InputError as error:
+            lacks.append(f"{task} is left out: {error}")
+            continue
+        for sample, own in zip(samples, inputs):
+            sizes[task] = {"train": own.n_train, "test": len(own.x_TD) - own.n_train}
+            lacking = list(sample.notes)
+            n_empty = (own.x_TD == 0).all(1).sum().item()
+            if n_empty:
+                lacking.append(f"{n_empty} texts have no token that counts, and are zeros")
+            notes += [f"{task}: {note}" for note in lacking]
+    if not any(parts):
+        raise InputError("; ".join(lacks))
+    return Found(parts, sizes, list(dict.fromkeys(notes)) + lacks, is_whole=not lacks)
+
+
+# -------------------------------------------------------------------------------------------- probe
+# The numbers of the classes are those of SAEBench's dataset_info.py.
+PROBING = {
+    "bias_in_bios 1": (BIOS, [0, 1, 2, 6, 9]),
+    "bias_in_bios 2": (BIOS, [11, 13, 14, 18, 19]),
+    "bias_in_bios 3": (BIOS, [20, 21, 22, 25, 26]),
+    "amazon category": (AMAZON, [1, 2, 3, 5, 6]),
+    "amazon sentiment": (SENTIMENT, [1.0, 5.0]),
+    "ag_news": (NEWS, [0, 1, 2, 3]),
+    "europarl": (EUROPARL, [*LANGUAGES]),
+}
+LEFT_OUT = "github-code is left out, since `datasets` does not load it any more"
+FULL_PROBE = {"epochs": 100, "batch": 250, "lr": 1e-2}  # SAEBench's, on all latents
+
+
+def probing_sample(frame, train, test, seed):
+    """A Sample of `train` and `test` random texts of each label, as many of each attribute.
+
+    Where one label, with one attribute, has fewer texts than that, each has as many as it.
+    """
+    sizes = cell_sizes(frame)
+    n_attributes = frame["attribute"].nunique()
+    chosen = []
+    notes = []
+    for is_test, per_label in ((False, train), (True, test)):
+        groups = frame[frame["is_test"] == is_test].groupby(["label", "attribute"])
+        wanted = max(1, per_label // n_attributes)
+        fewest = sizes.xs(is_test, level="is_test", drop_level=False).idxmin()
+        if sizes[fewest] < wanted:
+            lack = lack_of(sizes, fewest, wanted)
+            notes.append(f"{lack}: no other gives more")
+        chosen.append(groups.sample(min(wanted, sizes[fewest]), random_state=seed))
+    shuffled = pandas.concat(chosen).sample(frac=1, random_state=seed)
+    return Sample(seed, numbered(shuffled), notes)
 
 
 class ClassSplit(NamedTuple):
@@ -638,9 +961,94 @@ def full_probing(x_TN, splits, seed):
     return numpy.mean(found).item()
 
 
+class ProbingTask(NamedTuple):
+    """What sparse probing of a sample has in common for all autoencoders."""
+
+    splits: list  # a ClassSplit for each class
+    of_x: dict  # the figures of the activations themselves
+
+
+def prepare_probing(inputs):
+    """The ProbingTask of TaskInputs."""
+    splits = class_splits(inputs.label_T, inputs.n_train, inputs.seed)
+    of_x = {}
+    for k, score in sparse_probing(inputs.x_TD, splits, mean_difference).items():
+        of_x[f"x_{k}"] = score
+    of_x["x_all"] = full_probing(inputs.x_TD, splits, inputs.seed)
+    return ProbingTask(splits, of_x)
+
+
+def score_probing(inputs, task, f_TN, sae):
+    """Figures of an autoencoder with mean latents f: a dict."""
+    figures = {}
+    for k, score in sparse_probing(f_TN, task.splits, mean_difference).items():
+        figures[f"latents_{k}"] = score
+    for k, score in sparse_probing(f_TN, task.splits, standardised_difference).items():
+        figures[f"standardised_{k}"] = score
+    figures["latents_all"] = full_probing(f_TN, task.splits, inputs.seed)
+    return {**figures, **task.of_x}
+
+
+def measure_probe(evaluation, subjects):
+    """Sparse probing on the tasks of SAEBench, or on one's own: what was Found."""
+    is_benchmark = not (evaluation.args.probe or evaluation.demo)
+
+    def draw(frame, train, test, seed):
+        if not is_benchmark:  # of one's own texts, attributes are for SCR alone
+            frame = frame.assign(attribute=0)
+        return probing_sample(frame, train, test, seed)
+
+    tasks = (PROBING, draw, prepare_probing, score_probing)
+    found = measure_tasks(evaluation, subjects, *tasks)
+    return found._replace(notes=[LEFT_OUT, *found.notes]) if is_benchmark else found
+
+
 # ---------------------------------------------------------------------------------------------- scr
+# The order of the two classes is SAEBench's. The first of them goes with the first attribute in
+# the biased set, the second with the second.
+SPURIOUS = {
+    "professor, nurse": (BIOS, [21, 13]),
+    "architect, journalist": (BIOS, [1, 11]),
+    "surgeon, psychologist": (BIOS, [25, 22]),
+    "attorney, teacher": (BIOS, [2, 26]),
+    "books, CDs": (AMAZON, [24, 26]),
+    "software, electronics": (AMAZON, [30, 6]),
+    "pets, office": (AMAZON, [18, 11]),
+    "industrial, toys": (AMAZON, [3, 1]),
+}
 SCR_PROBE = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}  # SAEBench's
 SCR_GAP = 0.001  # SAEBench gives 0 where the biased probe is not worse than the clean one by that
+
+
+def scr_sample(frame, train, test, seed):
+    """A Sample of the first texts of each combination of the first two labels and attributes.
+
+    `train` and `test` are the numbers of texts where label and attribute are both the first, or
+    both the second. The biased set takes all of these. Of the two other combinations, half as many
+    are taken. As in SAEBench, the texts are the same whatever the seed, which is for the probes.
+    """
+    if "attribute" not in frame:
+        raise InputError("it has no column `attribute`, which SCR needs")
+    frame = frame[frame["attribute"].notna()]
+    notes = []
+    for column in ("label", "attribute"):
+        values = sorted(frame[column].unique())
+        if len(values) < 2:
+            raise InputError(f"two values of `{column}` are needed, and it has {values}")
+        if len(values) > 2:
+            first = f"{values[0]} and {values[1]}"
+            notes.append(f"{first} alone are used of {len(values)} values of `{column}`")
+        frame = frame[frame[column].isin(values[:2])]
+    sizes = cell_sizes(frame)
+    is_second_label = frame["label"] == frame["label"].max()
+    is_second_attribute = frame["attribute"] == frame["attribute"].max()
+    if_equal = numpy.where(frame["is_test"], test, train)
+    wanted = numpy.where(is_second_label == is_second_attribute, if_equal, if_equal // 2)
+    nth = frame.groupby(["is_test", "label", "attribute"]).cumcount()
+    for cell, own in frame.assign(wanted=wanted).groupby(["is_test", "label", "attribute"]):
+        if len(own) < own["wanted"].iloc[0]:
+            notes.append(lack_of(sizes, cell, own["wanted"].iloc[0]))
+    return Sample(seed, numbered(frame[nth < wanted]), notes)
 
 
 class ScrSets(NamedTuple):
@@ -746,9 +1154,30 @@ def scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND):
     return scores
 
 
+def prepare_scr(inputs):
+    """The ScrSets and the ScrProbes of TaskInputs."""
+    sets = scr_sets(inputs.label_T, inputs.attribute_T, inputs.n_train)
+    return sets, scr_probes(inputs.x_TD, inputs.label_T, inputs.attribute_T, sets, inputs.seed)
+
+
+def score_scr(inputs, task, f_TN, sae):
+    """Figures of an autoencoder with mean latents f: a dict."""
+    sets, probes = task
+    return scr(probes, inputs.x_TD, f_TN, inputs.label_T, inputs.attribute_T, sets, sae.W_dec)
+
+
+def measure_scr(evaluation, subjects):
+    """Spurious correlation removal on the tasks of SAEBench, or on one's own: what was Found."""
+    tasks = (SPURIOUS, scr_sample, prepare_scr, score_scr)
+    return measure_tasks(evaluation, subjects, *tasks)
+
+
 # --------------------------------------------------------------------------------------- absorption
 # The definitions are those of Chanin et al. (2024), the numbers SAEBench's.
 LETTERS = len(string.ascii_uppercase)
+EXAMPLES = 10  # lines of a prompt that show what is asked
+WORDS_TO_TRAIN = 0.8  # share of the words
+FEWEST_WORDS = 100  # of which a fifth is to test on; ours
 FEWEST_LETTERS = 20  # that the model must spell
 SPELLED = 0.6  # F1 of the residual stream's probe, over which the model spells a letter
 CANDIDATES = 10  # latents of which a letter's split is chosen
@@ -766,20 +1195,53 @@ RESIDUAL_PROBE = {"batch": 64, "l2": 1e-4}
 LATENT_PROBE = {"batch": 4096, "l2": 1e-6, "l1": 0.01}
 
 
-class Words(NamedTuple):
-    """Words, and the probe of their first letters, 0 to 25.
+def alphabetic_words(tokenizer):
+    """Token ids and letters, 0 to 25, of the tokens that are words, maybe after a space."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    words = []
+    for i, (text, token) in enumerate(zip(texts, tokens)):
+        is_byte = re.fullmatch("<0x..>", str(token))  # a letter as a byte, which no text has
+        if re.fullmatch(" ?[A-Za-z]+", text) and not is_byte:
+            words.append((i, string.ascii_uppercase.index(text.strip()[0].upper())))
+    return words
 
-    A prompt asks for a word's first letter, and x is the activation at the word. The first
-    `n_train` words are to train on. The new x are those of the other words that the probe
-    recognises, on new prompts. They are scored.
+
+def ids_after(tokenizer, anchor, text):
+    """The token ids of a text that follows another."""
+    before = tokenizer(anchor, add_special_tokens=False).input_ids
+    both = tokenizer(anchor + text, add_special_tokens=False).input_ids
+    if both[: len(before)] == before:
+        return both[len(before) :]
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@torch.no_grad()
+def spelled_activations(model, words, vocabulary, rng, desc):
+    """Activations (T, D) at words whose first letter a prompt asks for after ten random examples.
+
+    A prompt is ten lines such as "\\n house has the first letter: H", and "\\n tree": it ends with
+    the word, since what follows changes nothing there in a causal model. SAEBench's goes on to the
+    colon, and reads the sixth token from its end. A prompt is put together from token ids, so that
+    a word is one token. The examples are of all words, where SAEBench's are of the words' own
+    part, to train on or to test on.
     """
-
-    x_TD: torch.Tensor
-    letter_T: torch.Tensor
-    n_train: int
-    new_x_PD: torch.Tensor
-    new_letter_P: torch.Tensor
-    probe_AD: torch.Tensor  # the probe's weights
+    newline = ids_after(model.tokenizer, "a", "\n")
+    question = ids_after(model.tokenizer, "a", " has the first letter:")
+    answers = [ids_after(model.tokenizer, ":", f" {letter}") for letter in string.ascii_uppercase]
+    prompts = []
+    for word, _ in words:
+        # One more is drawn, so that enough are left where the word itself is among them.
+        others = [other for other in rng.sample(vocabulary, EXAMPLES + 1) if other[0] != word]
+        prompt = list(model.bos_ids)
+        for example, letter in others[:EXAMPLES]:
+            prompt += newline + [example] + question + answers[letter]
+        prompts.append(prompt + newline + [word])
+    x_TD = torch.empty(len(prompts), model.width, device=model.lm.device)
+    for rows, ids_BL in model.batches(prompts, desc):
+        last_B = (ids_BL >= 0).sum(1) - 1
+        x_TD[rows] = model.read(ids_BL)[torch.arange(len(rows)), last_B].float()
+    return x_TD
 
 
 def f1(predicted_T, true_T):
@@ -810,7 +1272,7 @@ def letter_probe(x_TD, letter_T, batch, l2, l1=0.0, encode=None, seed=0):
     adam = torch.optim.Adam(probe.parameters(), lr=LETTER_LR, weight_decay=l2, fused=True)
     decay = (LETTER_LR_END / LETTER_LR) ** (1 / LETTER_EPOCHS)
     schedule = torch.optim.lr_scheduler.ExponentialLR(adam, decay)
-    for _ in each(range(LETTER_EPOCHS), "letters", "Fewer --words take less."):
+    for _ in each(range(LETTER_EPOCHS), "letters"):
         for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
             f_BN = encode(x_TD[rows])
             y_BA = y_TA[rows]
@@ -825,6 +1287,57 @@ def letter_probe(x_TD, letter_T, batch, l2, l1=0.0, encode=None, seed=0):
             adam.step()
         schedule.step()
     return probe.weight.detach(), probe.bias.detach()
+
+
+def spelled_letters(positive_UA, letter_U):
+    """Which letters (A,) the model spells, given which words the probe finds positive (U, A)."""
+    scores = [f1(positive_UA[:, a], letter_U == a) for a in range(LETTERS)]
+    return torch.stack(scores) > SPELLED
+
+
+class Words(NamedTuple):
+    """Words, and the probe of their first letters, 0 to 25.
+
+    A prompt asks for a word's first letter, and x is the activation at the word. The first
+    `n_train` words are to train on. The new x are those of the other words that the probe
+    recognises, on new prompts. They are scored.
+    """
+
+    x_TD: torch.Tensor
+    letter_T: torch.Tensor
+    n_train: int
+    new_x_PD: torch.Tensor
+    new_letter_P: torch.Tensor
+    probe_AD: torch.Tensor  # the probe's weights
+
+
+def words_of(model, n_words, seed):
+    """A random sample of the tokenizer's Words, `n_words` of them, or all where that is None."""
+    rng = random.Random(seed)
+    vocabulary = alphabetic_words(model.tokenizer)
+    rng.shuffle(vocabulary)
+    words = vocabulary[:n_words]
+    if len(words) < FEWEST_WORDS:
+        raise InputError(f"{FEWEST_WORDS} words are needed, the tokenizer has {len(words)}")
+    n_train = int(WORDS_TO_TRAIN * len(words))
+    x_TD = spelled_activations(model, words, vocabulary, rng, "words")
+    letter_T = torch.tensor([letter for _, letter in words], device=x_TD.device)
+    letter_U = letter_T[n_train:]
+    weight_AD, b_A = letter_probe(x_TD[:n_train], letter_T[:n_train], **RESIDUAL_PROBE, seed=seed)
+    positive_UA = x_TD[n_train:] @ weight_AD.T + b_A > 0
+    spelled_A = spelled_letters(positive_UA, letter_U)
+    if spelled_A.sum() < FEWEST_LETTERS:
+        raise InputError(
+            f"the model spells {spelled_A.sum()} of 26 letters with {len(words):,} of its "
+            f"{len(vocabulary):,} words, and {FEWEST_LETTERS} are needed"
+            + ("; more --words spell more" if len(words) < len(vocabulary) else "")
+        )
+    own_U = positive_UA[torch.arange(len(letter_U)), letter_U]
+    recognised_U = own_U & spelled_A[letter_U]
+    # They are scored on new prompts, as in SAEBench.
+    again = [word for word, kept in zip(words[n_train:], recognised_U.tolist()) if kept]
+    new_x_PD = spelled_activations(model, again, vocabulary, rng, "new prompts")
+    return Words(x_TD, letter_T, n_train, new_x_PD, letter_U[recognised_U], weight_AD)
 
 
 def letter_split(f_TS, y_T, n_train):
@@ -884,12 +1397,6 @@ def absorbed_share(f_PN, x_PD, W_dec_ND, direction_D, split_S):
     return share_P, full_P
 
 
-def spelled_letters(positive_UA, letter_U):
-    """Which letters (A,) the model spells, given which words the probe finds positive (U, A)."""
-    scores = [f1(positive_UA[:, a], letter_U == a) for a in range(LETTERS)]
-    return torch.stack(scores) > SPELLED
-
-
 @torch.no_grad()
 def absorption(sae, words, seed=0):
     """Absorption and full absorption, mean over letters: a dict of figures.
@@ -923,391 +1430,57 @@ def absorption(sae, words, seed=0):
     return {**mean_of(found), "letters": len(found)}
 
 
-# -------------------------------------------------------------------------------------------- tasks
-# The texts of a task are a pandas frame with the columns text, label, attribute (0 where there is
-# none) and is_test, in the order of their source.
-FEWEST_TEXTS = 20  # of each label, and of each attribute of it, to train and to test on; ours
+def is_causal(model):
+    """Whether a token changes nothing before it."""
+    n_tokens = model.lm.get_input_embeddings().num_embeddings
+    first_1L = torch.arange(8, device=model.lm.device)[None] % n_tokens
+    second_1L = first_1L.clone()
+    second_1L[0, -1] = (first_1L[0, -1] + 1) % n_tokens
+    x_1LD = model.read(first_1L)[:, :-1]
+    other_1LD = model.read(second_1L)[:, :-1]
+    return torch.allclose(x_1LD, other_1LD, rtol=1e-3, atol=1e-3)
 
 
-class Sample(NamedTuple):
-    """Texts that were drawn for a task with a seed, those to train on first."""
-
-    task: str
-    seed: int
-    frame: pandas.DataFrame
-
-
-def held_out(name, every):
-    """Whether a file or a text of that name is one of those to test on: one of `every`."""
-    return zlib.crc32(name.encode()) % every == 0
-
-
-def cell_sizes(name, frame):
-    """How many texts there are of each (is_test, label, attribute); InputError where too few."""
-    n_labels = frame["label"].nunique()
-    if n_labels < 2:
-        raise InputError(f"{name}: two labels are needed, and it has {n_labels}")
-    sizes = frame.groupby(["is_test", "label", "attribute"]).size()
-    cells = itertools.product((False, True), sizes.index.levels[1], sizes.index.levels[2])
-    sizes = sizes.reindex(pandas.MultiIndex.from_tuples(cells, names=sizes.index.names))
-    sizes = sizes.fillna(0).astype(int)
-    if sizes.min() < FEWEST_TEXTS:
-        is_test, label, attribute = sizes.idxmin()
-        part = "test" if is_test else "training"
-        of = f"the label {label}"
-        if frame["attribute"].nunique() > 1:
-            of += f" with the attribute {attribute}"
-        raise InputError(
-            f"{name}: {FEWEST_TEXTS} {part} texts of each label are needed, "
-            f"and {of} has {sizes.min()}"
-        )
-    return sizes
-
-
-def numbered(chosen):
-    """The chosen texts, those to train on first, labels and attributes numbered in sorted order."""
-    chosen = chosen.sort_values("is_test", kind="stable", ignore_index=True)
-    for column in ("label", "attribute"):
-        chosen[column] = pandas.factorize(chosen[column], sort=True)[0]
-    return chosen
-
-
-def probing_sample(name, frame, train, test, seed):
-    """A Sample of `train` and `test` random texts of each label, as many of each attribute.
-
-    Where one label, with one attribute, has fewer texts than that, each has as many as it.
-    """
-    sizes = cell_sizes(name, frame)
-    n_attributes = frame["attribute"].nunique()
-    chosen = []
-    for is_test, wanted in ((False, train), (True, test)):
-        groups = frame[frame["is_test"] == is_test].groupby(["label", "attribute"])
-        fewest = sizes.xs(is_test, level="is_test").min()
-        count = min(max(1, wanted // n_attributes), fewest)
-        chosen.append(groups.sample(count, random_state=seed))
-    shuffled = pandas.concat(chosen).sample(frac=1, random_state=seed)
-    return Sample(name, seed, numbered(shuffled))
-
-
-def scr_sample(name, frame, train, test, seed):
-    """A Sample of the first texts of each combination of the first two labels and attributes.
-
-    `train` and `test` are the numbers of texts where label and attribute are both the first, or
-    both the second. The biased set takes all of these. Of the two other combinations, half as many
-    are taken. As in SAEBench, the texts are the same whatever the seed, which is for the probes.
-    """
-    for column in ("label", "attribute"):
-        values = sorted(frame[column].unique())
-        if len(values) < 2:
-            raise InputError(f"{name}: two values of `{column}` are needed, and it has {values}")
-        frame = frame[frame[column].isin(values[:2])]
-    cell_sizes(name, frame)
-    is_second_label = frame["label"] == frame["label"].max()
-    is_second_attribute = frame["attribute"] == frame["attribute"].max()
-    if_equal = numpy.where(frame["is_test"], test, train)
-    wanted = numpy.where(is_second_label == is_second_attribute, if_equal, if_equal // 2)
-    nth = frame.groupby(["is_test", "label", "attribute"]).cumcount()
-    return Sample(name, seed, numbered(frame[nth < wanted]))
-
-
-def demo_frame():
-    """The demo's texts, paragraphs of the standard library.
-
-    The label is the package, one of the five that have most texts in their smallest combination of
-    attribute and part. The attribute is whether the paragraph has a docstring. No file has texts of
-    both parts.
-    """
-    files = pandas.DataFrame(sgo_sae.library_texts(), columns=["file", "text"])
-    files["is_test"] = files["file"].map(lambda file: held_out(file, 3))
-    files["label"] = files["file"].str.split("/").str[0]
-    files["text"] = files["text"].str.split("\n\n")
-    frame = files.explode("text", ignore_index=True)
-    frame = frame[frame["text"].str.len() > 80].copy()
-    frame["attribute"] = frame["text"].str.contains('"""')
-    sizes = frame.groupby(["label", "attribute", "is_test"]).size()
-    smallest = sizes.unstack(["attribute", "is_test"], fill_value=0).min(axis=1)
-    return frame[frame["label"].isin(smallest.nlargest(5).index)]
-
-
-def file_frame(path):
-    """The texts of a local file with the columns text, label and, for SCR, attribute.
-
-    A fifth of them are test texts.
-    """
-    config = sgo_sae.Config(dataset=path)
-    sgo_sae.check_name(path)
-    with sgo_sae.loading(path):
-        rows = sgo_sae.open_dataset(config, ("text", "label", "attribute"))
-        frame = pandas.DataFrame(list(rows))
-    if not {"text", "label"} <= set(frame):
-        columns = next(iter(sgo_sae.open_dataset(config)), {})
-        found = ", ".join(map(str, columns)) or "nothing"
-        raise InputError(f"{path} needs the columns text and label, and has {found}")
-    frame = frame[frame["text"].map(sgo_sae.is_text) & frame["label"].notna()].copy()
-    for column in frame.columns.intersection(["label", "attribute"]):
-        kinds = {type(value) for value in frame[column]}
-        for kind in kinds - {str, int, float, bool, type(None)}:
-            raise InputError(f"{path}: its column {column} has values of the kind {kind.__name__}")
-        if str in kinds and len(kinds) > 1:
-            frame[column] = frame[column].map(str, na_action="ignore")
-    frame["is_test"] = frame["text"].map(lambda text: held_out(text, 5))
-    return frame
-
-
-# Of the datasets of SAEBench: the name on the Hub, and the columns of text, label and attribute.
-BIOS = ("LabHC/bias_in_bios", "hard_text", "profession", "gender")
-AMAZON = ("canrager/amazon_reviews_mcauley_1and5", "text", "category", "rating")
-SENTIMENT = ("canrager/amazon_reviews_mcauley_1and5", "text", "rating", None)
-NEWS = ("fancyzhx/ag_news", "text", "label", None)
-EUROPARL = ("Helsinki-NLP/europarl", "translation", None, None)
-LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
-# The numbers of the classes are those of SAEBench's dataset_info.py.
-PROBING = {
-    "bias_in_bios 1": (BIOS, [0, 1, 2, 6, 9]),
-    "bias_in_bios 2": (BIOS, [11, 13, 14, 18, 19]),
-    "bias_in_bios 3": (BIOS, [20, 21, 22, 25, 26]),
-    "amazon category": (AMAZON, [1, 2, 3, 5, 6]),
-    "amazon sentiment": (SENTIMENT, [1.0, 5.0]),
-    "ag_news": (NEWS, [0, 1, 2, 3]),
-    "europarl": (EUROPARL, [*LANGUAGES]),
-}
-LEFT_OUT = "github-code is left out, since `datasets` does not load it any more"
-# The order of the two classes is SAEBench's. The first of them goes with the first attribute in
-# the biased set, the second with the second.
-SPURIOUS = {
-    "professor, nurse": (BIOS, [21, 13]),
-    "architect, journalist": (BIOS, [1, 11]),
-    "surgeon, psychologist": (BIOS, [25, 22]),
-    "attorney, teacher": (BIOS, [2, 26]),
-    "books, CDs": (AMAZON, [24, 26]),
-    "software, electronics": (AMAZON, [30, 6]),
-    "pets, office": (AMAZON, [18, 11]),
-    "industrial, toys": (AMAZON, [3, 1]),
-}
-
-
-def hub_frame(source, classes):
-    """The texts of one of SAEBench's datasets, the labels being the positions of their classes."""
-    import datasets
-
-    name, text, label, attribute = source
-    parts = []
-    with sgo_sae.loading(name):
-        if source == EUROPARL:  # it has no test split, and a configuration for each language
-            for n, (language, subset) in enumerate(LANGUAGES.items()):
-                rows = datasets.load_dataset(name, subset, split="train[:4000]").to_pandas()
-                rows["text"] = rows[text].str.get(language)  # the column has dicts
-                rows["label"] = n
-                rows["attribute"] = 0
-                rows["is_test"] = rows.index % 5 == 0
-                parts.append(rows)
-        else:
-            for split in ("train", "test"):
-                rows = datasets.load_dataset(name, split=split).to_pandas()
-                rows = rows[rows[label].isin(classes)]
-                columns = {
-                    "text": rows[text],
-                    "label": rows[label].map(classes.index),
-                    "attribute": rows[attribute] if attribute else 0,
-                }
-                parts.append(pandas.DataFrame({**columns, "is_test": split == "test"}))
-    return pandas.concat(parts)
-
-
-def task_frames(family, files, demo):
-    """The tasks of a family: for each name, a function that gives its frame."""
-    if files:
-        stems = Counter(Path(path).stem for path in files)
-        frames = {}
-        for path in files:  # files of the same name are told apart by their paths
-            name = Path(path).stem if stems[Path(path).stem] == 1 else path
-            frames[name] = partial(file_frame, path)
-        return frames
-    if demo:
-        return {"packages": demo_frame}
-    sources = PROBING if family == "probe" else SPURIOUS
-    return {name: partial(hub_frame, *source) for name, source in sources.items()}
-
-
-# -------------------------------------------------------------------------------------------- model
-class LanguageModel:
-    """A language model, whole if it has a head, the layer that is read, and its tokenizer."""
-
-    def __init__(self, name, layer, device, dtype, ctx=2):
-        from transformers import AutoConfig
-
-        sgo_sae.check_name(name)
-        # A RUN may name it otherwise than the Hub; SAELens's have TransformerLens's names.
-        with sgo_sae.loading(f"{name}, the language model (--model gives another),"):
-            saved_as = str(AutoConfig.from_pretrained(name).architectures)
-        # The names of classes that have a head that predicts the next token.
-        self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
-        loaded = sgo_sae.load_lm(name, layer, device, dtype, ctx, whole=self.has_head)
-        self.lm = loaded.lm
-        self.layer = loaded.layer
-        self.tokenizer = loaded.tokenizer
-        self.width = self.lm.config.get_text_config().hidden_size
-        self.bos_ids = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
-
-    def ids(self, lists):
-        """Token ids (B, L) on the device, padded on the right with -1."""
-        parts = [torch.tensor(ids, dtype=torch.long) for ids in lists]
-        ids_BL = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
-        n_tokens = self.lm.get_input_embeddings().num_embeddings
-        if ids_BL.max() >= n_tokens:
-            raise InputError(
-                f"the tokenizer gives the id {ids_BL.max()} of {n_tokens} in the model"
-            )
-        return ids_BL.to(self.lm.device)
-
-    def kept(self, ids_BL):
-        """The positions (B, L) that count: all but the first, special tokens and the padding."""
-        return sgo_sae.kept_tokens(ids_BL, self.tokenizer) & (ids_BL >= 0)
-
-    def read(self, ids_BL):
-        """The layer's output (B, L, D); the padding changes none of it."""
-        is_padded = bool((ids_BL < 0).any())
-        inputs = {"attention_mask": (ids_BL >= 0).long()} if is_padded else {}
+def measure_absorption(evaluation, subjects):
+    """Absorption of first letters, with a sample of words for each seed: what was Found."""
+    args = evaluation.args
+    model = evaluation.model
+    if not is_causal(model):
+        raise InputError("the model is not causal, and the prompts of absorption end too early")
+    parts = [[] for _ in subjects]
+    sample = {}
+    lacks = []
+    for seed in args.seed:
         try:
-            x_BLD = sgo_sae.layer_output(self.lm, self.layer, ids_BL.clamp(min=0), **inputs)
-        except IndexError as error:  # of a table of positions
-            raise InputError(f"the model can't read {ids_BL.shape[1]} tokens at once") from error
-        if not x_BLD[self.kept(ids_BL)].isfinite().all():
-            raise InputError("the model's activations are not finite; try --dtype float32")
-        return x_BLD
-
-    @cached_property
-    def is_causal(self):
-        """Whether a token changes nothing before it."""
-        n_tokens = self.lm.get_input_embeddings().num_embeddings
-        first_1L = torch.arange(8, device=self.lm.device)[None] % n_tokens
-        second_1L = first_1L.clone()
-        second_1L[0, -1] = (first_1L[0, -1] + 1) % n_tokens
-        x_1LD = self.read(first_1L)[:, :-1]
-        other_1LD = self.read(second_1L)[:, :-1]
-        return torch.allclose(x_1LD, other_1LD, rtol=1e-3, atol=1e-3)
-
-    def batches(self, lists, desc, advice, batch=64):
-        """The rows and token ids (B, L) of batches of similar length."""
-        order = sorted(range(len(lists)), key=lambda t: len(lists[t]))
-        starts = range(0, len(order), batch)
-        for start in each(starts, desc, advice):
-            rows = order[start : start + batch]
-            yield rows, self.ids([lists[t] for t in rows])
-
-    def pieces(self, ids):
-        """Pairs of a text and the number of tokens that it takes, which give the ids' whole text.
-
-        A character that several tokens share is one piece. Pieces are what the text gains with
-        each token, since some tokenizers, Llama's for one, drop the space before a token that is
-        decoded alone.
-        """
-        decode = partial(
-            self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        found = []
-        before = ""
-        waiting = 0  # tokens that are no whole character yet
-        for n in range(1, len(ids) + 1):
-            waiting += 1
-            text = decode(ids[:n])
-            if text.endswith("\ufffd") and n < len(ids):
-                continue
-            new = text.removeprefix(before)
-            if new == text and before:  # the token changed the text before it
-                new = decode(ids[n - waiting : n])
-            found.append((new, waiting))
-            before = text
-            waiting = 0
-        return found
-
-    def text_of(self, token):
-        """The text of one token as it is within a text."""
-        anchor = self.tokenizer("a", add_special_tokens=False).input_ids
-        *_, (text, n_tokens) = self.pieces([*anchor, token])
-        if n_tokens > 1 or "\ufffd" in text:  # a part of a character
-            return self.tokenizer.convert_ids_to_tokens(token)
-        return text
-
-    def ids_after(self, anchor, text):
-        """The token ids of a text that follows another."""
-        before = self.tokenizer(anchor, add_special_tokens=False).input_ids
-        both = self.tokenizer(anchor + text, add_special_tokens=False).input_ids
-        if both[: len(before)] == before:
-            return both[len(before) :]
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-
-TASK_LENGTH = 128  # tokens of a text of a task, as in SAEBench
-EXAMPLES = 10  # lines of a prompt that show what is asked, as in SAEBench
-WORDS_TO_TRAIN = 0.8  # share of the words, as in SAEBench
-
-
-@torch.no_grad()
-def mean_latents(model, saes, texts, desc, length=TASK_LENGTH):
-    """Mean activations of texts (T, D), and a list of the mean latents (T, N) of each SAE, on the
-    CPU.
-
-    A mean is over a text's tokens that count, among its first `length` ones, BOS included. It is 0
-    where there is none.
-    """
-    ids = model.tokenizer(texts, add_special_tokens=False).input_ids
-    ids = [model.bos_ids + i[: length - len(model.bos_ids)] for i in ids]
-    ids = [i or [0] for i in ids]  # the first token does not count, whatever it is
-    x_TD = torch.empty(len(texts), model.width)
-    latents = [torch.empty(len(texts), len(sae.b_enc)) for sae in saes]
-    for rows, ids_BL in model.batches(ids, desc, "Smaller --train and --test take less."):
-        kept_BL = model.kept(ids_BL)
-        share_BL1 = (kept_BL / kept_BL.sum(1, keepdim=True).clamp(min=1))[..., None]
-        x_BLD = model.read(ids_BL).float().masked_fill(~kept_BL[..., None], 0)
-        x_TD[rows] = (x_BLD * share_BL1).sum(1).cpu()
-        for sae, f_TN in zip(saes, latents):
-            f_TN[rows] = (sae.encode(x_BLD) * share_BL1).sum(1).cpu()
-    return x_TD, latents
-
-
-def alphabetic_words(tokenizer):
-    """Token ids and letters, 0 to 25, of the tokens that are words, maybe after a space."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = []
-    for i, (text, token) in enumerate(zip(texts, tokens)):
-        is_byte = re.fullmatch("<0x..>", str(token))  # a letter as a byte, which no text has
-        if re.fullmatch(" ?[A-Za-z]+", text) and not is_byte:
-            words.append((i, string.ascii_uppercase.index(text.strip()[0].upper())))
-    return words
-
-
-@torch.no_grad()
-def spelled_activations(model, words, vocabulary, rng, desc):
-    """Activations (T, D) at words whose first letter a prompt asks for after ten random examples.
-
-    A prompt is ten lines such as "\\n house has the first letter: H", and "\\n tree": it ends with
-    the word, since what follows changes nothing there in a causal model. SAEBench's goes on to the
-    colon, and reads the sixth token from its end. A prompt is put together from token ids, so that
-    a word is one token. The examples are of all words, where SAEBench's are of the words' own
-    part, to train on or to test on.
-    """
-    newline = model.ids_after("a", "\n")
-    question = model.ids_after("a", " has the first letter:")
-    answers = [model.ids_after(":", f" {letter}") for letter in string.ascii_uppercase]
-    prompts = []
-    for word, _ in words:
-        # One more is drawn, so that enough are left where the word itself is among them.
-        others = [other for other in rng.sample(vocabulary, EXAMPLES + 1) if other[0] != word]
-        prompt = list(model.bos_ids)
-        for example, letter in others[:EXAMPLES]:
-            prompt += newline + [example] + question + answers[letter]
-        prompts.append(prompt + newline + [word])
-    x_TD = torch.empty(len(prompts), model.width, device=model.lm.device)
-    for rows, ids_BL in model.batches(prompts, desc, "Fewer --words take less."):
-        last_B = (ids_BL >= 0).sum(1) - 1
-        x_TD[rows] = model.read(ids_BL)[torch.arange(len(rows)), last_B].float()
-    return x_TD
+            words = words_of(model, args.words, seed)
+        except InputError as error:
+            lacks.append(f"words are left out, seed {seed}: {error}")
+            continue
+        sample = {"words": len(words.x_TD)}
+        for subject, own in zip(each(subjects, "absorption"), parts):
+            own.append(Part("words", seed, absorption(subject.sae, words, seed)))
+    if not any(parts):
+        raise InputError("; ".join(lacks))
+    return Found(parts, sample, lacks, is_whole=not lacks)
 
 
 # ------------------------------------------------------------------------------------- autoencoders
-def open_sae(path, device):
+# TransformerLens's settings by which the residual stream is no longer the model's own.
+CHANGES_ACTIVATIONS = ("center_writing_weights", "refactor_factored_attn_matrices")
+
+# SAEBench asks an autoencoder for these, wherever it has moved it.
+sgo_sae.SAE.device = property(lambda sae: sae.W_dec.device)
+sgo_sae.SAE.dtype = property(lambda sae: sae.W_dec.dtype)
+
+
+class SAEConfig(types.SimpleNamespace):
+    """What SAEBench asks of `sae.cfg`: model_name, hook_name, hook_layer, context_size, ..."""
+
+    def to_dict(self):
+        return json.loads(json.dumps(vars(self), default=vars))
+
+
+def open_sae(path, device="cpu"):
     """An autoencoder as SAEBench measures it, with the settings `cfg` that SAEBench asks for.
 
     The path is a folder of SAELens's format or a params.npz of Gemma Scope, on disk or
@@ -1328,9 +1501,17 @@ def open_sae(path, device):
         place = place / "params.npz"
     if place.suffix == ".npz":
         sae, cfg = open_gemma_scope(place)
-    else:
+    elif (place / "cfg.json").exists():
         sae = sgo_sae.load_sae(place)
         cfg = json.loads((place / "cfg.json").read_text(encoding="utf-8"))
+    else:
+        under_way = (place / "metrics.jsonl").exists() or (place / "checkpoint.pt").exists()
+        why = (
+            "its run is under way, or was stopped (--resume goes on)"
+            if under_way
+            else "no cfg.json"
+        )
+        raise InputError(f"{path} holds no autoencoder: {why}")
     with sgo_sae.loading(str(path)):
         # SAELens 6 has what is not about the architecture in `metadata`.
         metadata = cfg.pop("metadata", None) or {}
@@ -1346,17 +1527,14 @@ def open_sae(path, device):
     return sae.to(device)
 
 
-# TransformerLens's settings by which the residual stream is no longer the model's own.
-CHANGES_ACTIVATIONS = ("center_writing_weights", "refactor_factored_attn_matrices")
-
-
 def open_gemma_scope(file):
     """The autoencoder of a params.npz, and what its path says of it."""
-    # Gemma Scope has autoencoders of other activations, too, whose files look the same.
-    other = re.search(r"-(mlp|att|transcoders)\b", str(file))
-    if other:
+    # Gemma Scope has autoencoders of other activations, too, whose files look the same. The name
+    # of its folder ends with the kind. Folders above it may be called anything.
+    kinds = re.findall(r"-(res|mlp|att|transcoders)(?=[-/])", file.parent.as_posix() + "/")
+    if kinds and kinds[-1] != "res":
         raise InputError(
-            f"{file} is of Gemma Scope's {other[1]}; only its -res is of a layer's output"
+            f"{file} is of Gemma Scope's {kinds[-1]}; only its -res is of a layer's output"
         )
     with sgo_sae.loading(str(file)):
         arrays = numpy.load(file)
@@ -1367,46 +1545,17 @@ def open_gemma_scope(file):
         # Gemma Scope does not subtract b_dec from x, and our encode() does.
         weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]
         sgo_sae.set_weights(sae, weights, file)
-    layer = re.search(r"layer_(\d+)", str(file))
-    return sae, {"hook_name": f"blocks.{layer[1]}.hook_resid_post" if layer else None}
-
-
-class SAEConfig(types.SimpleNamespace):
-    """What SAEBench asks of `sae.cfg`: model_name, hook_name, hook_layer, context_size, ..."""
-
-    def to_dict(self):
-        return json.loads(json.dumps(vars(self), default=vars))
-
-
-class BenchmarkSAE(nn.Module):
-    """The autoencoder of a RUN with the interface that SAEBench asks for."""
-
-    def __init__(self, path, device="cpu"):
-        super().__init__()
-        self.sae = open_sae(path, device)
-        self.cfg = self.sae.cfg
-        self.encode = self.sae.encode
-        self.decode = self.sae.decode
-
-    def forward(self, x):
-        return self.sae(x)
-
-    # SAEBench moves and converts it, so that its weights are looked up each time.
-    W_enc = property(lambda self: self.sae.W_enc)
-    b_enc = property(lambda self: self.sae.b_enc)
-    W_dec = property(lambda self: self.sae.W_dec)
-    b_dec = property(lambda self: self.sae.b_dec)
-    device = property(lambda self: self.sae.W_dec.device)
-    dtype = property(lambda self: self.sae.W_dec.dtype)
+    layers = [re.fullmatch(r"layer_(\d+)", part) for part in file.parts]
+    numbers = [layer[1] for layer in layers if layer]
+    return sae, {"hook_name": f"blocks.{numbers[-1]}.hook_resid_post" if numbers else None}
 
 
 # ------------------------------------------------------------------------------------------ results
-class Part(NamedTuple):
-    """What was measured on one text or task, of an autoencoder."""
-
-    task: str
-    seed: int  # of the sample of texts or words; 0 where there is one alone
-    figures: dict
+DEFINITIONS = 2  # Who changes what a figure means raises it: --resume keeps no figures of another.
+LOCK_WAIT = 60  # seconds to wait for another evaluation that writes into the same eval.json
+# Settings of training that name no column of the table. Runs that differ in them are the same
+# setting: they are trained on other devices or in other passes, or with another seed.
+NOT_NAMED = ("seed", "data_seed", "lm_batch", "out", "log_every", "save_every", "resume", "device")
 
 
 class Record(NamedTuple):
@@ -1417,7 +1566,7 @@ class Record(NamedTuple):
     sample: dict  # how many texts, tokens or words
     notes: list  # what lacked
     is_whole: bool  # whether all was measured that was asked for
-    settings: dict  # what --resume compares
+    settings: dict  # what the figures depend on, which --resume compares
 
 
 def record_of(parts, sample, notes, is_whole, settings):
@@ -1433,37 +1582,27 @@ def record_of(parts, sample, notes, is_whole, settings):
     return Record(figures, parts, sample, notes, is_whole, settings)
 
 
-DEFINITIONS = 1  # Who changes what a figure means raises it: --resume keeps no figures of another.
-# Settings of training that name no column of the table. Runs that differ in them are the same
-# setting: they are trained on other devices or in other passes, or with another seed.
-NOT_NAMED = ("seed", "data_seed", "lm_batch", "out", "log_every", "save_every", "resume", "device")
+def seal_of(content):
+    """A digest of a Record's content: eval.json has it beside it. Where it does not fit, the Record
+    is of another version, or was edited by hand."""
+    text = json.dumps([content.get(name) for name in Record._fields], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def digest_of(path):
-    """A digest of the names and contents of a file, or of the files of a folder or a pattern."""
-    total = hashlib.sha256()
-    for place in (
-        [Path(path)]
-        if Path(path).exists()
-        else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    ):
-        inside = sorted(file for file in place.rglob("*") if file.is_file())
-        for file in [place] if place.is_file() else inside:
-            total.update(str(file.relative_to(place)).encode())
-            with file.open("rb") as stream:
-                while block := stream.read(2**24):
-                    total.update(block)
-    return total.hexdigest()[:16]
+def stamp_of(name):
+    """Names, sizes and times of a file, of the files of a folder, or of a pattern; none on the Hub.
 
-
-def stamp_of(folder):
-    """Names, sizes and times of the files of a folder that are too large to read for a digest."""
+    Who changes a file changes them, and they are known at once, whatever the file's size.
+    """
+    places = [name] if Path(name).exists() else glob.glob(name, recursive=True)
     stamps = []
-    for file in sorted(Path(folder).rglob("*")):
-        if file.is_file():
-            status = file.stat()
-            stamps.append([str(file.relative_to(folder)), status.st_size, status.st_mtime_ns])
-    return stamps
+    for place in map(Path, places):
+        for file in [place, *place.rglob("*")]:
+            if file.is_file():
+                status = file.stat()
+                name = file.name if file == place else str(file.relative_to(place))
+                stamps.append([name, status.st_size, status.st_mtime_ns])
+    return sorted(stamps)
 
 
 class Subject:
@@ -1487,13 +1626,25 @@ class Subject:
         self.records = {}
         folder = Path(path)
         self.file = folder / "eval.json" if folder.is_dir() else folder.with_suffix(".eval.json")
-        self.stored()  # what can't be read is said now, and not after hours
 
     def text(self):
         """The dataset that it was trained on, its subset and its column, or None."""
         dataset = self.training.get("dataset", self.cfg.get("dataset_path"))
         column = self.training.get("text_column", "text")
         return (dataset, self.training.get("subset"), column) if dataset else None
+
+    def is_trained_on(self, config):
+        """Whether the text of a Config is, or is among, what it was trained on."""
+        if self.text() is None:
+            return False
+        dataset, subset, _ = self.text()
+        if not sgo_sae.is_here(dataset):
+            split = self.training.get("split", "train")
+            return (dataset, subset, split) == (config.dataset, config.subset, config.split)
+        with suppress(InputError):
+            trained_on = {Path(file).resolve() for file in sgo_sae.local_files(dataset)}
+            return any(Path(f).resolve() in trained_on for f in sgo_sae.local_files(config.dataset))
+        return False
 
     def layer(self):
         """The number of the layer whose output it is for, or None where it does not say."""
@@ -1513,42 +1664,43 @@ class Subject:
                 return int(known[1])
         raise InputError(f"{self.path} is for {hook}, and only a layer's output is measured")
 
-    @cached_property
-    def digest(self):
+    def stamp(self):
         """What tells its files from others in the same place; empty on the Hub."""
         path = Path(self.path)
-        if not path.exists():
-            return ""
-        if path.is_file():
-            return digest_of(path)
+        if not path.is_dir():
+            return stamp_of(self.path)
         names = ("sae_weights.safetensors", "cfg.json", "params.npz")
-        return " ".join(digest_of(path / name) for name in names if (path / name).exists())
+        return [stamp_of(str(path / name)) for name in names]
 
     def stored(self):
-        """What eval.json has: a dict of families, each with the fields of a Record."""
+        """What eval.json has: a dict of families. It is empty where that can't be read."""
         if not self.file.exists():
             return {}
-        with sgo_sae.loading(str(self.file)):
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise InputError(f"{self.file} holds no figures")
-            return content
+        try:
+            text = self.file.read_text(encoding="utf-8")
+            content = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
+        except (OSError, ValueError):
+            content = None
+        if not isinstance(content, dict):
+            sgo_sae.say_once(f"{self.file} holds no figures that can be read")
+            return {}
+        return content
 
     def stored_record(self, family, settings):
-        """The Record of eval.json that has those settings, or None. It may not be whole."""
+        """The Record of eval.json that has those settings, or None."""
         content = self.stored().get(family)
-        if not isinstance(content, dict) or set(content) != set(Record._fields):
-            return None  # it is of another version
-        record = Record(**content)
+        if not isinstance(content, dict) or content.get("seal") != seal_of(content):
+            return None  # it is of another version, or was edited
+        record = Record(*[content[name] for name in Record._fields])
         return record if record.settings == settings else None
 
     def keep(self, family, record):
         """Takes a Record, and puts it into eval.json, where the RUN is on this disk.
 
-        A failure is not put there, nor what lacks a part where the file has it whole. Of a family
-        the file has one Record, the last one, whatever its settings. Two evaluations at once keep
-        each other's families, and a kill leaves the file that was there. Where it can't be
-        written, that is said, and the figures are only printed.
+        A failure is not put there, nor what has fewer parts than the file has with the same
+        settings. Of a family the file has one Record. Two evaluations at once keep each other's
+        families, and a kill leaves the file that was there. Where it can't be written, that is
+        said, and the figures are only printed.
         """
         import filelock
 
@@ -1557,15 +1709,31 @@ class Subject:
             return
         try:
             # The lock's file stays: two processes could take it at once if it were removed.
-            with filelock.FileLock(self.file.with_name(".eval.lock")):
-                content = self.stored()
+            with filelock.FileLock(self.file.with_name(".eval.lock"), timeout=LOCK_WAIT):
                 known = self.stored_record(family, record.settings)
-                if record.is_whole or not (known and known.is_whole):
-                    content[family] = record._asdict()
+                if known is None or len(record.parts) >= len(known.parts):
+                    entry = record._asdict()
+                    content = {**self.stored(), family: {**entry, "seal": seal_of(entry)}}
                     text = json.dumps(content, indent=2, allow_nan=False)
                     sgo_sae.write_whole(self.file, lambda path: path.write_text(text))
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the second where nothing can be locked
             sgo_sae.say(f"\n{self.file} can't be written, its {family} is only printed: {error}")
+
+    def fail(self, family, reason):
+        """Keeps that there are no figures of a family."""
+        self.keep(family, record_of([], {}, [f"not measured, {reason}"], False, {}))
+
+
+# --------------------------------------------------------------------------------------- evaluation
+FAMILIES = {
+    "core": measure_core,
+    "behaviour": measure_behaviour,
+    "competition": measure_competition,
+    "probe": measure_probe,
+    "scr": measure_scr,
+    "absorption": measure_absorption,
+}
+MEMORY_ADVICE = "smaller --contexts, --train, --test and --words, fewer --seed and RUNs need less"
 
 
 def agreed(subjects, value_of, what, flag):
@@ -1584,219 +1752,63 @@ def agreed(subjects, value_of, what, flag):
     return next(iter(path_of), None)
 
 
-# --------------------------------------------------------------------------------------- evaluation
-FEWEST_WORDS = 100  # of absorption, of which a fifth is to test on; ours
-TEXT_FAMILIES = ("core", "behaviour", "competition")
-TASK_FAMILIES = ("probe", "scr")
+class Contexts(NamedTuple):
+    """The text of core, behaviour and competition."""
 
-
-class Texts(NamedTuple):
-    """The texts of a task, what the model makes of them, and each autoencoder."""
-
-    row_of: dict  # of a text, its row
-    x_TD: torch.Tensor  # mean activations
-    latents: list  # of each autoencoder, mean latents (T, N)
-
-
-class TaskInputs(NamedTuple):
-    """What is measured of a Sample: a row for each of its texts, those to train on first."""
-
-    label_T: torch.Tensor
-    attribute_T: torch.Tensor
-    n_train: int
-    x_TD: torch.Tensor  # mean activations
-    rows_T: torch.Tensor  # where the texts are in Texts
+    ids_RL: torch.Tensor
+    kept_RL: torch.Tensor  # the tokens that count
+    sample: dict  # how many contexts and tokens
+    notes: list  # what a reader of the figures has to know
 
 
 class Evaluation:
-    """Autoencoders of one layer, what they are measured with, and a method for each family.
+    """What the families share: the settings, the language model and the text.
 
-    A family's method takes the subjects, and returns for each a list of Parts. On the way it sets
-    `sample`, how much was used, and calls `lacks` with what could not be had. It raises InputError
-    where nothing can be measured.
+    The autoencoders that can be measured together, of one model and one layer, are `subjects`.
+    `refused` has the others, and for each of them the reason.
     """
 
     def __init__(self, args, subjects, device, dtype):
         self.args = args
         self.device = device
         self.dtype = dtype
-        self.families = {
-            "core": self.measure_core,
-            "behaviour": self.measure_behaviour,
-            "competition": self.measure_competition,
-            "probe": self.measure_probe,
-            "scr": self.measure_scr,
-            "absorption": self.measure_absorption,
-        }
-        self.name = args.model or sgo_sae.Config.model
-        named = [s.cfg["model_name"] for s in subjects if s.cfg.get("model_name")]
-        if named and not args.model:
-            self.name = named[0]
-        # Those that are for something else are left out, and the others measured.
         self.refused = {}
+        self.subjects = list(subjects)
         layers = {}
         for subject in subjects:
             try:
                 layers[subject] = subject.layer()
             except InputError as error:
-                self.refused[subject] = reason = str(error)
-                sgo_sae.say(f"{subject.path} is left out: {reason}")
+                self.refuse(subject, str(error))
         known = [layer for layer in layers.values() if layer is not None]
         if args.layer is None and layers and not known:
             raise InputError("the runs do not name their layer: give --layer")
         self.layer = known[0] if args.layer is None and known else args.layer
-        self.subjects = []
         for subject, layer in layers.items():
-            model = subject.cfg.get("model_name")
             if layer not in (None, self.layer):
-                reason = f"it is for layer {layer}, and this call is for layer {self.layer}"
-            elif not args.model and model not in (None, self.name):
-                reason = f"it is for {model}, and this call is for {self.name} (--model chooses)"
-            else:
-                self.subjects.append(subject)
-                continue
-            self.refused[subject] = reason
-            sgo_sae.say(f"{subject.path} is left out: {reason}")
+                this = f"this call is for layer {self.layer}"
+                self.refuse(subject, f"it is for layer {layer}, and {this}")
+        named = [s.cfg["model_name"] for s in self.subjects if s.cfg.get("model_name")]
+        self.name = args.model or next(iter(named), sgo_sae.Config.model)
+        for subject in list(self.subjects):
+            own = subject.cfg.get("model_name")
+            if not args.model and own not in (None, self.name):
+                this = f"this call is for {self.name} (--model chooses)"
+                self.refuse(subject, f"it is for {own}, and {this}")
         if not self.subjects:
+            subject, reason = list(self.refused.items())[-1]
             raise InputError(f"{subject.path}: {reason}")
         self.demo = all(subject.training.get("demo") for subject in self.subjects)
-        self.failures = {}  # of families, by what is known before the model is loaded
-        self.notes = []
-        self.sample = {}
-        self.is_whole = True
-        self.settings_of_pending = {}  # of the subjects that are being measured
-        self.earlier = {}  # the Parts, by task and seed, that an earlier call has measured of them
 
-    def lacks(self, reason):
-        """Notes what could not be had, so that a Record is not whole."""
-        self.notes.append(reason)
-        self.is_whole = False
-
-    def refuse(self):
-        """Raises InputError, for the reasons that were noted."""
-        reasons = "; ".join(self.notes)
-        self.notes.clear()
-        raise InputError(reasons)
-
-    def check(self, families):
-        """Finds out what can't be measured as far as it is known without the model, and says it.
-
-        It comes before `measure`.
-        """
-        for family in families:
-            self.notes = []
-            try:
-                if family in TEXT_FAMILIES:
-                    config = self.text_config()
-                    sgo_sae.check_name(config.dataset)
-                    if sgo_sae.is_here(config.dataset):
-                        sgo_sae.check_texts(config)
-                if family in TASK_FAMILIES and self.args.probe:
-                    list(self.tasks(family))  # it raises and notes what is wrong with the files
-            except InputError as error:
-                self.failures[family] = str(error)
-                sgo_sae.say(f"{family} can't be measured: {error}")
-            for note in self.notes:
-                sgo_sae.say(f"{family}: {note}")
-
-    def settings_of(self, family):
-        """What a family's figures depend on beside the autoencoder, to compare with eval.json."""
-        args = self.args
-        settings = {"model": self.name, "layer": self.layer, "dtype": str(self.dtype)}
-        settings["definitions"] = DEFINITIONS
-        if Path(self.name).is_dir():
-            settings["model_files"] = stamp_of(self.name)
-        if family in TEXT_FAMILIES:
-            config = self.text_config()
-            for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
-                settings[name] = getattr(config, name)
-            settings["contexts"] = args.contexts
-            settings["text"] = digest_of(config.dataset) if sgo_sae.is_here(config.dataset) else ""
-        elif family in TASK_FAMILIES:
-            settings.update(train=args.train, test=args.test, seed=args.seed)
-            settings["probe"] = {path: digest_of(path) for path in args.probe or ()}
-        elif family == "absorption":
-            settings.update(words=args.words, seed=args.seed)
-        return settings
-
-    def fail(self, subject, family, reason):
-        """Keeps that a family of a subject has no figures."""
-        notes = [*self.notes, f"not measured, {reason}"]
-        subject.keep(family, record_of([], {}, notes, is_whole=False, settings={}))
-
-    def measure(self, family):
-        """Measures a family and puts it into eval.json; with --resume, what is not there yet."""
-        self.notes = []
-        self.sample = {}
-        self.is_whole = True
-        for subject, reason in self.refused.items():
-            self.fail(subject, family, reason)
-        if family in self.failures:
-            for subject in self.subjects:
-                self.fail(subject, family, self.failures[family])
-            return
-        self.settings_of_pending = {}
-        self.earlier = {}
-        # As they will come back from eval.json, where a tuple is a list.
-        common = json.loads(json.dumps(self.settings_of(family)))
-        for subject in self.subjects:
-            settings = {**common, "files": subject.digest}
-            stored = subject.stored_record(family, settings) if self.args.resume else None
-            if stored and stored.is_whole:
-                subject.records[family] = stored
-            elif subject.width != self.model.width:
-                widths = f"{subject.width} dimensions, and the model has {self.model.width}"
-                self.fail(subject, family, f"it is for {widths}")
-            else:
-                self.settings_of_pending[subject] = settings
-                self.earlier[subject] = {}
-                for part in stored.parts if stored else ():
-                    self.earlier[subject][part["task"], part["seed"]] = Part(**part)
-                    self.sample.update(stored.sample)
-        pending = list(self.settings_of_pending)
-        if not pending:
-            return
-        try:
-            found = self.families[family](pending)
-        except (InputError, RuntimeError) as error:
-            reason = str(error)
-            if isinstance(error, RuntimeError):
-                if not sgo_sae.is_lack_of_memory(error):
-                    raise
-                reason = f"out of memory, {MEMORY_ADVICE}: {reason[:200]}"
-            for subject in pending:
-                self.fail(subject, family, reason)
-            return
-        self.keep(family, self.with_earlier(found), self.is_whole)
-
-    def with_earlier(self, found):
-        """The Parts of each pending subject, and what an earlier call has measured beside them."""
-        return [[*parts, *earlier.values()] for parts, earlier in zip(found, self.earlier.values())]
-
-    def keep(self, family, found, is_whole):
-        """Keeps what was found of each pending subject, a list of Parts, as its Record."""
-        for (subject, settings), parts in zip(self.settings_of_pending.items(), found):
-            record = record_of(parts, self.sample, self.notes, is_whole, settings)
-            subject.keep(family, record)
-
-    def add(self, family, found, task, seed, measure):
-        """Adds what `measure` returns, a dict of figures for each pending subject, to their Parts.
-
-        They are kept as they are so far, so that a kill loses one task with one seed at most. With
-        --resume, what all subjects have already is not measured again.
-        """
-        known = [parts.pop((task, seed), None) for parts in self.earlier.values()]
-        if all(known):
-            for parts, part in zip(found, known):
-                parts.append(part)
-            return
-        for parts, figures in zip(found, measure()):
-            parts.append(Part(task, seed, figures))
-        self.keep(family, self.with_earlier(found), is_whole=False)
+    def refuse(self, subject, reason):
+        """Leaves out an autoencoder that is for something else, so that the others are measured."""
+        self.subjects.remove(subject)
+        self.refused[subject] = reason
+        sgo_sae.say(f"{subject.path} is left out: {reason}")
 
     @cached_property
     def model(self):
-        """The language model, which is loaded at its first use: by `measure`, and not by `check`.
+        """The language model, which is loaded at its first use.
 
         InputError where it can't be loaded, so that nothing can be measured.
         """
@@ -1835,241 +1847,104 @@ class Evaluation:
 
     @cached_property
     def contexts(self):
-        """Contexts of text (R, L), and which of their tokens count (R, L)."""
+        """The Contexts that are read."""
         config = self.text_config()
         model = self.model
         sgo_sae.check_texts(config)
-        contexts = sgo_sae.token_contexts(sgo_sae.texts_of(config), model.tokenizer, config.ctx)
+        texts = sgo_sae.texts_of(config)
         with sgo_sae.loading(config.dataset):
+            contexts = sgo_sae.token_contexts(texts, model.tokenizer, config.ctx)
             lists = list(itertools.islice(contexts, self.args.contexts))
         if not lists:
             raise InputError(f"{config.dataset} does not fill a context of {config.ctx} tokens")
         ids_RL = model.ids(lists)
-        return ids_RL, model.kept(ids_RL)
+        kept_RL = model.kept(ids_RL)
+        if not kept_RL.any():
+            raise InputError("no token of the text counts: all are special tokens")
+        notes = []
+        if len(ids_RL) < self.args.contexts:
+            notes.append(f"the text has {len(ids_RL)} contexts, not {self.args.contexts}")
+        trained_on_it = [s.path for s in self.subjects if s.is_trained_on(config)]
+        if trained_on_it:
+            notes.append(f"the text is not held out: {', '.join(trained_on_it)} trained on it")
+        sample = {"contexts": len(ids_RL), "tokens": kept_RL.sum().item()}
+        return Contexts(ids_RL, kept_RL, sample, notes)
 
     @cached_property
     def activations(self):
         """Activations (R, L, D) of the contexts, in the model's dtype."""
-        parts = self.contexts[0].split(32)
-        read = each(parts, "activations", "Fewer --contexts take less.")
-        return torch.cat([self.model.read(ids_BL) for ids_BL in read])
+        parts = self.contexts.ids_RL.split(32)
+        return torch.cat([self.model.read(ids_BL) for ids_BL in each(parts, "activations")])
 
-    def counted_contexts(self):
-        """The contexts' ids (R, L) and kept tokens (R, L); sets the sample."""
-        ids_RL, kept_RL = self.contexts
-        self.sample = {"contexts": len(ids_RL), "tokens": kept_RL.sum().item()}
-        if not kept_RL.any():
-            raise InputError("no token of the text counts: all are special tokens")
-        if len(ids_RL) < self.args.contexts:
-            self.notes.append(f"the text has {len(ids_RL)} contexts, not {self.args.contexts}")
-        return ids_RL, kept_RL
-
-    def measure_core(self, subjects):
-        _, kept_RL = self.counted_contexts()
-        x_TD = self.activations[kept_RL]
-        found = []
-        for subject in each(subjects, "core"):
-            figures = reconstruction(subject.sae, x_TD, len(x_TD) / len(kept_RL))
-            logged = last_penalty_share(subject)
-            if logged is not None:
-                figures["penalty_share"] = logged
-            found.append([Part("text", 0, figures)])
-        return found
-
-    def measure_behaviour(self, subjects):
-        model = self.model
-        if not model.has_head:
-            raise InputError("the model has no language-model head")
-        saes = [subject.sae for subject in subjects]
-        found = behaviour(model.lm, model.layer, saes, *self.counted_contexts())
-        return [[Part("text", 0, figures)] for figures in found]
-
-    def measure_competition(self, subjects):
-        _, kept_RL = self.counted_contexts()
-        x_TD = self.activations[kept_RL]
-        found = []
-        for subject in each(subjects, "competition", "Fewer --contexts take less."):
-            found.append([Part("text", 0, competition(subject.sae, x_TD))])
-        return found
-
-    def tasks(self, family):
-        """Yields the Samples of each task, one for each seed. A task that can't be had is noted."""
+    def settings_of(self, family):
+        """What a family's figures depend on beside the autoencoder, to compare with eval.json."""
         args = self.args
-        n_tasks = 0
-        if family == "probe" and not args.probe and not self.demo:
-            self.notes.append(LEFT_OUT)
-        for name, load in task_frames(family, args.probe, self.demo).items():
-            try:
-                frame = load()
-                if family == "probe":
-                    # Of one's own texts, attributes are for SCR alone.
-                    if args.probe or self.demo:
-                        frame = frame.assign(attribute=0)
-                    draw = probing_sample
-                    wanted = frame["label"].nunique() * (args.train + args.test)
-                else:
-                    if "attribute" not in frame:
-                        raise InputError(f"{name} has no column `attribute`, which SCR needs")
-                    frame = frame[frame["attribute"].notna()]
-                    draw = scr_sample
-                    # Two combinations of label and attribute whole, and two half.
-                    wanted = sum(2 * (size + size // 2) for size in (args.train, args.test))
-                    for column in ("label", "attribute"):
-                        if frame[column].nunique() > 2:
-                            first = " and ".join(map(str, sorted(frame[column].unique())[:2]))
-                            of = f"of {frame[column].nunique()} values"
-                            self.notes.append(f"{name}: {first} alone are used {of} of `{column}`")
-                samples = [draw(name, frame, args.train, args.test, seed) for seed in args.seed]
-            except InputError as error:
-                self.lacks(f"a task is left out, {error}")
-                continue
-            if len(samples[0].frame) < wanted:
-                self.notes.append(f"{name}: {len(samples[0].frame)} texts, not {wanted}")
-            n_tasks += 1
-            yield samples
-        if n_tasks == 0:
-            self.refuse()
+        settings = {"definitions": DEFINITIONS, "model": self.name, "layer": self.layer}
+        settings.update(dtype=str(self.dtype), model_files=stamp_of(self.name))
+        if family in ("core", "behaviour", "competition"):
+            config = self.text_config()
+            for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
+                settings[name] = getattr(config, name)
+            settings.update(contexts=args.contexts, text=stamp_of(config.dataset))
+        elif family in ("probe", "scr"):
+            settings.update(train=args.train, test=args.test, seed=args.seed)
+            settings["probe"] = {path: stamp_of(path) for path in args.probe or ()}
+        else:
+            settings.update(words=args.words, seed=args.seed)
+        return settings
 
-    def read_texts(self, samples, family, subjects):
-        """The Texts of a task's samples, each of which is read once for all samples."""
-        texts = list(dict.fromkeys(itertools.chain(*[sample.frame["text"] for sample in samples])))
-        saes = [subject.sae for subject in subjects]
-        x_TD, latents = mean_latents(self.model, saes, texts, f"{family}: {samples[0].task}")
-        return Texts({text: row for row, text in enumerate(texts)}, x_TD, latents)
+    def measure(self, family):
+        """Measures a family, and keeps the Record of each autoencoder.
 
-    def inputs_of(self, sample, texts):
-        """The TaskInputs of a Sample, whose texts are among `texts`. Sets the sample's size, and
-        notes texts that have no token."""
-        frame = sample.frame
-        n_train = int((~frame["is_test"]).sum())
-        self.sample[sample.task] = {"train": n_train, "test": len(frame) - n_train}
-        label_T = torch.tensor(frame["label"].to_numpy(), device=self.device)
-        attribute_T = torch.tensor(frame["attribute"].to_numpy(), device=self.device)
-        rows_T = torch.tensor([texts.row_of[text] for text in frame["text"]])
-        x_TD = texts.x_TD[rows_T].to(self.device)
-        n_empty = (x_TD == 0).all(1).sum().item()
-        if n_empty:
-            note = f"{sample.task}: {n_empty} texts have no token that counts, and are zeros"
-            if note not in self.notes:
-                self.notes.append(note)
-        return TaskInputs(label_T, attribute_T, n_train, x_TD, rows_T)
+        With --resume those that eval.json has whole, of the same settings, are taken from there. A
+        family that fails costs itself, whatever it raises.
+        """
+        for subject, reason in self.refused.items():
+            subject.fail(family, reason)
+        pending = {}
+        try:
+            common = self.settings_of(family)
+        except InputError as error:
+            for subject in self.subjects:
+                subject.fail(family, str(error))
+            return
+        for subject in self.subjects:
+            settings = {**common, "files": subject.stamp()}
+            stored = subject.stored_record(family, settings) if self.args.resume else None
+            if stored and stored.is_whole:
+                subject.records[family] = stored
+            elif subject.width != self.model.width:
+                widths = f"{subject.width} dimensions, and the model has {self.model.width}"
+                subject.fail(family, f"it is for {widths}")
+            else:
+                pending[subject] = settings
+        if not pending:
+            return
+        try:
+            found = FAMILIES[family](self, list(pending))
+        except Exception as error:  # noqa: BLE001 (it is said, and it costs the family)
+            reason = reason_of(error)
+            for subject in pending:
+                subject.fail(family, reason)
+            return
+        for (subject, settings), parts in zip(pending.items(), found.parts):
+            record = record_of(parts, found.sample, found.notes, found.is_whole, settings)
+            subject.keep(family, record)
 
-    def measure_tasks(self, family, subjects, measure_sample):
-        """The Parts of a family of tasks. `measure_sample` measures one Sample."""
-        found = [[] for _ in subjects]
-        for samples in self.tasks(family):
-            # The texts are read for the first sample that is measured, and not where all are known.
-            read = cache(partial(self.read_texts, samples, family, subjects))
-            for sample in samples:
-                measure = partial(measure_sample, sample, subjects, read)
-                try:
-                    self.add(family, found, sample.task, sample.seed, measure)
-                except InputError as error:
-                    self.lacks(f"{sample.task}, seed {sample.seed}, is left out: {error}")
-        if not any(found):
-            self.refuse()
-        return found
 
-    def measure_probe(self, subjects):
-        return self.measure_tasks("probe", subjects, self.probe_of_sample)
-
-    def probe_of_sample(self, sample, subjects, read):
-        """Figures of probing with a Sample: a dict for each subject. `read` gives the Texts."""
-        texts = read()
-        inputs = self.inputs_of(sample, texts)
-        splits = class_splits(inputs.label_T, inputs.n_train, sample.seed)
-        of_x = {}
-        for k, score in sparse_probing(inputs.x_TD, splits, mean_difference).items():
-            of_x[f"x_{k}"] = score
-        of_x["x_all"] = full_probing(inputs.x_TD, splits, sample.seed)
-        found = []
-        for all_latents in each(texts.latents, "probes"):
-            f_TN = all_latents[inputs.rows_T].to(self.device)
-            figures = {}
-            for k, score in sparse_probing(f_TN, splits, mean_difference).items():
-                figures[f"latents_{k}"] = score
-            for k, score in sparse_probing(f_TN, splits, standardised_difference).items():
-                figures[f"standardised_{k}"] = score
-            figures["latents_all"] = full_probing(f_TN, splits, sample.seed)
-            found.append({**figures, **of_x})
-        return found
-
-    def measure_scr(self, subjects):
-        return self.measure_tasks("scr", subjects, self.scr_of_sample)
-
-    def scr_of_sample(self, sample, subjects, read):
-        """Figures of SCR with a Sample: a dict for each subject. `read` gives the Texts."""
-        texts = read()
-        inputs = self.inputs_of(sample, texts)
-        x_TD, label_T, attribute_T = inputs.x_TD, inputs.label_T, inputs.attribute_T
-        sets = scr_sets(label_T, attribute_T, inputs.n_train)
-        probes = scr_probes(x_TD, label_T, attribute_T, sets, sample.seed)
-        found = []
-        for subject, all_latents in zip(subjects, texts.latents):
-            f_TN = all_latents[inputs.rows_T].to(self.device)
-            W_dec_ND = subject.sae.W_dec
-            found.append(scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND))
-        return found
-
-    def measure_absorption(self, subjects):
-        if not self.model.is_causal:
-            raise InputError("the model is not causal, and the prompts of absorption end too early")
-        found = [[] for _ in subjects]
-        reasons = []
-        for seed in self.args.seed:
-            try:
-                measure = partial(self.absorption_of_sample, seed, subjects)
-                self.add("absorption", found, "words", seed, measure)
-            except InputError as error:
-                reasons.append(f"seed {seed}: {error}")
-        if len(reasons) == len(self.args.seed):
-            raise InputError("; ".join(reasons))
-        for reason in reasons:
-            self.lacks(f"words are left out, {reason}")
-        return found
-
-    def absorption_of_sample(self, seed, subjects):
-        """Figures of absorption with a sample of words: a dict for each subject."""
-        words = self.words(seed)
-        parts = each(subjects, "absorption", "Fewer --words take less.")
-        return [absorption(subject.sae, words, seed) for subject in parts]
-
-    def words(self, seed):
-        """A random sample of the tokenizer's Words; sets the sample's size."""
-        model = self.model
-        rng = random.Random(seed)
-        vocabulary = alphabetic_words(model.tokenizer)
-        rng.shuffle(vocabulary)
-        words = vocabulary[: self.args.words]
-        if len(words) < FEWEST_WORDS:
-            raise InputError(f"{FEWEST_WORDS} words are needed, the tokenizer has {len(words)}")
-        self.sample = {"words": len(words)}
-        n_train = int(WORDS_TO_TRAIN * len(words))
-        x_TD = spelled_activations(model, words, vocabulary, rng, "words")
-        letter_T = torch.tensor([letter for _, letter in words], device=x_TD.device)
-        letter_U = letter_T[n_train:]
-        weight_AD, b_A = letter_probe(
-            x_TD[:n_train], letter_T[:n_train], **RESIDUAL_PROBE, seed=seed
-        )
-        positive_UA = x_TD[n_train:] @ weight_AD.T + b_A > 0
-        spelled_A = spelled_letters(positive_UA, letter_U)
-        if spelled_A.sum() < FEWEST_LETTERS:
-            raise InputError(
-                f"the model spells {spelled_A.sum()} of 26 letters with {len(words):,} of its "
-                f"{len(vocabulary):,} words, and {FEWEST_LETTERS} are needed"
-                + ("; more --words spell more" if len(words) < len(vocabulary) else "")
-            )
-        own_U = positive_UA[torch.arange(len(letter_U)), letter_U]
-        recognised_U = own_U & spelled_A[letter_U]
-        # They are scored on new prompts, as in SAEBench.
-        again = [word for word, kept in zip(words[n_train:], recognised_U.tolist()) if kept]
-        new_x_PD = spelled_activations(model, again, vocabulary, rng, "new prompts")
-        return Words(x_TD, letter_T, n_train, new_x_PD, letter_U[recognised_U], weight_AD)
+def reason_of(error):
+    """Why a family could not be measured, in a line. Of what nobody foresaw, all is printed."""
+    if isinstance(error, (InputError, OSError)):  # an OSError is a disk that is full
+        return str(error)
+    if isinstance(error, MemoryError) or sgo_sae.is_lack_of_memory(error):
+        return f"out of memory, {MEMORY_ADVICE}: {str(error)[:200]}"
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 # -------------------------------------------------------------------------------------------- table
 CONFIDENCE = 0.95  # of intervals
-MARKS = {"↑": 1, "↓": -1, "": 0}  # the sign of a change for the better
+SIGNS = {"↑": 1, "↓": -1, "–": 0}  # of a change for the better
 
 
 def name_subjects(subjects):
@@ -2138,9 +2013,17 @@ def whole_mean(values):
     return values.mean(skipna=False)
 
 
-def title_of(kind, name):
+def title_of(figure, name):
     """The beginning of a figure's line."""
-    return " ".join(filter(None, [f"{kind.family}: {name.replace('_', ' ')}", kind.better]))
+    better = "" if figure.better == "–" else f" {figure.better}"
+    return f"{figure.family}: {name.replace('_', ' ')}{better}"
+
+
+def names_of(figure, names):
+    """The figure's own name, or those of its sizes, smallest first, among names."""
+    sized = [name for name in names if re.fullmatch(rf"{figure.name}_\d+", name)]
+    own = [name for name in names if name == figure.name]
+    return own or sorted(sized, key=lambda name: int(name.rsplit("_", 1)[1]))
 
 
 def table(subjects, families, baseline=None):
@@ -2156,12 +2039,7 @@ def table(subjects, families, baseline=None):
     notes = []
     if baseline:
         settings.sort(key=lambda name: name != baseline)
-        notes.append(
-            f"All but the first column are differences to {baseline}. ± is half their "
-            f"{CONFIDENCE:.0%} interval, from the variance over seeds and samples of all settings "
-            "of the table. It does not cover the choice of the texts that samples are drawn from. "
-            "**Better** and _worse_ lie outside it."
-        )
+        notes += notes_on_intervals(frame, seeds, baseline)
     for family in families:
         tasks = {part["task"] for subject in subjects for part in subject.records[family].parts}
         counted = set.union(set(), *common_tasks(subjects, family).values())
@@ -2171,29 +2049,29 @@ def table(subjects, families, baseline=None):
     head = [f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings]
     lines = [["", *head, *(["±"] if baseline else [])]]
     legend = []
-    for kind in FIGURES:
-        own = frame[frame["family"] == kind.family]
-        shown = [name for name in kind.names if name in set(own["figure"])]
-        for name in shown:
+    for figure in FIGURES:
+        own = frame[frame["family"] == figure.family]
+        names = names_of(figure, own["figure"].unique())
+        for name in names:
             rows = own[own["figure"] == name]
             if baseline:
-                cells = paired_cells(rows, settings, MARKS[kind.better], notes)
+                cells = paired_cells(rows, settings, SIGNS[figure.better], notes)
             else:
                 cells = mean_cells(rows, settings, seeds)
-            lines.append([title_of(kind, name), *cells])
-        if shown:
-            legend.append(legend_line(kind, shown))
+            lines.append([title_of(figure, name), *cells])
+        if names:
+            legend.append(legend_line(figure, names))
     notes += notes_of(subjects, families)
     parts = [markdown(lines), "\n".join(legend), *dict.fromkeys(notes)]
     return "\n\n".join(part for part in parts if part)
 
 
-def legend_line(kind, names):
-    """What the figures of a kind mean; those of several sizes are named once."""
+def legend_line(figure, names):
+    """What a figure means; one of several sizes is named once."""
     first, *others = [name.replace("_", " ") for name in names]
     sizes = [name.split()[-1] for name in others]
-    title = title_of(kind, ", ".join([first, *sizes]))
-    return f"- {title}: {kind.meaning}"
+    title = title_of(figure, ", ".join([first, *sizes]))
+    return f"- {title}: {figure.meaning}"
 
 
 def notes_of(subjects, families):
@@ -2256,100 +2134,83 @@ def mean_cell(mean, deviation):
     return f"{text} ± {deviation:,.{digits}f}" if deviation else text
 
 
-class Spread(NamedTuple):
-    """What a table of settings by seeds, or by samples, leaves unexplained."""
+def notes_on_intervals(frame, seeds, baseline):
+    """What a table of differences says of its intervals."""
+    differences = (
+        f"All but the first column are differences to {baseline}. ± is half their {CONFIDENCE:.0%} "
+        "interval, from the variance over seeds and samples of all settings of the table. It does "
+        "not cover the choice of the texts that samples are drawn from. **Better** and _worse_ lie "
+        "outside it."
+    )
+    notes = [differences]
+    has_samples = frame["sample"].nunique() > 1
+    if max(seeds.values()) == 1:
+        over = "± is over samples alone" if has_samples else "there is no ±"
+        notes.append(f"With one seed a setting {over}: train several, --seed 0 1 2.")
+    elif not has_samples and set(frame["family"]) & {"probe", "scr", "absorption"}:
+        notes.append("With one sample a task ± is over the seeds of training alone: --seed 0 1 2.")
+    return notes
 
-    variance: float
-    freedom: int
 
-    def half_interval(self, n):
-        """Half the interval of a difference of two settings' means over n seeds, or samples; None
-        where nothing tells it."""
-        if self.freedom == 0 or n == 0:
-            return None
-        return student_t(self.freedom) * math.sqrt(2 * self.variance / n)
+def half_interval(values):
+    """Half the interval of a difference of two columns' means; None where nothing tells it.
 
-
-def spread_of(rows, block):
-    """The Spread of the values of `rows`, of which each setting may have one in each block.
-
-    Blocks are seeds, or samples. The variance is that of the residuals of value = setting + block,
-    by least squares over all settings: randomised blocks. With three seeds, the variance of one
-    setting alone would be luck.
+    The columns are settings, and the rows seeds, or samples. The variance is that of the residuals
+    of value = setting + row, over all settings: randomised blocks. With three seeds, the variance
+    of one setting alone would be luck.
     """
-    means = rows.groupby(["setting", block], as_index=False)["value"].mean()
-    y = means["value"].to_numpy()
-    design = pandas.get_dummies(means[["setting", block]].astype(str), dtype=float).to_numpy()
-    solution, _, rank, _ = numpy.linalg.lstsq(design, y)
-    freedom = len(y) - int(rank)
-    residual = y - design @ solution
-    residual[abs(residual) < 1e-12 * abs(y).max()] = 0  # equal values leave rounding errors
-    return Spread(ratio((residual**2).sum(), freedom), freedom)
+    n_rows, n_settings = values.shape
+    freedom = (n_rows - 1) * (n_settings - 1)
+    if freedom == 0:
+        return None
+    of_rows = values.mean(axis=1, keepdims=True)
+    residual = values - of_rows - values.mean(axis=0) + values.mean()
+    residual[abs(residual) < 1e-12 * abs(values).max()] = 0  # equal values leave rounding errors
+    variance = (residual**2).sum() / freedom
+    return student_t(freedom) * math.sqrt(2 * variance / n_rows)
 
 
 def paired_cells(rows, settings, sign, notes):
     """Cells of one figure: the baseline's mean, the others' differences to it, and ±.
 
-    `rows` are those of the figure in `measured`, and the baseline is the first of the settings. A
-    difference is the mean over the seeds that both have. Where these are fewer than elsewhere, its
-    cell has a ± of its own. A setting without the figure has an empty cell, and one that shares no
-    seed has a note, too.
+    `rows` are those of the figure in `measured`, and the baseline is the first of the settings.
+    What counts are the seeds that all settings have, of those that have the figure at all, with all
+    of their samples. Those that do not count are noted.
     """
-    title = f"{rows['family'].iloc[0]}: {rows['figure'].iloc[0].replace('_', ' ')}"
-    rows = rows.dropna()
-    # A sample counts where every run has it that has any.
-    samples_of_runs = [set(own["sample"]) for _, own in rows.groupby(["setting", "seed"])]
-    common = set.intersection(*samples_of_runs) if samples_of_runs else set()
-    if not common:
-        lacks = "the runs have no sample in common" if len(rows) else "no run has it"
-        notes.append(f"{title}: {lacks}, and there is no difference")
+    family = rows["family"].iloc[0]
+    baseline = settings[0]
+    known = rows.dropna()
+    shared = known.pivot(index="seed", columns=["setting", "sample"], values="value").dropna()
+    n_seeds = known["seed"].nunique()
+    if baseline not in set(known["setting"]) or shared.empty:
+        lacks = "the settings share no seed" if n_seeds else "no run has it"
+        if n_seeds and baseline not in set(known["setting"]):
+            lacks = f"{baseline} has no figure"
+        figure = rows["figure"].iloc[0].replace("_", " ")
+        notes.append(f"{family}: {figure}: {lacks}, and there is no difference")
         return [""] * (len(settings) + 1)
-    if len(common) < rows["sample"].nunique():
-        notes.append(f"{title}: of {rows['sample'].nunique()} samples, {len(common)} count")
-    rows = rows[rows["sample"].isin(common)]
-    over_seeds = spread_of(rows, "seed")
-    over_samples = spread_of(rows, "sample")
-    by_seed = rows.pivot_table(index="seed", columns="setting", values="value")
-
-    baseline, *others = settings
-    if baseline not in by_seed:
-        notes.append(f"{title}: {baseline} has no figure, and there is no difference to it")
-        return [""] * (len(settings) + 1)
-    differences = {}
-    for other in others:
-        if other in by_seed:
-            differences[other] = (by_seed[other] - by_seed[baseline]).dropna()
-    most = max(map(len, differences.values()), default=0)
-
-    def half_interval(n_seeds):
-        # Seeds and samples are drawn apart from each other, so that their variances add.
-        parts = (over_seeds.half_interval(n_seeds), over_samples.half_interval(len(common)))
-        known = [half for half in parts if half is not None]
-        return math.hypot(*known) if known else None
-
-    usual = half_interval(most)
-    level = by_seed[baseline].mean()
-    largest = max((abs(difference.mean()) for difference in differences.values()), default=0)
-    digits = decimals(usual or level / 100 or largest / 100)
-    cells = [f"{level:,.{digits}f}"]
-    for other in others:
-        if other not in differences:
+    if len(shared) < n_seeds:
+        which = ", ".join(map(str, shared.index))
+        notes.append(f"{family}: of {n_seeds} seeds, only {which} count, which all settings have")
+    by_seed = shared.T.groupby(level="setting").mean().T
+    by_sample = shared.mean().unstack("setting")
+    # Seeds and samples are drawn apart from each other, so that their variances add.
+    halves = [half_interval(by_seed.to_numpy()), half_interval(by_sample.to_numpy())]
+    halves = [half for half in halves if half is not None]
+    half = math.hypot(*halves) if halves else None
+    means = by_seed.mean()
+    changes = means - means[baseline]
+    digits = decimals(half or means[baseline] / 100 or changes.abs().max() / 100)
+    cells = [f"{means[baseline]:,.{digits}f}"]
+    for setting in settings[1:]:
+        if setting not in changes:
             cells.append("")
             continue
-        if differences[other].empty:
-            cells.append("")
-            notes.append(f"{other} shares no seed with {baseline}, and has no difference to it")
-            continue
-        change = differences[other].mean()
-        n_seeds = len(differences[other])
-        half = half_interval(n_seeds)
-        text = f"{change:+,.{digits}f}"
-        if half is not None and sign and abs(change) > half:
-            text = f"**{text}**" if change * sign > 0 else f"_{text}_"
-        if n_seeds < most:
-            text += f" ± {half:,.{digits}f} ({n_seeds} of {most} seeds)"
-        cells.append(text)
-    return [*cells, "" if usual is None else f"{usual:,.{digits}f}"]
+        cell = f"{changes[setting]:+,.{digits}f}"
+        if half is not None and sign and abs(changes[setting]) > half:
+            cell = f"**{cell}**" if changes[setting] * sign > 0 else f"_{cell}_"
+        cells.append(cell)
+    return [*cells, "" if half is None else f"{half:,.{digits}f}"]
 
 
 def student_t(freedom):
@@ -2363,96 +2224,23 @@ def student_t(freedom):
     return float(mpmath.findroot(excess, (1, 20), solver="anderson"))
 
 
-def paired_tables(subjects, families, baseline):
-    """A table of differences for each length of training.
-
-    Settings that were trained for longer are not compared with the baseline, and do not enter its
-    ±, since seeds may matter more early on. Another length has a baseline of its own: its first
-    unpenalised topk, or its first setting. A setting that names no length stands in the baseline's
-    table. Where the baseline names none, all settings stand in one table.
-    """
-    named = next(subject for subject in subjects if subject.name == baseline)
-    length = named.settings.get("tokens")
-    groups = {length: []}
-    for subject in subjects:
-        own = length if length is None else subject.settings.get("tokens", length)
-        groups.setdefault(own, []).append(subject)
-    parts = []
-    for tokens, group in groups.items():
-        own = baseline if tokens == length else baseline_of(group)
-        if len(groups) > 1:
-            parts.append(f"Trained on {tokens:,} tokens:")
-        parts.append(table(group, families, own))
-    most = max(Counter(subject.name for subject in subjects).values())
-    n_samples = measured(subjects, families).groupby("family")["sample"].nunique().max()
-    if most == 1:
-        advice = "train several, --seed 0 1 2."
-        if n_samples > 1:
-            parts.append(f"With one seed a setting, ± is over samples alone: {advice}")
-        else:
-            parts.append(f"With one seed a setting there is no ±: {advice}")
-    elif n_samples == 1 and {"probe", "scr", "absorption"} & set(families):
-        parts.append("With one sample a task, ± is over the seeds of training alone: --seed 0 1 2.")
-    return "\n\n".join(parts)
-
-
 # --------------------------------------------------------------------------------------------- page
-CURVES = {  # what a chart of the training shows, by its name in metrics.jsonl, and its y axis
-    "explained_variance": ("Explained variance in training", "share"),
-    "penalty_share": ("αΩ over the reconstruction term in training", "ratio"),
-    "omega": ("Ω in training, whatever its weight α", "Ω"),
-    "dead": ("Latents inactive for 200 steps, in training", "latents"),
-}
-SHOWN_FIRST = (  # on the page, what the penalty did
-    ("core", "explained_variance"),
-    ("core", "dense"),
-    ("core", "penalty_share"),
-    ("competition", "pairs_over_chance"),
-    ("competition", "share_over_chance"),
-    ("competition", "mean_max_cos"),
-)
 N_PAIRS = 20  # pairs that the page shows of an autoencoder
 N_CONTEXTS = 3  # contexts of a latent, those of its highest peaks
 BEFORE, AFTER = 16, 8  # tokens around a peak
 N_EFFECTS = 8  # tokens that a latent raises most, and lowers most
-COLOURS = ("#2f8fd0", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#777777")
-PAGE = r"""
-{# The frame of a chart: x from 56 to 344, y from 184 up to 34. Curves end above the frame's lower
-   edge, at 190, so that one on the axis can be seen. #}
-{%- macro across(chart, x) -%}
-{{ "%.1f" % (56 + 288 * (x - chart.xs[0]) / (chart.xs[-1] - chart.xs[0])) }}
-{%- endmacro -%}
-{%- macro down(chart, y) -%}
-{{ "%.1f" % (184 - 150 * (y - chart.ys[0]) / (chart.ys[-1] - chart.ys[0])) }}
-{%- endmacro -%}
-{%- macro line(run) -%}
-<svg width="32" height="8" aria-hidden="true"><polyline style="{{ run.style }}"
-points="0,4 32,4"/></svg>
-{%- endmacro -%}
-<!doctype html>
+PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}: which latents compete</title>
 <style>
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui; max-width: 1240px; margin: auto; padding: 1em }
-figure { margin: 0 }
-small, figcaption, table { font-size: 13px }
+small, pre, h3, h4 { font-size: 13px }
 .row { display: grid; gap: 12px 24px;
   grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)) }
-.wide { overflow-x: auto }
-table { border-collapse: collapse }
-td, th { padding: 2px 8px; text-align: right; font-weight: normal; vertical-align: top }
-td:first-child, th:first-child { text-align: left; padding-left: 0 }
-td small { opacity: 0.7 }
-.better { font-weight: 700 }
-.worse { font-style: italic }
-tr { border-bottom: 1px solid #8884 }
-text { font: 11px system-ui; fill: currentColor }
-path { stroke: #8884 }
-path, polyline { fill: none }
-polyline { stroke-width: 2 }
+pre { overflow-x: auto }
 section { border-top: 1px solid #8888; padding-top: 4px }
-h3, h4 { margin: 8px 0 2px; font-size: 13px }
+h3, h4 { margin: 8px 0 2px; overflow-wrap: anywhere }
 h4 { font-weight: normal }
 summary { font-weight: 600; margin-top: 1em }
 i { font-style: normal;
@@ -2464,28 +2252,18 @@ p.text { font: 13px/1.7 monospace; white-space: pre-wrap; overflow-wrap: anywher
 <h1>{{ title }}: which latents compete</h1>
 <p>Latents compete where they are active on the same tokens. <b>w</b> is the share of the rarer
 latent's tokens on which the other one is active too. Two latents that have nothing to do with each
-other share some by chance; <b>pairs over chance</b> share {{ "%.0f" % (100 * over) }} % of the
-rarer one's tokens beyond that. All of it is measured on {{ "{:,}".format(n_tokens) }} tokens of
-held-out text.</p>
-<h2>What the penalty did</h2>
-<div class="wide"><table>
-<tr><th></th>{% for run in runs %}<th>{{ line(run) }} {{ run.name }}</th>{% endfor %}</tr>
-{% for name, meaning, cells in summary %}
-<tr><td>{{ name }}<br><small>{{ meaning }}</small></td>
-{%- for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
+other share some by chance. All of it is measured on {{ "{:,}".format(n_tokens) }} tokens.</p>
 <h2>The pairs that compete most</h2>
 <p>The autoencoders stand beside each other. Pairs are in the order of (w − chance) times the tokens
-on which both are active. Below each latent stand the
-tokens whose prediction its decoder row raises and lowers most, by the unembedding alone, and the
-text around its {{ n_contexts }} highest peaks: tokens are shaded by its activation, and underlined
-where the other latent of the pair is active too.</p>
+on which both are active. Below each latent stand the tokens whose prediction its decoder row raises
+and lowers most, by the unembedding alone, and the text around its {{ n_contexts }} highest peaks:
+tokens are shaded by its activation, and underlined where the other latent of the pair is active
+too.</p>
 {% for pairs in ranks %}
 <details{% if loop.index <= 5 %} open{% endif %}><summary>Pair {{ loop.index }}</summary>
 <div class="row">
 {% for pair in pairs %}
-<section><h3>{{ line(runs[loop.index0]) }} {{ runs[loop.index0].name }}</h3>
+<section><h3>{{ runs[loop.index0] }}</h3>
 {% if pair %}
 <h4>w {{ "%.2f" % pair.w }}, by chance {{ "%.2f" % pair.chance }}; both on
 {{ "{:,}".format(pair.both) }} tokens; cosine of decoder rows {{ "%.2f" % pair.cosine }}</h4>
@@ -2516,110 +2294,21 @@ on {{ "{:,}".format(latent.n_tokens) }} tokens</small>
 </div>
 </details>
 {% endfor %}
-<h2>Curves</h2>
-<div class="row">
-{% for chart in charts if chart %}
-<figure><svg viewBox="0 0 360 230" role="img" aria-label="{{ chart.caption }}">
-<path d="M48 22V190H352"/>
-<text x="2" y="12">{{ chart.y_name }}</text>
-<text x="200" y="224" text-anchor="middle">{{ chart.x_name }}</text>
-{% for x in chart.xs %}
-<text x="{{ across(chart, x) }}" y="205" text-anchor="middle">{{ "%.4g" % x }}</text>
-{% endfor %}
-{% for y in chart.ys %}
-<path d="M48 {{ down(chart, y) }}h304"/>
-<text x="42" y="{{ down(chart, y) }}" dy="4" text-anchor="end">{{ "%.4g" % y }}</text>
-{% endfor %}
-{% for points in chart.lines %}
-<polyline style="{{ runs[loop.index0].style }}" points="
-{%- for x, y in points %}{{ across(chart, x) }},{{ down(chart, y) }} {% endfor %}"/>
-{% endfor %}
-</svg><figcaption>{{ chart.caption }}.</figcaption></figure>
-{% endfor %}
-</div>
 <h2>All figures</h2>
-{% for block in blocks %}
-{% if block.cells %}
-<div class="wide"><table>
-{% for cells in block.cells %}
-<tr>{% for cell in cells %}<td class="{{ cell.mark }}">{{ cell.text }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% else %}
-{% for text in block.lines %}
-<small>{{ text }}</small><br>
-{% endfor %}
-{% endif %}
-{% endfor %}
+<pre>{{ found }}</pre>
 </html>
 """
 
 
-def training_log(subject):
-    """The lines of metrics.jsonl as a frame, empty where there is none.
-
-    A last line that a kill cut off is left out, and so are values that are no finite number.
-    """
-    file = Path(subject.path, "metrics.jsonl")
-    rows = []
-    if file.exists():
-        for text in file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    frame = pandas.DataFrame(rows).reindex(columns=["tokens", *CURVES])
-    frame = frame.apply(pandas.to_numeric, errors="coerce").astype(float)
-    return frame.where(numpy.isfinite(frame))
-
-
-def last_penalty_share(subject):
-    """αΩ over the reconstruction term, the mean of the last tenth of the log; None without one."""
-    logged = training_log(subject)["penalty_share"]
-    if logged.isna().all():
-        return None
-    return whole_mean(logged.tail(math.ceil(len(logged) / 10))).item()
-
-
-def ticks(values):
-    """About five round numbers, 1, 2 or 5 times a power of ten apart, that enclose the values."""
-    raw = numpy.ptp(values) / 4
-    steps = 10 ** numpy.floor(numpy.log10(raw)) * numpy.array([1, 2, 5, 10])
-    step = steps[steps >= raw][0]
-    first = numpy.floor(numpy.min(values) / step)
-    return step * numpy.arange(first, numpy.ceil(numpy.max(values) / step) + 1)
-
-
-def chart(lines, caption, x_name, y_name):
-    """What the page draws of lines (points, 2); nothing where all of their values are the same."""
-    points = numpy.concatenate(lines)
-    if len(points) == 0 or not numpy.ptp(points, axis=0).all():
-        return {}
-    return {
-        "lines": lines,
-        "caption": caption,
-        "x_name": x_name,
-        "y_name": y_name,
-        "xs": ticks(points[:, 0]),
-        "ys": ticks(points[:, 1]),
-    }
-
-
 def closest_pairs(activity, count=N_PAIRS):
-    """The pairs with the largest (w - chance) · shared, each as Pairs of numbers, largest first;
-    and a histogram (20,) of how far all pairs are over chance, from 0 to 1."""
-    histogram_20 = torch.zeros(20)
+    """The pairs with the largest (w - chance) · shared, each as Pairs of numbers, largest first."""
     best = []
     for pairs in compared_pairs(activity):
-        over = pairs.w - pairs.chance
-        histogram_20 += torch.histc(over[over > 0], 20, 0, 1).cpu()
-        score = over * pairs.shared
+        score = (pairs.w - pairs.chance) * pairs.shared
         for n in score.topk(min(count, len(score))).indices.tolist():
             best.append(Pairs(*(values[n].item() for values in pairs)))
     best.sort(key=lambda pair: (pair.chance - pair.w) * pair.shared)
-    return [pair for pair in best[:count] if pair.w > pair.chance], histogram_20
+    return [pair for pair in best[:count] if pair.w > pair.chance]
 
 
 class Piece(NamedTuple):
@@ -2630,6 +2319,42 @@ class Piece(NamedTuple):
     other: float
 
 
+def pieces(tokenizer, ids):
+    """Pairs of a text and the number of tokens that it takes, which give the ids' whole text.
+
+    A character that several tokens share is one piece. Pieces are what the text gains with
+    each token, since some tokenizers, Llama's for one, drop the space before a token that is
+    decoded alone.
+    """
+    decode = partial(
+        tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    found = []
+    before = ""
+    waiting = 0  # tokens that are no whole character yet
+    for n in range(1, len(ids) + 1):
+        waiting += 1
+        text = decode(ids[:n])
+        if text.endswith("\ufffd") and n < len(ids):
+            continue
+        new = text.removeprefix(before)
+        if new == text and before:  # the token changed the text before it
+            new = decode(ids[n - waiting : n])
+        found.append((new, waiting))
+        before = text
+        waiting = 0
+    return found
+
+
+def text_of(tokenizer, token):
+    """The text of one token as it is within a text."""
+    anchor = tokenizer("a", add_special_tokens=False).input_ids
+    *_, (text, n_tokens) = pieces(tokenizer, [*anchor, token])
+    if n_tokens > 1 or "\ufffd" in text:  # a part of a character
+        return tokenizer.convert_ids_to_tokens(token)
+    return text
+
+
 def latent_view(evaluation, sae, i, f_RL, other_RL):
     """What the page says of a latent.
 
@@ -2637,26 +2362,29 @@ def latent_view(evaluation, sae, i, f_RL, other_RL):
     highest peaks.
     """
     model = evaluation.model
+    ids_RL = evaluation.contexts.ids_RL
     effects = []
     if model.has_head:
-        head = model.lm.get_output_embeddings()
-        effect_V = head(sae.W_dec[i].to(head.weight.dtype))
+        W_VD = (
+            model.lm.get_output_embeddings().weight
+        )  # without a bias, whose words are no latent's
+        effect_V = W_VD @ sae.W_dec[i].to(W_VD.dtype)
         for word, sign in (("raises", 1), ("lowers", -1)):
             top = (sign * effect_V).topk(N_EFFECTS).indices.tolist()
-            effects.append((word, [repr(model.text_of(token)) for token in top]))
+            effects.append((word, [repr(text_of(model.tokenizer, token)) for token in top]))
     contexts = []
     highest = f_RL.amax(1).topk(min(N_CONTEXTS, len(f_RL)))
     for r in highest.indices[highest.values > 0].tolist():
         peak = f_RL[r].argmax().item()
         start = max(0, peak - BEFORE)
         end = peak + AFTER + 1
-        pieces = []
-        for text, n_tokens in model.pieces(evaluation.contexts[0][r, start:end].tolist()):
+        shown = []
+        for text, n_tokens in pieces(model.tokenizer, ids_RL[r, start:end].tolist()):
             own = f_RL[r, start : start + n_tokens].max().item()
             other = other_RL[r, start : start + n_tokens].max().item()
-            pieces.append(Piece(text, own, other))
+            shown.append(Piece(text, own, other))
             start += n_tokens
-        contexts.append(pieces)
+        contexts.append(shown)
     return {
         "number": i,
         "n_tokens": (f_RL > 0).sum().item(),
@@ -2668,11 +2396,10 @@ def latent_view(evaluation, sae, i, f_RL, other_RL):
 
 @torch.no_grad()
 def portrait(evaluation, sae):
-    """What the page shows of the closest pairs of latents, and the histogram of all pairs."""
-    kept_RL = evaluation.contexts[1]
+    """What the page shows of the closest pairs of latents."""
+    kept_RL = evaluation.contexts.kept_RL
     x_RLD = evaluation.activations
-    activity = activity_of(sae, x_RLD[kept_RL])
-    closest, histogram_20 = closest_pairs(activity)
+    closest = closest_pairs(activity_of(sae, x_RLD[kept_RL]))
     latents = sorted({pair.i for pair in closest} | {pair.j for pair in closest})
     f_RLS = torch.cat([sae.encode(x_BLD.float())[..., latents] for x_BLD in x_RLD.split(16)])
     f_of = dict(zip(latents, (f_RLS * kept_RL[..., None]).unbind(-1)))
@@ -2689,197 +2416,88 @@ def portrait(evaluation, sae):
                 "latents": [first, second],
             }
         )
-    return views, histogram_20
-
-
-def line_style(n):
-    """The colour and the dashes of the n-th run's lines; no two runs have the same."""
-    colour = COLOURS[n % len(COLOURS)]
-    # The six colours come with dashes of 0, 4, 8, 0, 4 and 8; the next six runs have 3 more each.
-    dashes = n % len(COLOURS) % 3 * 4 + n // len(COLOURS) * 3
-    return f"stroke: {colour}; stroke-dasharray: {dashes or 'none'}"
-
-
-def summary_of(subjects):
-    """Lines of the page's first table: a figure's title, its meaning, and a cell for each
-    autoencoder."""
-    lines = []
-    for kind in FIGURES:
-        for name in kind.names:
-            if (kind.family, name) not in SHOWN_FIRST:
-                continue
-            values = [subject.records[kind.family].figures.get(name) for subject in subjects]
-            cells = ["" if value is None else mean_cell(value, 0.0) for value in values]
-            title = title_of(kind, name).removeprefix(f"{kind.family}: ")
-            lines.append((title, kind.meaning, cells))
-    return lines
-
-
-def page_cell(cell):
-    """A cell of the table as the page shows it: its text, and whether it is better or worse."""
-    marked = re.fullmatch(r"(\*\*|_)([+-][\d,.]+)\1(.*)", cell)
-    text = f"{marked[2]}{marked[3]}" if marked else cell
-    mark = {"**": "better", "_": "worse"}[marked[1]] if marked else ""
-    return {"text": text.replace("\\|", "|"), "mark": mark}
-
-
-def blocks_of(found):
-    """The parts of what was printed: tables as lists of cells, and lines of text."""
-    blocks = []
-    for part in found.split("\n\n"):
-        lines = part.splitlines()
-        cells = []
-        if part.startswith("|"):
-            for text in lines[:1] + lines[2:]:
-                row = re.split(r"(?<!\\)\|", text)[1:-1]
-                cells.append([page_cell(cell.strip()) for cell in row])
-        blocks.append({"cells": cells, "lines": lines})
-    return blocks
+    return views
 
 
 def page(evaluation, subjects, found):
-    """One HTML file: what the penalty did, which pairs compete, the training, and the table."""
-    portraits = []
-    histograms = []
-    middle_20 = (numpy.arange(20) + 0.5) / 20
-    for subject in each(subjects, "page"):
-        views, histogram_20 = portrait(evaluation, subject.sae)
-        portraits.append(views)
-        log_20 = (1 + histogram_20).log10().numpy()
-        histograms.append(numpy.stack([middle_20, log_20], axis=1))
-    charts = [
-        chart(
-            histograms,
-            "Pairs by how much their w is over chance",
-            "w over chance",
-            "log₁₀(1 + pairs)",
-        )
-    ]
-    logs = [training_log(subject) for subject in subjects]
-    for key, (caption, y_name) in CURVES.items():
-        lines = []
-        for log in logs:
-            known = log[["tokens", key]].dropna()
-            lines.append(numpy.stack([known["tokens"] / 1e6, known[key]], axis=1))
-        charts.append(chart(lines, caption, "million tokens", y_name))
-    runs = []
-    for n, subject in enumerate(subjects):
-        runs.append({"name": f"{subject.name}, seed {subject.seed}", "style": line_style(n)})
+    """One HTML file: which pairs of latents compete, on what text, and the table as printed."""
+    portraits = [portrait(evaluation, subject.sae) for subject in each(subjects, "page")]
     return jinja2.Template(PAGE, autoescape=True, trim_blocks=True).render(
         title=f"{Path(evaluation.name).name}, layer {evaluation.layer}",
-        runs=runs,
-        over=OVER_CHANCE,
-        n_tokens=evaluation.contexts[1].sum().item(),
+        runs=[f"{subject.name}, seed {subject.seed}" for subject in subjects],
+        n_tokens=evaluation.contexts.sample["tokens"],
         n_contexts=N_CONTEXTS,
-        summary=summary_of(subjects),
         ranks=list(itertools.zip_longest(*portraits)),
-        charts=charts,
-        blocks=blocks_of(found),
+        found=found,
     )
 
 
 # --------------------------------------------------------------------------------------------- main
-MEMORY_ADVICE = "smaller --contexts, --train, --test and --words, fewer --seed and RUNs need less"
-LARGEST_SEED = 2**32 - 1  # that numpy takes
+@dataclasses.dataclass
+class Settings:
+    """Every setting is a flag, and the comment beside it is its line in --help."""
+
+    metrics: str = None  # families to measure (list; default: all; of --demo's without absorption)
+    resume: bool = False  # keep what eval.json has of the same settings
+    model: str = None  # language model, where a RUN names none that can be loaded (default: RUN's)
+    layer: int = None  # layer, where a RUN does not name it (default: RUN's)
+    # The text of core, behaviour and competition
+    text: str = None  # held-out text: a file or dataset (default: split `validation` of RUN's)
+    text_column: str = None  # the column of --text that holds it (default: text)
+    split: str = None  # the split of --text (default: train)
+    contexts: int = 512  # contexts of text
+    ctx: int = None  # tokens in a context (default: as in training)
+    # The texts of probe and scr, and the words of absorption
+    probe: str = None  # files with the columns text, label, attribute (list; default: SAEBench's)
+    train: int = 2000  # training texts of a class
+    test: int = 500  # test texts of a class
+    words: int = None  # words of absorption (default: all that the tokenizer has)
+    seed: int = 0  # seeds of samples and probes, to take the mean over (list)
+    # The table
+    paired: bool = False  # differences to the first topk SAE of alpha 0 in the first RUN, or SAE
+    against: str = None  # the same to the setting of that name in the table (default: none)
+    html: str = None  # file of a page, too, which needs core and competition (default: none)
+    # The machine
+    device: str = "auto"  # cuda, cuda:1, cpu; auto is cuda where there is one
+    dtype: str = "auto"  # the model's; auto is bfloat16 on cuda
 
 
-def at_least(least, most=math.inf):
-    """A converter of arguments to integers in a range."""
-
-    def integer(text):
-        value = int(text)
-        if not least <= value <= most:
-            raise ValueError
-        return value
-
-    integer.__name__ = f"integer from {least}" + (f" to {most}" if most < math.inf else "")
-    return integer
+LISTS = ("metrics", "probe", "seed")
+CHOICES = {"metrics": tuple(FAMILIES), "dtype": sgo_sae.DTYPES}
+LEAST = {"layer": 0, "contexts": 1, "ctx": 2, "train": FEWEST_TEXTS, "test": FEWEST_TEXTS}
+LEAST.update(words=FEWEST_WORDS, seed=0)
+LARGEST = 2**32 - 1  # that numpy takes as a seed
 
 
-def new_parser():
-    parser = sgo_sae.new_parser(
-        "eval_sae.py RUN [RUN ...] [--flag VALUE ...]", __doc__.splitlines()[0]
-    )
-    add = parser.add_argument
-    # Where there is no default, --help shows none.
-    optional = ("metrics", "model", "layer", "text", "text_column", "split", "ctx", "probe")
-    optional += ("words", "against", "html")
-    parser.set_defaults(**dict.fromkeys(optional))
-    none = argparse.SUPPRESS
-    add("runs", nargs="+", metavar="RUN", help="an SAE's folder, a folder of such, or a params.npz")
-    add(
-        "--metrics",
-        nargs="+",
-        choices=FAMILIES,
-        default=none,
-        help="families to measure (default: all; of the demo, whose model can't spell, all but "
-        "absorption)",
-    )
-    add("--resume", action="store_true", help="keep what eval.json has of the same settings")
-    add("--model", default=none, help="language model, where a RUN names none that can be loaded")
-    add("--layer", type=at_least(0), default=none, help="layer, where a RUN does not name it")
-    add(
-        "--text",
-        default=none,
-        help="held-out text: a file, or a dataset (default: the demo's, or the split `validation` "
-        "of what a RUN was trained on)",
-    )
-    add("--text-column", default=none, help="the column of --text that holds it (default: text)")
-    add("--split", default=none, help="the split of --text (default: train)")
-    add("--contexts", type=at_least(1), default=512, help="contexts of text")
-    add(
-        "--ctx",
-        type=at_least(2),
-        default=none,
-        help="tokens in a context (default: as in training)",
-    )
-    add(
-        "--probe",
-        nargs="+",
-        default=none,
-        help="files with the columns text, label and, for SCR, attribute (default: SAEBench's)",
-    )
-    few = at_least(FEWEST_TEXTS)
-    add("--train", type=few, default=2000, help="training texts of a class")
-    add("--test", type=few, default=500, help="test texts of a class")
-    add(
-        "--words",
-        type=at_least(FEWEST_WORDS),
-        default=none,
-        help="words of the absorption task (default: all that the tokenizer has)",
-    )
-    add(
-        "--seed",
-        type=at_least(0, LARGEST_SEED),
-        nargs="+",
-        default=[0],
-        help="seeds of samples and probes to take the mean over; the text is that of the first",
-    )
-    add(
-        "--paired",
-        action="store_true",
-        help="differences to the first topk SAE of alpha 0 in the first RUN, or to its first SAE",
-    )
-    add(
-        "--against",
-        metavar="NAME",
-        default=none,
-        help="the same to the setting of that name in the table",
-    )
-    add(
-        "--html",
-        metavar="FILE",
-        default=none,
-        help="write a page, too; it needs core and competition",
-    )
-    add("--device", default="auto", help="cuda, cuda:1, cpu; auto is cuda where there is one")
-    add(
-        "--dtype",
-        default="auto",
-        choices=sgo_sae.DTYPES,
-        help="the model's; auto is bfloat16 on cuda",
-    )
-    return parser
+def parse_args(argv):
+    """The paths of the RUNs and the Settings of a command line."""
+    usage = "eval_sae.py RUN [RUN ...] [--flag VALUE ...]"
+    parser = sgo_sae.new_parser(usage, __doc__.splitlines()[0], Settings, LISTS, CHOICES)
+    what = "an SAE's folder, a folder of such, or a params.npz"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
+    values = vars(parser.parse_args(argv))
+    runs = values.pop("runs")
+    args = Settings(**values)
+    args.seed = list(dict.fromkeys(args.seed))
+    return runs, args
+
+
+def check(args):
+    """Refuses settings that can't work, before anything is loaded."""
+    for name, least in LEAST.items():
+        values = getattr(args, name)
+        for value in values if name in LISTS else [values]:
+            if value is not None and not least <= value <= LARGEST:
+                flag = sgo_sae.flag_of(name)
+                raise InputError(f"{flag} must be from {least} to {LARGEST}, but is {value}")
+    if args.html and not Path(args.html).parent.is_dir():
+        raise InputError(f"--html {args.html}: there is no folder {Path(args.html).parent}")
+    if args.html and Path(args.html).is_dir():
+        raise InputError(f"--html {args.html} is a folder, and a file is needed")
+    if not args.text and (args.split or args.text_column):
+        raise InputError("--split and --text-column are of --text, which is not given")
+    for name in [args.text, *(args.probe or ())]:
+        sgo_sae.check_name(name or "")
 
 
 def members(run):
@@ -2888,25 +2506,12 @@ def members(run):
     return [str(folder) for folder in folders] or [str(run).rstrip("/")]
 
 
-def work(argv):
-    """Measures what the command line asks for. Returns the exit code."""
-    args = new_parser().parse_args(argv)
-    args.seed = list(dict.fromkeys(args.seed))
-    if args.html and not Path(args.html).parent.is_dir():
-        raise InputError(f"--html {args.html}: there is no folder {Path(args.html).parent}")
-    if args.html and Path(args.html).is_dir():
-        raise InputError(f"--html {args.html} is a folder, and a file is needed")
-    if not args.text and (args.split or args.text_column):
-        raise InputError("--split and --text-column are of --text, which is not given")
-    device, dtype = sgo_sae.find_device(args.device, args.dtype)
-    if device.type == "mps":
-        raise InputError("--device mps: it has no float64, which the probes take; use cpu")
-    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
-    runs = [members(run) for run in args.runs]
-    paths = list(itertools.chain(*runs))
+def open_subjects(runs, device):
+    """The Subjects of the RUNs, and a line for each that can't be opened. One alone is refused."""
+    paths = list(dict.fromkeys(itertools.chain(*map(members, runs))))
     subjects = []
     broken = []
-    for path in dict.fromkeys(paths):
+    for path in paths:
         try:
             subjects.append(Subject(path, device))
         except InputError as error:
@@ -2917,9 +2522,21 @@ def work(argv):
     if not subjects:
         raise InputError("none of the runs can be opened")
     name_subjects(subjects)
+    return subjects, broken
+
+
+def work(argv):
+    """Measures what the command line asks for. Returns the exit code."""
+    runs, args = parse_args(argv)
+    check(args)
+    device, dtype = sgo_sae.find_device(args.device, args.dtype)
+    if device.type == "mps":
+        raise InputError("--device mps: it has no float64, which the probes take; use cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
+    subjects, broken = open_subjects(runs, device)
     baseline = args.against
     if args.paired and not baseline:
-        first = [subject for subject in subjects if subject.path in runs[0]]
+        first = [subject for subject in subjects if subject.path in members(runs[0])]
         baseline = baseline_of(first or subjects)
     names = list(dict.fromkeys(subject.name for subject in subjects))
     if baseline and baseline not in names:
@@ -2930,11 +2547,18 @@ def work(argv):
         families.remove("absorption")
     if args.html:
         families += [name for name in ("core", "competition") if name not in families]
-    evaluation.check(families)
-    for family in families:
-        evaluation.measure(family)
-    found = paired_tables(subjects, families, baseline) if baseline else table(subjects, families)
-    print("\n\n".join([found, *broken]))
+    found = ""
+    measured_families = []
+    try:
+        for family in families:
+            evaluation.measure(family)
+            measured_families.append(family)
+    finally:  # whatever ends the call, what was measured is printed
+        if measured_families:
+            found = "\n\n".join([table(subjects, measured_families, baseline), *broken])
+            print(found)
+    if args.html:
+        write_page(evaluation, subjects, found)
     has_figures = [False for _ in broken]
     for subject in subjects:
         for family in families:
@@ -2942,16 +2566,19 @@ def work(argv):
             has_figures.append(any(value is not None for value in figures))
     if not any(has_figures):
         return 2
-    if args.html:
-        shown = [subject for subject in subjects if subject.records["competition"].parts]
-        if shown:
-            text = page(evaluation, shown, found)
-            write = lambda path: path.write_text(text, encoding="utf-8")
-            sgo_sae.write_whole(Path(args.html), write)
-            sgo_sae.say(f"wrote {args.html}")
-        else:
-            sgo_sae.say(f"{args.html} is not written, since competition could not be measured")
     return 0 if all(has_figures) else 1
+
+
+def write_page(evaluation, subjects, found):
+    """Writes the page of --html."""
+    file = Path(evaluation.args.html)
+    shown = [subject for subject in subjects if subject.records["competition"].parts]
+    if not shown:
+        sgo_sae.say(f"{file} is not written, since competition could not be measured")
+        return
+    text = page(evaluation, shown, found)
+    sgo_sae.write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+    sgo_sae.say(f"wrote {file}")
 
 
 if __name__ == "__main__":

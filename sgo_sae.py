@@ -2182,8 +2182,12 @@ class Given(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def new_parser(usage, text):
-    """A parser whose help shows the defaults, and whose errors are one line, without the usage."""
+def new_parser(usage, text, settings, lists, choices):
+    """A parser with a flag for each field of a dataclass, whose help is the comment beside it.
+
+    Fields among `lists` take several values. The help shows the defaults, but for those that the
+    comment tells. Errors are one line, without the usage.
+    """
     parser = argparse.ArgumentParser(
         prog=usage.split()[0],
         usage=argparse.SUPPRESS,
@@ -2193,27 +2197,28 @@ def new_parser(usage, text):
     )
     parser.register("action", None, Given)
     parser.given = []
+    comment = re.compile(r"^    (\w+): .+  # (.+)$", re.MULTILINE)
+    comments = dict(comment.findall(inspect.getsource(settings)))
+    for field in dataclasses.fields(settings):
+        options = {"dest": field.name, "default": field.default, "help": comments[field.name]}
+        if field.type is bool:
+            options["action"] = "store_true"
+        else:
+            options["type"] = field.type
+            options["choices"] = choices.get(field.name)
+        if field.name in lists:
+            options["nargs"] = "+"
+            options["default"] = [field.default]
+        if "default:" in comments[field.name]:
+            options["default"] = argparse.SUPPRESS  # left out of the help; the field's applies
+        parser.add_argument(flag_of(field.name), **options)
     return parser
 
 
 def parse_args(argv):
     """The settings of a command line: a Config for each combination of the values of LISTS."""
-    parser = new_parser("sgo_sae.py [--flag VALUE ...]", __doc__.splitlines()[0])
-    comment = re.compile(r"^    (\w+): .+  # (.+)$", re.MULTILINE)
-    comments = dict(comment.findall(inspect.getsource(Config)))
-    for field in dataclasses.fields(Config):
-        options = {"dest": field.name, "default": field.default, "help": comments[field.name]}
-        if "(default" in comments[field.name]:
-            options["default"] = argparse.SUPPRESS  # left out of the help; Config's applies
-        if field.type is bool:
-            options["action"] = "store_true"
-        else:
-            options["type"] = field.type
-            options["choices"] = CHOICES.get(field.name)
-        if field.name in LISTS:
-            options["nargs"] = "+"
-            options["default"] = [field.default]
-        parser.add_argument(flag_of(field.name), **options)
+    usage = "sgo_sae.py [--flag VALUE ...]"
+    parser = new_parser(usage, __doc__.splitlines()[0], Config, LISTS, CHOICES)
     if "--demo" in argv:
         parser.set_defaults(**DEMO)
     values = vars(parser.parse_args(argv))

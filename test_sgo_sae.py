@@ -18,8 +18,8 @@ The sections, in this order:
     other people's autoencoders       SAELens's formats
     demo and command line
 
-    figures, text, competition, probes, scr, absorption, tasks, model, autoencoders, results,
-    evaluation, table, page           the sections of eval_sae.py
+    figures, core and behaviour, competition, probes, scr, absorption, tasks, model, autoencoders,
+    results, evaluation, table, page  the sections of eval_sae.py
     SAEBench's recorded outputs       the same inputs measured by it
 
     other people's trainers           training with the penalty in three of them
@@ -825,6 +825,14 @@ def fit(adam, loss_of, batches):
         adam.step()
 
 
+def mean_latents(reader, sae, texts, folder):
+    """Mean activations and mean latents of texts, in their order."""
+    folder.mkdir(exist_ok=True)
+    found = eval_sae.read_texts(reader, [sae], texts, folder, "texts")
+    rows = [found.row_of[text] for text in texts]
+    return found.x_TD[rows], found.latents(0)[rows]
+
+
 @pytest.fixture(scope="session")
 def reader(model):
     return eval_sae.LanguageModel(model[0], 1, CPU, torch.float32)
@@ -1063,7 +1071,7 @@ def speller(tmp_path_factory):
 
 
 def evaluation_of(paths, *argv):
-    args = eval_sae.new_parser().parse_args([*map(str, paths), *argv])
+    _, args = eval_sae.parse_args([*map(str, paths), *argv])
     subjects = [eval_sae.Subject(str(path), "cpu") for path in paths]
     return eval_sae.Evaluation(args, subjects, CPU, torch.float32)
 
@@ -1110,13 +1118,13 @@ def paired_subjects(n_settings, n_seeds):
 
 
 @pytest.fixture
-def planted_page():
+def planted_page(monkeypatch):
     """An evaluation of six latents on 40 contexts of 32 tokens, whose token n is the text <n>.
 
     A token whose number is a multiple of 5 is one piece of text with the next one.
     """
 
-    def pieces(ids):
+    def pieces(tokenizer, ids):
         found = []
         n = 0
         while n < len(ids):
@@ -1130,17 +1138,16 @@ def planted_page():
     f_RLN[..., 1] = torch.where(torch.rand(40, 32) < 0.8, f_RLN[..., 0] / 2, 0)
     kept_RL = torch.ones(40, 32, dtype=torch.bool)
     kept_RL[:, 0] = False
-    head = torch.nn.Linear(6, 50, bias=False)
-    reader = argparse.Namespace(
-        has_head=True,
-        lm=argparse.Namespace(get_output_embeddings=lambda: head),
-        text_of=lambda token: f"<{token}>",
-        pieces=pieces,
-    )
+    head = torch.nn.Linear(6, 50)  # a bias, as Phi's has, raises the same for all latents
+    torch.nn.init.normal_(head.bias, std=9)
+    monkeypatch.setattr(eval_sae, "pieces", pieces)
+    monkeypatch.setattr(eval_sae, "text_of", lambda tokenizer, token: f"<{token}>")
+    lm = argparse.Namespace(get_output_embeddings=lambda: head)
+    ids_RL = torch.arange(40 * 32).view(40, 32)
     return argparse.Namespace(
         activations=f_RLN,
-        contexts=(torch.arange(40 * 32).view(40, 32), kept_RL),
-        model=reader,
+        contexts=eval_sae.Contexts(ids_RL, kept_RL, {}, []),
+        model=argparse.Namespace(has_head=True, lm=lm, tokenizer=None),
     )
 
 
@@ -3702,8 +3709,8 @@ def test_a_flag_that_is_given_twice_adds_to_its_list_or_is_said(capsys):
     assert capsys.readouterr().err == "--tokens is given twice, and 6000 counts\n"
     assert [cfg.alpha for cfg in sgo_sae.parse_args([])] == [0.075]  # the defaults are still those
     argv = ["a", "b", "--probe", "a.csv", "--probe", "b.csv", "--seed", "4", "--seed", "5"]
-    args = eval_sae.new_parser().parse_args(argv)
-    assert (args.runs, args.probe, args.seed) == (["a", "b"], ["a.csv", "b.csv"], [4, 5])
+    runs, args = eval_sae.parse_args(argv)
+    assert (runs, args.probe, args.seed) == (["a", "b"], ["a.csv", "b.csv"], [4, 5])
 
 
 def test_a_path_means_the_same_tomorrow(model, texts, tmp_path, monkeypatch):
@@ -3933,12 +3940,11 @@ def test_benchmark_prints_milliseconds(capsys):
 
 def test_every_figure_has_a_direction_and_a_meaning():
     """And its own line of the table, whatever the family."""
-    names = [(kind.family, name) for kind in eval_sae.FIGURES for name in kind.names]
-    assert len(set(names)) == len(names)
-    assert {kind.family for kind in eval_sae.FIGURES} == set(eval_sae.FAMILIES)
-    assert {kind.better for kind in eval_sae.FIGURES} == {"↑", "↓", ""}
-    better = {(kind.family, name): kind.better for kind in eval_sae.FIGURES for name in kind.names}
-    for up in ("core/explained_variance", "core/cosine", "behaviour/kl_score", "probe/latents_5"):
+    better = {(figure.family, figure.name): figure.better for figure in eval_sae.FIGURES}
+    assert len(better) == len(eval_sae.FIGURES)
+    assert {family for family, _ in better} == set(eval_sae.FAMILIES)
+    assert set(better.values()) == {"↑", "↓", "–"}
+    for up in ("core/explained_variance", "core/cosine", "behaviour/kl_score", "probe/latents"):
         assert better[tuple(up.split("/"))] == "↑"
     for down in (
         "core/mse",
@@ -3948,15 +3954,18 @@ def test_every_figure_has_a_direction_and_a_meaning():
         "core/never_fire",
     ):
         assert better[tuple(down.split("/"))] == "↓"
-    for neither in ("core/l0", "behaviour/ce_zero", "probe/x_1", "absorption/letters"):
-        assert better[tuple(neither.split("/"))] == ""
+    for neither in ("core/l0", "behaviour/ce_zero", "probe/x", "absorption/letters"):
+        assert better[tuple(neither.split("/"))] == "–"
 
 
 def test_the_readme_explains_every_figure():
     """By the same lines as the legend of a table."""
     readme = (HERE / "README.md").read_text()
-    for kind in eval_sae.FIGURES:
-        assert eval_sae.legend_line(kind, kind.names) + "\n" in readme
+    sizes = {"scr": eval_sae.SCR_SIZES, "latents": eval_sae.PROBE_SIZES}
+    sizes["standardised"] = sizes["x"] = eval_sae.PROBE_SIZES
+    for figure in eval_sae.FIGURES:
+        names = [f"{figure.name}_{size}" for size in sizes.get(figure.name, ())]
+        assert eval_sae.legend_line(figure, names or [figure.name]) + "\n" in readme
 
 
 def test_a_mean_lacks_what_one_of_its_parts_lacks():
@@ -3966,19 +3975,7 @@ def test_a_mean_lacks_what_one_of_its_parts_lacks():
     assert eval_sae.mean_of([]) == {}
 
 
-def test_long_work_is_announced(monkeypatch, capsys):
-    """With how long it takes, once, and how to shorten it; short work is not."""
-    clock = count(0, 60)
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    assert list(eval_sae.each(range(61), "words", "Fewer --words take less.")) == list(range(61))
-    printed = capsys.readouterr().err
-    assert printed.count("words alone: about 1.0 hours. Fewer --words take less.") == 1
-    clock = count(0, 1)
-    list(eval_sae.each(range(61), "words", "Fewer --words take less."))
-    assert "hours" not in capsys.readouterr().err
-
-
-# --------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------ core and behaviour
 
 
 def test_reconstruction_of_constructed_cases():
@@ -4105,6 +4102,20 @@ def test_behaviour_leaves_no_hook_behind_and_needs_a_token_to_predict(model):
     assert layer._forward_hooks == hooks_before
 
 
+@pytest.mark.parametrize("kind", ["gpt1", "qwen3"])
+def test_behaviour_of_layers_that_return_lists_and_tensors(kind):
+    """With x in the place of x̂ nothing changes, and with another one something does."""
+    torch.manual_seed(0)
+    lm = tiny(kind).eval()
+    layers = lm.transformer.h if kind == "gpt1" else lm.model.layers
+    ids_RL = torch.randint(3, 300, (4, 12))
+    kept_RL = torch.ones_like(ids_RL, dtype=torch.bool)
+    saes = [torch.clone, lambda x: x.flip(-1)]
+    exact, other = eval_sae.behaviour(lm, layers[1], saes, ids_RL, kept_RL)
+    assert exact["ce_sae"] == exact["ce_clean"] != exact["ce_zero"]
+    assert exact["kl_sae"] == pytest.approx(0, abs=1e-9) and other["kl_sae"] > 1e-6
+
+
 # -------------------------------------------------------------------------------------- competition
 
 
@@ -4119,10 +4130,9 @@ def test_independent_latents_do_not_compete():
     assert figures["rare"] < 0.5
 
 
-@pytest.mark.parametrize("at_once", [2**23, 2000, 1])
+@pytest.mark.parametrize("at_once", [2**22, 2000, 1])
 def test_competition_is_that_of_its_definition(monkeypatch, at_once):
     """Latents of 19, 20, 300 and 301 tokens of 3,000 are at the edges of what is compared."""
-    monkeypatch.setattr(eval_sae, "MAX_COUNTED", at_once)
     monkeypatch.setattr(eval_sae, "MAX_PAIRS", at_once)
     f_TN = independent_latents(3000, 90)
     moderate = ((f_TN.sum(0) > 100) & (f_TN.sum(0) < 250)).nonzero()[:3, 0]
@@ -4168,7 +4178,7 @@ def test_competition_of_131072_latents_takes_no_square_of_them():
     tokens, latents = order // N, order % N
     activity = eval_sae.Activity(T, torch.bincount(latents, minlength=N), tokens, latents)
     assert len(activity.compared) > 4000
-    pairs, _ = eval_sae.closest_pairs(activity, 1)
+    pairs = eval_sae.closest_pairs(activity, 1)
     assert [(pair.i, pair.j, pair.shared, pair.w) for pair in pairs] == [(N - 2, N - 1, 40, 1)]
 
 
@@ -4682,8 +4692,8 @@ def test_scrs_texts_are_the_first_of_each_combination():
     """Of the first two labels and attributes, whatever the seed."""
     cells = {("x", 0): 90, ("x", 1): 90, ("y", 0): 30, ("y", 1): 90}
     frame = frame_of({**cells, ("z", 0): 90, ("x", 2): 90})
-    sample = eval_sae.scr_sample("two", frame, 80, 60, 7)
-    assert (sample.task, sample.seed) == ("two", 7)
+    sample = eval_sae.scr_sample(frame, 80, 60, 7)
+    assert sample.seed == 7
     chosen = sample.frame
     assert sizes_of(chosen, False) == [80, 40, 30, 80]
     assert sizes_of(chosen, True) == [60, 30, 30, 60]
@@ -4703,31 +4713,31 @@ def test_scrs_texts_are_the_first_of_each_combination():
     ],
 )
 def test_a_task_that_scr_can_not_use_says_why(cells, words):
-    with pytest.raises(InputError, match=f"two: .*{words}"):
-        eval_sae.scr_sample("two", frame_of(cells), 80, 60, 0)
+    with pytest.raises(InputError, match=words):
+        eval_sae.scr_sample(frame_of(cells), 80, 60, 0)
 
 
 def test_probings_texts_are_random_and_balanced():
     cells = dict.fromkeys(product("xyz", (0, 1)), 400)
-    chosen = eval_sae.probing_sample("three", frame_of(cells), 80, 60, seed=0).frame
+    chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
     assert sizes_of(chosen, False) == [40] * 6
     assert sizes_of(chosen, True) == [30] * 6
     numbers = chosen["text"].str.split().str[-1].astype(int)
     assert numbers.max() > 300  # not the first ones
-    again = eval_sae.probing_sample("three", frame_of(cells), 80, 60, seed=1).frame
+    again = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=1).frame
     assert again["text"].tolist() != chosen["text"].tolist()
     for text, label, attribute in zip(chosen["text"], chosen["label"], chosen["attribute"]):
         assert text.startswith(f"{'xyz'[label]} {attribute} ")
     cells["y", 1] = 30
-    chosen = eval_sae.probing_sample("three", frame_of(cells), 80, 60, seed=0).frame
+    chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
     assert sizes_of(chosen, False) == [30] * 6
     cells["y", 1] = 19
     with pytest.raises(
-        InputError, match="three: 20 training texts .* y with the attribute 1 has 19"
+        InputError, match="y with the attribute 1 has 19 training texts, and 20 are"
     ):
-        eval_sae.probing_sample("three", frame_of(cells), 80, 60, seed=0)
+        eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0)
     with pytest.raises(InputError, match="two labels are needed, and it has 1"):
-        eval_sae.probing_sample("one", frame_of({("x", 0): 90}), 80, 60, seed=0)
+        eval_sae.probing_sample(frame_of({("x", 0): 90}), 80, 60, seed=0)
 
 
 def test_benchmark_frames_are_of_its_columns_and_classes(monkeypatch):
@@ -4793,6 +4803,25 @@ def test_texts_that_are_none_are_left_out(tmp_path):
     assert len(eval_sae.file_frame(str(tmp_path / "numbers.jsonl"))) == 0
 
 
+def test_an_empty_cell_is_no_label_in_any_format(tmp_path, capsys):
+    """Nor an attribute. How many texts are left out is said."""
+    rows = []
+    for n in range(12):
+        labels = {"label": ["a", "b", None][n % 3], "attribute": ["x", None, "y", "y"][n % 4]}
+        rows.append({"text": f"text {n}", **labels})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    pandas.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    found = []
+    for kind in ("jsonl", "csv", "parquet"):
+        frame = eval_sae.file_frame(str(tmp_path / f"rows.{kind}"))
+        assert f"rows.{kind}: 4 texts have no label" in capsys.readouterr().err
+        frame["attribute"] = frame["attribute"].fillna("none")
+        found.append(frame.to_dict("records"))
+    assert len(found[0]) == 8 and found[0] == found[1] == found[2]
+    assert {row["attribute"] for row in found[0]} == {"x", "y", "none"}
+
+
 def test_labels_that_are_none_are_refused_and_mixed_ones_are_words(tmp_path):
     write_rows(tmp_path / "lists.jsonl", [{"text": "one", "label": ["a", "b"]}])
     with pytest.raises(InputError, match="column label has values of the kind list"):
@@ -4837,12 +4866,13 @@ def test_a_model_whose_files_lack_tensors_is_refused(model, run, tmp_path, texts
     assert "behaviour: not measured, the model has no language-model head" in printed
 
 
-def test_mean_latents_are_those_of_each_text_alone(reader):
+def test_mean_latents_are_those_of_each_text_alone(reader, tmp_path, monkeypatch):
     """Whatever else is in the batch. A text is cut, and tokens that are special do not count."""
     sae = SAE(16, 64, 4)
     texts = [TEXT[: 5 + 3 * i] for i in range(20)]
     texts[4] = "<eos>".join(texts[4:6])
-    x_TD, (f_TN,) = eval_sae.mean_latents(reader, [sae], texts, "texts", 12)
+    monkeypatch.setattr(eval_sae, "TASK_LENGTH", 12)
+    x_TD, f_TN = mean_latents(reader, sae, texts, tmp_path)
     for t, text in enumerate(texts):
         ids = (reader.bos_ids + reader.tokenizer(text).input_ids)[:12]
         kept = [n for n, i in enumerate(ids) if i > 2 and n > 0]
@@ -4856,21 +4886,24 @@ def test_a_text_without_a_token_that_counts_is_zeros(tmp_path):
     make_model(tmp_path, bos=False)
     reader = eval_sae.LanguageModel(str(tmp_path), 1, CPU, torch.float32)
     reader.tokenizer = TokenizerThatDrops(reader.tokenizer, "none")
-    x_TD, (f_TN,) = eval_sae.mean_latents(reader, [SAE(16, 32, 4)], ["none", TEXT], "texts")
+    sae = SAE(16, 32, 4)
+    x_TD, f_TN = mean_latents(reader, sae, ["none", TEXT], tmp_path / "two")
     assert (x_TD[0] == 0).all() and (f_TN[0] == 0).all() and (f_TN[1] != 0).any()
-    x_TD, _ = eval_sae.mean_latents(reader, [], ["none"], "texts")
+    x_TD, _ = mean_latents(reader, sae, ["none"], tmp_path / "one")
     assert (x_TD == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["roberta", "qwen3"])
-def test_the_padding_of_a_batch_changes_nothing(model, tmp_path, kind):
+def test_the_padding_of_a_batch_changes_nothing(model, tmp_path, monkeypatch, kind):
     """Nor where each token sees all others. Whether that is so is known."""
     saved(kind, model, tmp_path)
     reader = eval_sae.LanguageModel(str(tmp_path), 1, CPU, torch.float32)
-    alone, _ = eval_sae.mean_latents(reader, [], [TEXT[:20]], "x", 30)
-    beside, _ = eval_sae.mean_latents(reader, [], [TEXT[:20], TEXT], "x", 30)
+    monkeypatch.setattr(eval_sae, "TASK_LENGTH", 30)
+    sae = SAE(reader.width, 32, 4)
+    alone, _ = mean_latents(reader, sae, [TEXT[:20]], tmp_path / "alone")
+    beside, _ = mean_latents(reader, sae, [TEXT[:20], TEXT], tmp_path / "beside")
     assert torch.allclose(beside[:1], alone, atol=1e-5)
-    assert reader.is_causal == (kind == "qwen3")
+    assert eval_sae.is_causal(reader) == (kind == "qwen3")
 
 
 def test_absorption_of_a_model_that_is_not_causal_is_refused(model, tmp_path, capsys):
@@ -4889,7 +4922,7 @@ def test_an_evaluation_of_activations_that_are_not_finite_is_none(
     monkeypatch.setattr(
         sgo_sae, "layer_output", lambda *args, **more: real(*args, **more) * math.inf
     )
-    monkeypatch.setattr(eval_sae.LanguageModel, "is_causal", True)
+    monkeypatch.setattr(eval_sae, "is_causal", lambda model: True)
     monkeypatch.setattr(eval_sae, "FEWEST_WORDS", 5)
     argv = [run / "s0", "--text", texts, "--contexts", "9", "--probe", probe_file]
     families = ["core", "competition", "probe", "scr", "absorption"]
@@ -4941,11 +4974,9 @@ def test_words_are_tokens_of_letters_maybe_after_a_space():
 def test_pieces_give_the_whole_text_with_whole_characters(kind):
     """Of a tokenizer whose characters are several tokens, and of one that marks words."""
     tokenizer = little_pieces(kind)
-    reader = argparse.Namespace(tokenizer=tokenizer)
-    reader.pieces = partial(eval_sae.LanguageModel.pieces, reader)
     text = "naïve 日本語  the quick\n    fox"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    pieces = reader.pieces(ids)
+    pieces = eval_sae.pieces(tokenizer, ids)
     assert "".join(piece for piece, _ in pieces) == text
     assert sum(n for _, n in pieces) == len(ids)
     assert not any("\ufffd" in piece for piece, _ in pieces)
@@ -4953,11 +4984,9 @@ def test_pieces_give_the_whole_text_with_whole_characters(kind):
     whole = tokenizer("語", add_special_tokens=False).input_ids
     if kind == "byte level":
         assert len(whole) > 1
-        assert eval_sae.LanguageModel.text_of(reader, whole[0]) == tokenizer.convert_ids_to_tokens(
-            whole[0]
-        )
+        assert eval_sae.text_of(tokenizer, whole[0]) == tokenizer.convert_ids_to_tokens(whole[0])
     word = tokenizer("the quick", add_special_tokens=False).input_ids[-1]
-    assert eval_sae.LanguageModel.text_of(reader, word).endswith(tokenizer.decode([word]).strip())
+    assert eval_sae.text_of(tokenizer, word).endswith(tokenizer.decode([word]).strip())
 
 
 # ------------------------------------------------------------------------------------- autoencoders
@@ -4982,6 +5011,27 @@ def test_gemma_scope_file_is_read_and_its_decoder_norms_folded(tmp_path):
     assert torch.allclose(sae(x_BD), f_BN @ p["W_dec"] + p["b_dec"], atol=1e-3)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(32))
     assert sae.cfg.hook_name == "blocks.3.hook_resid_post"
+
+
+@pytest.mark.parametrize(
+    "folder, hook",
+    [
+        ("layer_0_study/gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_82", "blocks.1."),
+        ("layer_0/gemma-scope-2b-pt-res/layer_12", "blocks.12."),
+        ("my-mlp-study/gemma-scope-2b-pt-res/layer_2", "blocks.2."),
+        ("my-res-study/gemma-scope-2b-pt-mlp/layer_2", None),
+        ("gemma-scope-2b-pt-res/old/gemma-scope-9b-pt-att/layer_2", None),
+        ("gemma-scope-2b-pt-transcoders/layer_2/width_16k", None),
+    ],
+)
+def test_the_last_parts_of_a_path_say_what_a_file_of_gemma_scope_is_of(tmp_path, folder, hook):
+    gemma_scope(tmp_path / folder)
+    if hook:
+        sae = eval_sae.open_sae(tmp_path / folder / "params.npz")
+        assert sae.cfg.hook_name == f"{hook}hook_resid_post"
+    else:
+        with pytest.raises(InputError, match="only its -res is of a layer's output"):
+            eval_sae.open_sae(tmp_path / folder / "params.npz")
 
 
 def test_a_topk_autoencoder_keeps_its_decoder_norms(tmp_path):
@@ -5042,7 +5092,7 @@ def test_loaded_autoencoder_has_the_interface_of_saebench(tmp_path):
     sae, _ = random_sae("topk")
     cfg = sgo_sae.Config(k=sae.k, layer=7, model="some/model", ctx=64)
     sgo_sae.save_sae(sae, cfg, tmp_path)
-    loaded = eval_sae.BenchmarkSAE(tmp_path)
+    loaded = eval_sae.open_sae(tmp_path)
     x_BLD = torch.randn(2, 5, 8)
     assert torch.allclose(loaded(x_BLD), sae(x_BLD), atol=1e-5)
     assert torch.allclose(loaded.decode(loaded.encode(x_BLD)), sae(x_BLD), atol=1e-5)
@@ -5087,14 +5137,17 @@ def test_two_evaluations_of_a_folder_keep_each_others_families(run, tmp_path):
 def test_a_failure_takes_the_place_of_no_measurement(run, tmp_path):
     copy_of(run, tmp_path / "sae")
     subject = eval_sae.Subject(str(tmp_path / "sae"), CPU)
-    whole = record({"mse": 1.0})
-    subject.keep("core", whole)
-    subject.keep("core", record({}, is_whole=False))
+    parts = [eval_sae.Part(task, 0, {"mse": 1.0}) for task in ("one", "two")]
+    settings = {"contexts": 9}
+    both = eval_sae.record_of(parts, {}, [], True, settings)
+    subject.keep("core", both)
+    subject.fail("core", "no network")
     assert subject.records["core"].figures == {}  # what this call says
-    assert subject.stored_record("core", {"contexts": 9}) == whole
-    # What lacks a task is not put in the place of what has all of them, unless the settings differ.
-    subject.keep("core", record({"mse": 2.0}, is_whole=False))
-    assert subject.stored_record("core", {"contexts": 9}) == whole
+    assert subject.records["core"].notes == ["not measured, no network"]
+    assert subject.stored_record("core", settings) == both
+    # What has fewer tasks is not put in the place of what has more, unless the settings differ.
+    subject.keep("core", eval_sae.record_of(parts[:1], {}, ["lacks"], False, settings))
+    assert subject.stored_record("core", settings) == both
     subject.keep("core", record({"mse": 3.0}, is_whole=False, settings={"contexts": 8}))
     assert subject.stored()["core"]["figures"] == {"mse": 3.0}
     assert not subject.stored_record("core", {"contexts": 8}).is_whole
@@ -5133,17 +5186,36 @@ def test_eval_json_is_json(run, tmp_path):
     assert stored["notes"] == ["bias, norm_ratio: no finite number, as 0 / 0 is none"]
 
 
-def test_what_is_no_eval_json_is_refused_or_measured_again(run, tmp_path):
-    copy_of(run, tmp_path / "sae")
-    subject = eval_sae.Subject(str(tmp_path / "sae"), CPU)
-    subject.file.write_text('{"core": {"figures": {"mse": 1.0}, "settings": {"contexts": 9}}}')
-    assert subject.stored_record("core", {"contexts": 9}) is None  # of an older version
-    subject.file.write_text('{"core": null}')
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"mse": 1.0', '"mse": NaN'),  # as an earlier version wrote it
+        lambda text: text.replace('"mse": 1.0', '"mse": 0.5'),
+        lambda text: re.sub(r'"parts": \[.*?\n    \]', '"parts": null', text, flags=re.DOTALL),
+        lambda text: text.replace('"notes": []', '"notes": "good"'),
+        lambda text: text.replace('"is_whole": true,', ""),
+        lambda text: '{"core": null, "probe": null}',
+        lambda text: "[1, 2]",
+        lambda text: text[:40],
+        lambda text: "",
+    ],
+)
+def test_what_is_no_eval_json_of_ours_is_measured_again(run, texts, tmp_path, capsys, change):
+    """Of an earlier version, edited by hand, or cut off: all that is measured is printed."""
+    folder = copy_of(run, tmp_path / "sae")
+    subject = eval_sae.Subject(str(folder), CPU)
+    for family in ("core", "probe"):
+        subject.keep(family, record({"mse": 1.0}))
+    assert subject.stored_record("core", {"contexts": 9}) == record({"mse": 1.0})
+    before = subject.file.read_text()
+    subject.file.write_text(change(before))
+    assert subject.file.read_text() != before
     assert subject.stored_record("core", {"contexts": 9}) is None
-    for content in ("[1, 2]", '{"core": '):
-        subject.file.write_text(content)
-        with pytest.raises(InputError, match="eval.json"):
-            eval_sae.Subject(str(tmp_path / "sae"), CPU)  # before anything is measured
+    argv = [folder, "--text", texts, "--metrics", "core", "--contexts", "9", "--resume"]
+    assert evaluated(argv) == 0
+    assert "core: mse" in capsys.readouterr().out
+    stored = json.loads(subject.file.read_text())
+    assert 0 < stored["core"]["figures"]["mse"] not in (0.5, 1.0)
 
 
 def test_a_folder_that_can_not_be_written_costs_no_figure(
@@ -5155,6 +5227,23 @@ def test_a_folder_that_can_not_be_written_costs_no_figure(
     printed = capsys.readouterr()
     assert "core: mse" in printed.out
     assert "eval.json can't be written, its core is only printed" in printed.err
+
+
+def test_an_eval_json_that_another_process_holds_is_waited_for_and_not_for_ever(
+    run, texts, tmp_path, monkeypatch, capsys
+):
+    import filelock
+
+    folder = copy_of(run, tmp_path / "sae")
+    monkeypatch.setattr(eval_sae, "LOCK_WAIT", 0.2)
+    argv = [folder, "--text", texts, "--metrics", "core", "--contexts", "9"]
+    with filelock.FileLock(folder / ".eval.lock"):
+        assert evaluated(argv) == 0
+    printed = capsys.readouterr()
+    assert "core: mse" in printed.out and "its core is only printed" in printed.err
+    assert not (folder / "eval.json").exists()
+    assert evaluated(argv) == 0
+    assert (folder / "eval.json").exists()
 
 
 def test_a_broken_run_of_several_costs_itself(run, texts, tmp_path, capsys):
@@ -5186,12 +5275,12 @@ def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
     argv += ["--contexts", 9, "--metrics", "core", "probe", "--resume"]
     measured = []
     for family in ("core", "probe"):
-        original = getattr(eval_sae.Evaluation, f"measure_{family}")
-        monkeypatch.setattr(
-            eval_sae.Evaluation,
-            f"measure_{family}",
-            lambda self, subjects, family=family, original=original: (
-                measured.append(family) or original(self, subjects)
+        original = eval_sae.FAMILIES[family]
+        monkeypatch.setitem(
+            eval_sae.FAMILIES,
+            family,
+            lambda *data, family=family, original=original: (
+                measured.append(family) or original(*data)
             ),
         )
 
@@ -5220,19 +5309,19 @@ def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
     assert again() == []
 
 
-def test_a_file_of_gemma_scope_is_known_by_its_content_alone(tmp_path):
+def test_a_file_of_gemma_scope_is_known(tmp_path):
     """Also where its folder is named, in which eval.json stands."""
     gemma_scope(tmp_path / "layer_1")
     for path in (tmp_path / "layer_1", tmp_path / "layer_1" / "params.npz"):
         first = eval_sae.Subject(str(path), CPU)
         first.keep("core", record({"mse": 1.0}))
         again = eval_sae.Subject(str(path), CPU)
-        assert again.digest == first.digest
+        assert again.stamp() == first.stamp() != []
         assert again.stored()["core"]["figures"] == {"mse": 1.0}
-    digest = first.digest
+    stamp = first.stamp()
     shutil.rmtree(tmp_path / "layer_1")
     gemma_scope(tmp_path / "layer_1", seed=1)
-    assert eval_sae.Subject(str(path), CPU).digest != digest
+    assert eval_sae.Subject(str(path), CPU).stamp() != stamp
 
 
 def test_the_runs_of_a_folder_are_its_own_and_those_within(run, tmp_path):
@@ -5290,6 +5379,52 @@ def test_a_run_of_another_model_or_layer_costs_itself(run, texts, tmp_path, caps
     row = next(line for line in printed.out.splitlines() if "core: mse ↓" in line).split("|")
     assert float(row[2]) > 0 and row[3].strip() == ""
     assert not (other / "eval.json").exists()
+
+
+def test_the_model_and_the_layer_are_those_of_runs_that_are_measured(run, texts, tmp_path, capsys):
+    """And not of one that is refused, whatever its place."""
+    head = copy_of(run, tmp_path / "a", hook_head_index=3, model_name="/nowhere/model")
+    argv = ["--text", texts, "--metrics", "core", "--contexts", "9"]
+    assert evaluated([head, run / "s0", *argv]) == 1
+    printed = capsys.readouterr()
+    assert f"{head} is left out: " in printed.err and "core: mse" in printed.out
+    layer = copy_of(run, tmp_path / "b", hook_name="blocks.2.hook_resid_post", model_name="/other")
+    assert evaluated([layer, run / "s0", *argv, "--layer", "1"]) == 1
+    assert "it is for layer 2, and this call is for layer 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (TypeError("zeros_like()"), "TypeError: zeros_like()"),
+        (RuntimeError("CUDA error: an illegal access"), "RuntimeError: CUDA error"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (MemoryError(), "out of memory, smaller --contexts"),
+    ],
+)
+def test_a_family_that_fails_costs_itself_whatever_it_raises(
+    run, texts, probe_file, tmp_path, monkeypatch, capsys, error, words
+):
+    """What one run has is not lost where another one fails, and what nobody foresaw is shown."""
+
+    def failing(*data):
+        raise error
+
+    first = copy_of(run, tmp_path / "first")
+    second = copy_of(run, tmp_path / "second")
+    argv = ["--text", texts, "--metrics", "core", "competition", "--contexts", "9"]
+    assert evaluated([first, *argv, "--metrics", "core"]) == 0
+    capsys.readouterr()
+    monkeypatch.setitem(eval_sae.FAMILIES, "core", failing)
+    assert evaluated([first, second, *argv, "--resume"]) == 1
+    printed = capsys.readouterr()
+    assert f"core of {second}: not measured, {words}" in printed.out
+    assert f"core of {first}" not in printed.out and "competition: rare" in printed.out
+    mse = next(line for line in printed.out.splitlines() if "core: mse ↓" in line).split("|")
+    assert float(mse[2]) > 0 and mse[3].strip() == ""
+    expected = not isinstance(error, (OSError, MemoryError))
+    assert ("Traceback" in printed.err and "in failing" in printed.err) == expected
 
 
 def test_a_run_of_another_width_costs_itself(run, texts, tmp_path, capsys):
@@ -5355,7 +5490,7 @@ def test_a_pattern_of_texts_is_known_by_its_contents(run, texts, tmp_path, capsy
     trained_on = copy_of(run, tmp_path / "other", dataset_path=f"{tmp_path}/?.jsonl")
     capsys.readouterr()
     assert evaluated([trained_on, "--metrics", "core"]) == 2
-    assert "is known to be held out" in capsys.readouterr().err
+    assert "is known to be held out" in capsys.readouterr().out
 
 
 def test_the_column_of_a_text_can_be_chosen(run, texts, tmp_path, capsys):
@@ -5366,7 +5501,39 @@ def test_the_column_of_a_text_can_be_chosen(run, texts, tmp_path, capsys):
     first = capsys.readouterr().out
     other = ["--text", tmp_path / "other.jsonl", "--text-column", "body"]
     assert evaluated([run / "s0", *other, *argv]) == 0
-    assert capsys.readouterr().out == first
+    held_out = "the text is not held out"  # a copy of it is not known
+    assert held_out in first and held_out not in capsys.readouterr().out.replace(first, "")
+    rows = [json.loads((run / "s0" / "eval.json").read_text())["core"]["figures"]]
+    assert evaluated([run / "s0", "--text", texts, *argv]) == 0
+    assert json.loads((run / "s0" / "eval.json").read_text())["core"]["figures"] == rows[0]
+
+
+def test_text_that_was_trained_on_is_told(run, texts, tmp_path, capsys):
+    """It is the file of --dataset, or one of its folder, or its split on the Hub."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copy(texts, folder / name)
+    cases = [
+        (folder, folder / "b.jsonl", {}, True),
+        (folder / "*.jsonl", tmp_path / "data/../data/a.jsonl", {}, True),
+        (folder / "a.jsonl", folder / "b.jsonl", {}, False),
+        ("some/data", "some/data", {}, True),
+        ("some/data", "some/data", {"split": "test"}, False),
+        ("some/data", "other/data", {}, False),
+        (None, texts, {}, False),
+    ]
+    for n, (dataset, text, options, expected) in enumerate(cases):
+        metadata = {"dataset_path": str(dataset)} if dataset else {}
+        subject = eval_sae.Subject(str(copy_of(run, tmp_path / str(n), **metadata)), CPU)
+        config = sgo_sae.Config(dataset=str(text), **options)
+        assert subject.is_trained_on(config) == expected, (dataset, text)
+    capsys.readouterr()
+    own, other = tmp_path / "0", tmp_path / "2"
+    argv = ["--text", folder / "b.jsonl", "--metrics", "core", "--contexts", "9"]
+    assert evaluated([own, other, *argv]) == 0
+    words = f"core: the text is not held out: {own} trained on it"
+    assert words in capsys.readouterr().out.splitlines()
 
 
 def test_probing_takes_several_files(run, probe_file, tmp_path, capsys):
@@ -5390,14 +5557,13 @@ def test_probing_takes_several_files(run, probe_file, tmp_path, capsys):
 
 
 def test_runs_of_two_context_sizes_are_probed_together(run, probe_file, texts, tmp_path, capsys):
-    """Which reads no contexts; core, which does, asks for --ctx before the model is loaded."""
+    """Which reads no contexts; core, which does, asks for --ctx."""
     copy_of(run, tmp_path / "longer", context_size=32)
     argv = [run / "s0", tmp_path / "longer", "--probe", probe_file, "--train", 40, "--test", 20]
     assert evaluated([*argv, "--text", texts, "--metrics", "probe", "core"]) == 1
     printed = capsys.readouterr()
     assert "probe: latents 1" in printed.out and "probe: not measured" not in printed.out
     assert "core: not measured, the runs differ in their --ctx, 16 (" in printed.out
-    assert "core can't be measured: the runs differ in their --ctx" in printed.err.splitlines()[0]
 
 
 def test_a_model_of_few_positions_says_so(model, tmp_path, texts, capsys):
@@ -5412,7 +5578,7 @@ def test_a_model_of_few_positions_says_so(model, tmp_path, texts, capsys):
     assert evaluated(argv) == 1
     printed = capsys.readouterr().out
     assert re.search(
-        r"probe: not measured, long, seed 0, is left out: the model can't read \d+ tokens at once",
+        r"probe: not measured, long is left out: the model can't read \d+ tokens at once",
         printed,
     )
     assert "core: mse" in printed
@@ -5422,105 +5588,108 @@ def test_two_files_of_one_name_are_two_tasks(run, probe_file, tmp_path):
     (tmp_path / "other").mkdir()
     same_name = tmp_path / "other" / Path(probe_file).name
     shutil.copy(probe_file, same_name)
-    frames = eval_sae.task_frames("probe", [str(probe_file), str(same_name)], demo=False)
+    frames = eval_sae.task_frames([str(probe_file), str(same_name)], False, {})
     assert set(frames) == {str(probe_file), str(same_name)}
 
 
 def test_one_task_that_can_not_be_had_costs_itself(run, probe_file, tmp_path, capsys):
-    """It is told at the beginning, with its reason; what is measured is not whole."""
+    """With its reason; what is measured is not whole."""
     few = tmp_path / "few.csv"
     few.write_text("text,label\nfox,a\ndog,b\n")
     plain = tmp_path / "plain.csv"
     plain.write_text(re.sub(",[a-z]+$", "", Path(probe_file).read_text(), flags=re.MULTILINE))
     argv = [run / "s0", "--probe", probe_file, few, plain, "--train", 40, "--test", 20]
     assert evaluated([*argv, "--metrics", "probe", "scr"]) == 0
-    printed = capsys.readouterr()
-    reason = r"probe: a task is left out, few: 20 \w+ texts of each label are needed"
-    assert re.search(reason, printed.err) and re.search(reason, printed.out)
-    assert (
-        "scr: a task is left out, plain has no column `attribute`, which SCR needs" in printed.out
-    )
+    printed = capsys.readouterr().out
+    reason = r"probe: few is left out: .*the label \w has \d \w+ texts, and 20 are needed"
+    assert re.search(reason, printed)
+    assert "scr: plain is left out: it has no column `attribute`, which SCR needs" in printed
     stored = json.loads((run / "s0" / "eval.json").read_text())
     assert not stored["probe"]["is_whole"]
     assert [part["task"] for part in stored["probe"]["parts"]] == ["words", "plain"]
     assert [part["task"] for part in stored["scr"]["parts"]] == ["words"]
 
 
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--probe", "TEXTS"], "needs the columns text and label, and has text"),
+        (["--probe", "LISTS"], "has values of the kind list"),
+        (["--probe", "SAME", "--metrics", "scr"], "two values of `attribute` are needed"),
+        (["--metrics", "core"], "give --text: no text of "),
+        (["--metrics", "core", "--text", "TEXTS", "--text-column", "body"], "--text-column body"),
+    ],
+)
+def test_what_is_wrong_with_files_is_told(run, texts, probe_file, tmp_path, capsys, argv, words):
+    write_rows(tmp_path / "lists.jsonl", [{"text": "a", "label": ["b"]}])
+    lines = Path(probe_file).read_text()
+    (tmp_path / "same.csv").write_text(lines.replace("lazy\n", "warm\n"))
+    names = {
+        "TEXTS": texts,
+        "LISTS": tmp_path / "lists.jsonl",
+        "SAME": tmp_path / "same.csv",
+    }
+    argv = [names.get(word, word) for word in argv]
+    assert evaluated([run / "s0", "--metrics", "probe", *argv]) == 2
+    assert words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", ["probe", "scr"])
 def test_one_task_that_can_not_be_measured_costs_itself(
     run, probe_file, tmp_path, monkeypatch, capsys, family
 ):
-    """With its reason. Where none can be, the family has no figures."""
+    """With its reason. Where none can be, the family has no figures. What fails later takes no
+    figures from eval.json, and what failed is measured by --resume."""
     second = shutil.copy(probe_file, tmp_path / "second.csv")
     folder = copy_of(run, tmp_path / "sae")
     argv = [folder, "--metrics", family, "--probe", probe_file, second]
-    argv += ["--train", "40", "--test", "20"]
-    real = eval_sae.mean_latents
+    argv += ["--train", "40", "--test", "20", "--resume"]
+    real = eval_sae.read_texts
 
     def failing(*tasks):
-        def mean_latents(model, saes, texts, desc, *rest):
-            if any(task in desc for task in tasks):
+        def read_texts(model, saes, texts, folder, task):
+            if task in tasks:
                 raise InputError("activations are not finite")
-            return real(model, saes, texts, desc, *rest)
+            return real(model, saes, texts, folder, task)
 
-        return mean_latents
+        return read_texts
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_sae, "mean_latents", failing("words"))
+        patch.setattr(eval_sae, "read_texts", failing("words"))
         assert evaluated(argv) == 0
-        assert (
-            f"{family}: words, seed 0, is left out: activations are not finite"
-            in capsys.readouterr().out
-        )
+        out = capsys.readouterr().out
+        assert f"{family}: words is left out: activations are not finite" in out
         stored = json.loads((folder / "eval.json").read_text())[family]
         assert [part["task"] for part in stored["parts"]] == ["second"]
         assert not stored["is_whole"]
-        # With --resume, what an earlier call has stays, whatever fails now.
-        patch.setattr(eval_sae, "mean_latents", failing("words", "second"))
-        assert evaluated([*argv, "--resume"]) == 0
-        again = json.loads((folder / "eval.json").read_text())[family]
-        assert again["parts"] == stored["parts"]
+        patch.setattr(eval_sae, "read_texts", failing("words", "second"))
         assert evaluated(argv) == 2
-        assert f"{family}: not measured, words, seed 0, is left out" in capsys.readouterr().out
-    assert evaluated([*argv, "--resume"]) == 0
+        assert f"{family}: not measured, words is left out" in capsys.readouterr().out
+        assert json.loads((folder / "eval.json").read_text())[family] == stored
+    assert evaluated(argv) == 0
     content = json.loads((folder / "eval.json").read_text())[family]
     assert [part["task"] for part in content["parts"]] == ["words", "second"]
     assert content["is_whole"]
 
 
-def test_a_task_that_can_not_be_had_today_keeps_its_earlier_figures(
-    run, probe_file, tmp_path, monkeypatch
-):
-    """An earlier call could load the first and not the second; this one the second alone."""
-    second = shutil.copy(probe_file, tmp_path / "second.csv")
-    folder = copy_of(run, tmp_path / "sae")
-    argv = [folder, "--metrics", "probe", "--probe", probe_file, second]
-    argv += ["--train", "40", "--test", "20"]
-    real = eval_sae.task_frames
-
-    def without(task):
-        def no_network():
-            raise InputError("no network")
-
-        return lambda *data: {**real(*data), task: no_network}
-
-    for task in ("second", "words"):
-        with monkeypatch.context() as patch:
-            patch.setattr(eval_sae, "task_frames", without(task))
-            assert evaluated([*argv, "--resume"]) == 0
-    content = json.loads((folder / "eval.json").read_text())["probe"]
-    assert {part["task"] for part in content["parts"]} == {"words", "second"}
-
-
-def test_scr_says_which_labels_it_takes(run, tmp_path):
-    """The first two; odd numbers of texts are no lack."""
+def test_scr_says_which_labels_it_takes():
+    """The first two; odd numbers of texts are no lack, and what is one is told with its cell."""
     cells = {(label, attribute): 120 for label in range(3) for attribute in range(2)}
-    file = tmp_path / "three.csv"
-    frame_of(cells)[["text", "label", "attribute"]].to_csv(file, index=False)
-    evaluation = evaluation_of([run / "s0"], "--probe", str(file), "--train", "41", "--test", "21")
-    ((sample,),) = evaluation.tasks("scr")
-    assert evaluation.notes == ["three: 0 and 1 alone are used of 3 values of `label`"]
+    sample = eval_sae.scr_sample(frame_of(cells), 41, 21, 0)
+    assert sample.notes == ["0 and 1 alone are used of 3 values of `label`"]
     assert len(sample.frame) == 2 * (41 + 20) + 2 * (21 + 10)
+    cells = {(0, 0): 60, (0, 1): 30, (1, 0): 60, (1, 1): 60}
+    sample = eval_sae.scr_sample(frame_of(cells), 80, 60, 0)
+    cell = "the label {} with the attribute {} has {} training texts, and {} are needed"
+    short = [(0, 0, 60, 80), (0, 1, 30, 40), (1, 1, 60, 80)]
+    assert sample.notes == [cell.format(*values) for values in short]
+
+
+def test_probing_says_which_label_lacks_texts():
+    cells = {("x", 0): 80, ("y", 0): 50, ("z", 0): 70}
+    sample = eval_sae.probing_sample(frame_of(cells), 60, 50, 0)
+    lack = "the label y has 50 training texts, and 60 are needed: no other gives more"
+    assert sample.notes == [lack]
 
 
 def test_the_benchmarks_tasks_that_can_not_be_had_are_told(run, monkeypatch, capsys):
@@ -5534,29 +5703,38 @@ def test_the_benchmarks_tasks_that_can_not_be_had_are_told(run, monkeypatch, cap
 
     monkeypatch.setattr(eval_sae, "hub_frame", frame)
     argv = [run / "s0", "--metrics", "probe", "--train", "40", "--test", "20"]
-    evaluation = evaluation_of([run / "s0"], *argv[1:])
-    ((sample,),) = evaluation.tasks("probe")
-    assert (sample.task, sample.seed) == ("ag_news", 0)
-    assert sizes_of(sample.frame, False) == [40] * 4
-    assert evaluation.notes[0].startswith("github-code is left out")
-    assert len(evaluation.notes) == 7 and not evaluation.is_whole
-    assert "a task is left out, LabHC/bias_in_bios can't be loaded: no network" in evaluation.notes
+    assert evaluated(argv) == 0
+    stored = json.loads((run / "s0" / "eval.json").read_text())["probe"]
+    assert [(part["task"], part["seed"]) for part in stored["parts"]] == [("ag_news", 0)]
+    assert stored["sample"] == {"ag_news": {"train": 160, "test": 80}}
+    assert stored["notes"][0].startswith("github-code is left out")
+    assert len(stored["notes"]) == 7 and not stored["is_whole"]
+    bios = "bias_in_bios 1 is left out: LabHC/bias_in_bios can't be loaded: no network"
+    assert bios in stored["notes"] and f"probe: {bios}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["probe", "scr"])
-def test_a_text_is_read_once_for_all_samples(run, probe_file, monkeypatch, family):
+def test_a_text_is_read_once_for_all_samples_and_autoencoders(run, probe_file, monkeypatch, family):
+    """And memory holds the latents of one autoencoder at a time; no file is left."""
     read = []
-    real = eval_sae.mean_latents
+    real = eval_sae.read_texts
 
-    def mean_latents(model, saes, texts, *rest):
-        read.append(texts)
-        return real(model, saes, texts, *rest)
+    def read_texts(model, saes, texts, folder, task):
+        found = real(model, saes, texts, folder, task)
+        read.append((texts, found))
+        return found
 
-    monkeypatch.setattr(eval_sae, "mean_latents", mean_latents)
-    argv = [run / "s0", "--metrics", family, "--probe", probe_file, "--seed", "0", "1", "2"]
+    monkeypatch.setattr(eval_sae, "read_texts", read_texts)
+    held = []
+    latents = eval_sae.Texts.latents
+    monkeypatch.setattr(
+        eval_sae.Texts, "latents", lambda self, n: held.append(n) or latents(self, n)
+    )
+    argv = [run, "--metrics", family, "--probe", probe_file, "--seed", "0", "1", "2"]
     assert evaluated([*argv, "--train", "40", "--test", "20"]) == 0
-    (texts,) = read
+    ((texts, found),) = read
     assert len(set(texts)) == len(texts)
+    assert held == [0, 1] and not any(file.exists() for file in found.files)
 
 
 def test_figures_are_meaned_over_seeds(run, probe_file):
@@ -5577,49 +5755,36 @@ def test_figures_are_meaned_over_seeds(run, probe_file):
         assert both["figures"] == pytest.approx(means)
 
 
-@pytest.mark.parametrize("family", ["probe", "scr"])
-def test_an_evaluation_that_is_stopped_goes_on_with_the_next_sample(
-    run, probe_file, tmp_path, monkeypatch, capsys, family
+def test_an_evaluation_that_is_stopped_prints_what_it_has_and_goes_on(
+    run, texts, probe_file, tmp_path, monkeypatch, capsys
 ):
-    """And gives what one that never stopped gives."""
+    """At whatever call it is stopped, --resume gives what one that never stopped gives."""
     folder = copy_of(run, tmp_path / "sae")
-    argv = [folder, "--metrics", family, "--probe", probe_file, "--train", "40", "--test", "20"]
-    argv += ["--seed", "0", "1", "2"]
+    argv = [folder, "--text", texts, "--contexts", "9", "--probe", probe_file]
+    argv += ["--train", "40", "--test", "20", "--metrics", "core", "probe", "scr"]
     assert evaluated(argv) == 0
-    whole = json.loads((folder / "eval.json").read_text())[family]
+    whole = json.loads((folder / "eval.json").read_text())
+    printed = capsys.readouterr().out
     (folder / "eval.json").unlink()
-    name = {"probe": "full_probing", "scr": "scr_probes"}[family]
-    original = getattr(eval_sae, name)
-    seeds = []
 
-    def stopped(*data):
-        seeds.append(data[-1])
-        if seeds[-1] == 2:
-            raise sgo_sae.Stopped(signal.SIGINT)
-        return original(*data)
+    def stopped(*data, **options):
+        raise sgo_sae.Stopped(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(eval_sae, name, stopped)
-        assert evaluated(argv) == 130
-    stored = json.loads((folder / "eval.json").read_text())[family]
-    assert not stored["is_whole"]
-    assert stored["parts"] == whole["parts"][:2]
-    # Beside a run that has nothing yet, all is measured again; stopped there, it loses nothing.
-    other = copy_of(run, tmp_path / "other")
-    with monkeypatch.context() as patch:
-        patch.setattr(eval_sae, name, stopped)
-        seeds.clear()
-        assert evaluated([argv[0], other, *argv[1:], "--resume"]) == 130
-        patch.setattr(eval_sae, name, lambda *data: stopped(*data[:-1], data[-1] and 2))
-        (other / "eval.json").unlink()
-        assert evaluated([argv[0], other, *argv[1:], "--resume"]) == 130
-    assert len(json.loads((other / "eval.json").read_text())[family]["parts"]) == 1
-    assert json.loads((folder / "eval.json").read_text())[family]["parts"] == whole["parts"][:2]
-    seeds.clear()
-    monkeypatch.setattr(eval_sae, name, lambda *data: seeds.append(data[-1]) or original(*data))
+    done = []
+    for name in ("reconstruction", "full_probing", "scr"):
+        with monkeypatch.context() as patch:
+            patch.setattr(eval_sae, name, stopped)
+            assert evaluated([*argv, "--resume"]) == 130
+        out = capsys.readouterr().out
+        assert [family for family in ("core", "probe", "scr") if f"| {family}: " in out] == done
+        if done:
+            assert list(json.loads((folder / "eval.json").read_text())) == done
+        done.append({"reconstruction": "core", "full_probing": "probe", "scr": "scr"}[name])
+    monkeypatch.setattr(eval_sae, "reconstruction", stopped)  # is not called
+    monkeypatch.setattr(eval_sae, "full_probing", stopped)
     assert evaluated([*argv, "--resume"]) == 0
-    assert set(seeds) == {2}
-    assert json.loads((folder / "eval.json").read_text())[family] == whole
+    assert json.loads((folder / "eval.json").read_text()) == whole
+    assert capsys.readouterr().out == printed
 
 
 def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, capsys):
@@ -5643,17 +5808,14 @@ def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, cap
     assert any(line.startswith("absorption: not measured, ") for line in lines)
     content = json.loads((run / "s0" / "eval.json").read_text())
     for family, found in content.items():
-        kinds = [kind.names for kind in eval_sae.FIGURES if kind.family == family]
-        assert set(found["figures"]) <= {name for names in kinds for name in names}
+        known = {figure.name for figure in eval_sae.FIGURES if figure.family == family}
+        assert {re.sub(r"_\d+$", "", name) for name in found["figures"]} <= known
     assert content["core"]["figures"]["l0"] == pytest.approx(4, abs=0.2)
     assert content["core"]["settings"]["contexts"] == 40
     assert content["probe"]["sample"]["words"] == {"train": 400, "test": 200}
     core, sample = content["core"]["figures"], content["core"]["sample"]
     counted = 16 * sample["tokens"] / sample["contexts"]
     assert core["mse_benchmark"] == pytest.approx(core["mse"] * 16 / counted)  # of 16 dimensions
-    logged = [line["penalty_share"] for line in metrics_of(run / "s0")]
-    assert len(logged) <= 10
-    assert content["core"]["figures"]["penalty_share"] == pytest.approx(logged[-1])
     assert evaluated([*argv[:4], "--metrics", "core", "--contexts", "100000"]) == 0
     assert re.search(r"the text has \d{2,3} contexts, not 100000", capsys.readouterr().out)
 
@@ -5678,7 +5840,7 @@ def test_a_family_that_takes_too_much_memory_costs_itself(
         raise RuntimeError(words_of_the_error)
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_sae.Evaluation, "measure_behaviour", full)
+        patch.setitem(eval_sae.FAMILIES, "behaviour", full)
         assert evaluated(argv) == 1
     printed = capsys.readouterr().out
     words = "behaviour: not measured, out of memory, smaller --contexts, --train, --test and"
@@ -5698,6 +5860,7 @@ def test_a_model_that_can_not_be_loaded_ends_the_call(run, texts, capsys):
     assert evaluated([*argv, "--model", "/nowhere"]) == 2
     assert (run / "s0" / "eval.json").read_bytes() == before
     later = run / "later.jsonl"
+    later.write_text("no text\n")
     assert evaluated([*argv, "--text", later]) == 2
     assert "core: not measured" in capsys.readouterr().out
     assert (run / "s0" / "eval.json").read_bytes() == before
@@ -5715,13 +5878,18 @@ def test_a_model_that_can_not_be_loaded_ends_the_call(run, texts, capsys):
         (["RUN", "--metrics", "core", "beauty"], "invalid choice"),
         (["RUN", "--metrics", "core", "--text", "TEXTS", "--model", "/nowhere"], "/nowhere"),
         (["LAYERLESS", "--metrics", "core", "--text", "TEXTS", "--layer", "9"], "are 0 to 3"),
-        (["RUN", "--contexts", "0"], "invalid integer from 1 value: '0'"),
-        (["RUN", "--ctx", "1"], "invalid integer from 2 value: '1'"),
-        (["RUN", "--train", "1"], "invalid integer from 20 value: '1'"),
-        (["RUN", "--words", "9"], "invalid integer from 100 value: '9'"),
-        (["RUN", "--seed", "-1"], "invalid integer from 0 to 4294967295 value: '-1'"),
-        (["RUN", "--seed", "4294967296"], "invalid integer from 0 to 4294967295"),
-        (["RUN", "--layer", "-1"], "invalid integer from 0 value: '-1'"),
+        (["RUN", "--contexts", "0"], "--contexts must be from 1 to 4294967295, but is 0"),
+        (["RUN", "--contexts", "many"], "--contexts: invalid int value: 'many'"),
+        (["RUN", "--ctx", "1"], "--ctx must be from 2 "),
+        (["RUN", "--train", "1"], "--train must be from 20 "),
+        (["RUN", "--test", "1"], "--test must be from 20 "),
+        (["RUN", "--words", "9"], "--words must be from 100 "),
+        (["RUN", "--seed", "0", "-1"], "--seed must be from 0 to 4294967295, but is -1"),
+        (["RUN", "--seed", "4294967296"], "--seed must be from 0 to 4294967295"),
+        (["RUN", "--layer", "-1"], "--layer must be from 0 "),
+        (["RUN", "--text", "./none.jsonl"], "./none.jsonl: there is no such file"),
+        (["RUN", "--probe", "./none.csv"], "./none.csv: there is no such file"),
+        (["UNDERWAY"], "underway holds no autoencoder: its run is under way"),
         (["RUN", "--html", "nowhere/page.html"], "--html nowhere/page.html: there is no folder"),
         (["RUN", "--html", "FOLDER"], "is a folder, and a file is needed"),
         (["RUN", "--split", "test"], "--split and --text-column are of --text, which is not given"),
@@ -5733,65 +5901,19 @@ def test_bad_evaluations_are_refused_in_one_line(model, run, texts, tmp_path, ca
     copy_of(run, tmp_path / "layerless", hook_name=None)
     (tmp_path / "narrow").mkdir()
     (tmp_path / "narrow" / "cfg.json").write_text("{}")
+    (tmp_path / "underway").mkdir()
+    (tmp_path / "underway" / "metrics.jsonl").write_text("")
     names = {
         "RUN": run / "s0",
         "TEXTS": texts,
         "LAYERLESS": tmp_path / "layerless",
         "NARROW": tmp_path / "narrow",
+        "UNDERWAY": tmp_path / "underway",
         "FOLDER": tmp_path,
     }
     assert evaluated([str(names.get(a, a)) for a in argv]) == 2
     last = last_line(capsys)
     assert words in last and last.startswith("eval_sae.py: error: "), last
-
-
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--metrics", "core"], "core can't be measured: give --text: no text of "),
-        (["--metrics", "core", "--text", "./none.jsonl"], "./none.jsonl: there is no such file"),
-        (
-            ["--metrics", "core", "--text", "TEXTS", "--text-column", "body"],
-            "--text-column body",
-        ),
-        (
-            ["--probe", "TEXTS", "--metrics", "probe"],
-            "needs the columns text and label, and has text",
-        ),
-        (["--probe", "FEW", "--metrics", "probe"], "texts of each label are needed"),
-        (["--probe", "WORDS", "./no.csv", "--metrics", "probe"], "./no.csv: there is no such file"),
-        (["--probe", "LISTS", "--metrics", "probe"], "has values of the kind list"),
-        (["--probe", "SAME", "--metrics", "scr"], "two values of `attribute` are needed"),
-    ],
-)
-def test_what_is_wrong_with_files_is_told_before_the_model_is_loaded(
-    run, texts, probe_file, tmp_path, capsys, monkeypatch, argv, words
-):
-    """What can be measured without them is measured."""
-    rows = [{"text": f"{label}{i}", "label": label} for label, i in product("ab", range(4))]
-    write_rows(tmp_path / "few.jsonl", rows)
-    write_rows(tmp_path / "lists.jsonl", [{"text": "a", "label": ["b"]}])
-    lines = Path(probe_file).read_text()
-    (tmp_path / "same.csv").write_text(lines.replace("lazy\n", "warm\n"))
-    names = {
-        "TEXTS": texts,
-        "WORDS": probe_file,
-        "FEW": tmp_path / "few.jsonl",
-        "LISTS": tmp_path / "lists.jsonl",
-        "SAME": tmp_path / "same.csv",
-    }
-    told = []
-
-    def loading(*args):
-        told.append(capsys.readouterr().err)
-        raise InputError("the model is loaded")
-
-    monkeypatch.setattr(eval_sae, "LanguageModel", loading)
-    code = evaluated([run / "s0", *(str(names.get(a, a)) for a in argv)])
-    assert code == 2
-    first = told[0] if told else capsys.readouterr().err
-    assert words in first
-    assert bool(told) == ("WORDS" in argv)  # the other task is measured
 
 
 # --------------------------------------------------------------------------- absorption, end to end
@@ -5837,14 +5959,14 @@ def test_absorption_of_a_planted_speller(speller, tmp_path, capsys):
 
 def test_one_seed_whose_words_do_not_do_costs_itself(speller, tmp_path, monkeypatch, capsys):
     folder = speller.sae(tmp_path / "sae", "letters")
-    original = eval_sae.Evaluation.words
+    original = eval_sae.words_of
 
-    def words(self, seed):
+    def words_of(model, n_words, seed):
         if seed == 1:
             raise InputError("the model spells 19 of 26 letters")
-        return original(self, seed)
+        return original(model, n_words, seed)
 
-    monkeypatch.setattr(eval_sae.Evaluation, "words", words)
+    monkeypatch.setattr(eval_sae, "words_of", words_of)
     argv = [folder, "--metrics", "absorption", "--words", "1040", "--seed", "0", "1"]
     assert evaluated(argv) == 0
     assert "words are left out, seed 1: the model spells 19 of 26" in capsys.readouterr().out
@@ -5857,7 +5979,7 @@ def test_scored_are_the_words_that_the_probe_recognises_of_letters_that_the_mode
 ):
     """On new prompts, of the last fifth of the words."""
     folder = speller.sae(tmp_path / "sae", "letters")
-    evaluation = evaluation_of([folder], "--words", "1040")
+    evaluation = evaluation_of([folder])
     prompts = []
     original = eval_sae.spelled_activations
 
@@ -5882,7 +6004,7 @@ def test_scored_are_the_words_that_the_probe_recognises_of_letters_that_the_mode
     monkeypatch.setattr(
         eval_sae, "spelled_letters", lambda *data: spelled(*data) | (torch.arange(26) == 4)
     )
-    words = evaluation.words(3)
+    words = eval_sae.words_of(evaluation.model, 1040, 3)
     (x_TD, _), options = calls[0]
     assert options == {"batch": 64, "l2": 1e-4, "seed": 3}
     assert len(x_TD) == words.n_train == 832
@@ -5996,43 +6118,28 @@ def test_a_setting_without_a_figure_takes_none_from_the_others():
         if subject.settings["alpha"] == 0:
             subject.records["core"] = subject.records["core"]._replace(parts=[])
     text = table_of(lacking, baseline="alpha 0")
-    assert "core: mse: alpha 0 has no figure, and there is no difference to it" in text
+    assert "core: mse: alpha 0 has no figure, and there is no difference" in text
     assert cells_in(text)[2][1:] == ["", "", "", ""]
 
 
-def test_differences_are_over_the_seeds_that_both_settings_have():
-    """One with two seeds of three has its own ±, and the others theirs, by all that is known."""
-    subjects, values_SR = paired_subjects(n_settings=3, n_seeds=3)
+def test_differences_are_over_the_seeds_that_all_settings_have():
+    """As if the others had not been trained; that is said."""
+    subjects, _ = paired_subjects(n_settings=3, n_seeds=4)
     fewer = [s for s in subjects if (s.settings["alpha"], s.seed) != (2.5, 1)]
     text = table_of(fewer, baseline="alpha 0")
-    mse = cells_in(text)[2]
-    change = (values_SR[[0, 2], 2] - values_SR[[0, 2], 1]).mean().item()
-    cell = re.fullmatch(r"[_*]*(\S+?)[_*]* ± (\S+) \(2 of 3 seeds\)", mse[3])
-    assert float(cell[1]) == pytest.approx(change, abs=1e-3)
-    # Least squares over the eight values: setting + seed, three degrees of freedom.
-    design = []
-    y = []
-    for seed, setting in product(range(3), range(3)):
-        if (seed, setting) != (1, 2):
-            design.append([*(setting == n for n in range(3)), *(seed == n for n in (1, 2))])
-            y.append(values_SR[seed, setting].item())
-    design = torch.tensor(design).double()
-    y = torch.tensor(y).double()
-    residual = y - design @ torch.linalg.lstsq(design, y[:, None]).solution[:, 0]
-    deviation = (residual.square().sum() / 3).sqrt().item()
-    assert float(mse[-1]) == pytest.approx(3.18245 * deviation * math.sqrt(2 / 3), rel=0.05)
-    assert float(cell[2]) == pytest.approx(3.18245 * deviation * math.sqrt(2 / 2), rel=0.05)
-    # A setting with one seed takes nothing from the others, and one with other seeds has no
-    # difference.
+    assert "core: of 4 seeds, only 0, 2, 3 count, which all settings have" in text
+    without = [s for s in subjects if s.seed != 1]
+    assert cells_in(text)[1:] == cells_of(without, baseline="alpha 0")[1:]
+    # With one that all have there is no interval, and with none no difference.
     lonely = [s for s in subjects if s.settings["alpha"] != 2.5 or s.seed == 0]
-    mse = cells_in(table_of(lonely, baseline="alpha 0"))[2]
-    assert float(mse[-1]) > 0 and "(1 of 3 seeds)" in mse[3]
+    mse = cells_of(lonely, baseline="alpha 0")[2]
+    assert all(mse[1:4]) and mse[4] == ""
     for subject in subjects:
         if subject.settings["alpha"] == 2.5:
             subject.seed += 10
     text = table_of(subjects, baseline="alpha 0")
-    assert "alpha 2.5 shares no seed with alpha 0, and has no difference to it" in text
-    assert cells_in(text)[2][3] == "" and float(cells_in(text)[2][-1]) > 0
+    assert "core: mse: the settings share no seed, and there is no difference" in text
+    assert cells_in(text)[2][1:] == ["", "", "", ""]
 
 
 def test_samples_enter_the_interval():
@@ -6063,58 +6170,28 @@ def test_samples_enter_the_interval():
     # With one seed, the samples alone give an interval, and it is said.
     first = [subject for subject in subjects if subject.seed == 0]
     eval_sae.name_subjects(first)
-    found = eval_sae.paired_tables(first, ("absorption",), "alpha 0")
-    assert "With one seed a setting, ± is over samples alone" in found
+    found = eval_sae.table(first, ("absorption",), "alpha 0")
+    assert "With one seed a setting ± is over samples alone" in found
     row = cells_in(found)[2]
     assert float(row[-1]) == pytest.approx(half(values_RSA[:, 0], 12.7062), rel=0.05)
-    # A sample that one run lacks does not count in any.
+    # The seed of a run that lacks a sample does not count in any.
     parts = subjects[0].records["absorption"].parts
     subjects[0].records["absorption"] = subjects[0].records["absorption"]._replace(parts=parts[1:])
     text = table_of(subjects, ("absorption",), baseline="alpha 0")
-    assert "absorption: full: of 2 samples, 1 count" in text
+    assert "absorption: of 3 seeds, only 1, 2 count" in text
     row = cells_in(text)[2]
-    assert float(row[1]) == pytest.approx(values_RSA[1, :, 0].mean().item(), abs=1e-3)
-    assert float(row[-1]) == pytest.approx(half(values_RSA[1], 4.30265), rel=0.05)
-
-
-def test_lengths_of_training_are_not_pooled(run):
-    """Each has its own baseline and its own interval."""
-    subjects, _ = paired_subjects(n_settings=3, n_seeds=3)
-    longer, _ = paired_subjects(n_settings=3, n_seeds=3)
-    for n, subject in enumerate(longer):
-        subject.path = f"longer/{subject.path}"
-        for part in subject.records["core"].parts:
-            part["figures"]["mse"] += 100 * (n % 2)  # much less certain
-    for tokens, group in ((1000, subjects), (5000, longer)):
-        for subject in group:
-            subject.settings["tokens"] = tokens
-    every = [*subjects, *longer]
-    eval_sae.name_subjects(every)
-    baseline = eval_sae.baseline_of(every)
-    assert baseline == "alpha 0, tokens 1000"
-    found = eval_sae.paired_tables(every, ("core",), baseline)
-    first, second = found.split("Trained on 5,000 tokens:")
-    assert first.startswith("Trained on 1,000 tokens:")
-    alone = cells_of(subjects, baseline="alpha 0")
-    assert cells_in(first)[2][1:] == alone[2][1:]
-    assert "differences to alpha 0, tokens 5000" in second
-    assert float(cells_in(second)[2][-1]) > 10 * float(alone[2][-1])
-    # The other length can be the one that is named.
-    eval_sae.name_subjects(every)
-    found = eval_sae.paired_tables(every, ("core",), "alpha 20, tokens 5000")
-    assert "differences to alpha 20, tokens 5000" in found
-    assert "differences to alpha 0, tokens 1000" in found
+    assert float(row[1]) == pytest.approx(values_RSA[:, 1:, 0].mean().item(), abs=1e-3)
 
 
 def test_one_seed_gives_no_interval_and_says_so():
     subjects, _ = paired_subjects(n_settings=3, n_seeds=1)
     eval_sae.name_subjects(subjects)
-    found = eval_sae.paired_tables(subjects, ("core",), "alpha 0")
+    found = eval_sae.table(subjects, ("core",), "alpha 0")
     assert "With one seed a setting there is no ±: train several" in found
     assert all(row[-1] == "" for row in cells_in(found)[2:])
     several, _ = paired_subjects(n_settings=3, n_seeds=2)
     eval_sae.name_subjects(several)
-    assert "train several" not in eval_sae.paired_tables(several, ("core",), "alpha 0")
+    assert "train several" not in eval_sae.table(several, ("core",), "alpha 0")
 
 
 def test_what_the_user_names_is_compared_with(run, tmp_path, texts, capsys):
@@ -6164,29 +6241,17 @@ def test_settings_are_compared_over_the_tasks_that_all_runs_have():
         row = cells_in(text)[2]
         assert float(row[1].split()[0]) == pytest.approx(0.71)
     assert float(row[2].strip("*_")) == pytest.approx(0.01)
-    found = eval_sae.paired_tables(subjects, ("probe",), "alpha 0")
-    assert "With one sample a task, ± is over the seeds of training alone" in found
+    assert "With one sample a task ± is over the seeds of training alone" in text
 
 
 def test_a_difference_to_nothing_has_its_digits():
-    """The share of the penalty is 0 at α 0, and with one seed there is no ±."""
+    """With one seed there is no ±."""
     subjects = [
-        Measured("a", {"arch": "topk", "alpha": alpha}, 0, {"penalty_share": share})
+        Measured("a", {"arch": "topk", "alpha": alpha}, 0, {"dense": share})
         for alpha, share in ((0, 0.0), (1, 0.07594))
     ]
     row = cells_of(subjects, baseline="alpha 0")[2]
     assert row[1:] == ["0.00000", "+0.07594", ""]
-
-
-def test_the_page_shows_what_is_better_and_worse():
-    assert eval_sae.page_cell("**+0.1**") == {"text": "+0.1", "mark": "better"}
-    assert eval_sae.page_cell("_-2_") == {"text": "-2", "mark": "worse"}
-    assert eval_sae.page_cell("_-0.1_ ± 0.05 (2 of 3 seeds)") == {
-        "text": "-0.1 ± 0.05 (2 of 3 seeds)",
-        "mark": "worse",
-    }
-    assert eval_sae.page_cell("_old") == {"text": "_old", "mark": ""}
-    assert eval_sae.page_cell(r"a\|b") == {"text": "a|b", "mark": ""}
 
 
 def test_cells_of_odd_names_and_numbers():
@@ -6222,8 +6287,8 @@ def test_closest_pairs_are_those_of_the_definition():
     activity = eval_sae.activity_of(sae, f_TN)
     assert torch.equal(torch.stack([activity.tokens, activity.latents], 1), f_TN.nonzero())
     assert torch.equal(activity.fired_N, (f_TN > 0).sum(0))
-    first, _ = eval_sae.closest_pairs(activity, 3)
-    pairs, histogram_20 = eval_sae.closest_pairs(activity, 5)
+    first = eval_sae.closest_pairs(activity, 3)
+    pairs = eval_sae.closest_pairs(activity, 5)
     assert first == pairs[:3]
     assert pairs[0][:2] == (i, j)
     assert {pair[:2] for pair in pairs[1:3]} == {(i, k), (j, k)}
@@ -6237,14 +6302,13 @@ def test_closest_pairs_are_those_of_the_definition():
         assert pair.w == pytest.approx(shared / sizes[0])
     score = [(pair.w - pair.chance) * pair.shared for pair in pairs]
     assert score == sorted(score, reverse=True)
-    assert histogram_20[-3:].sum() == 4
 
 
 def test_page_shows_pairs_and_contexts_of_a_planted_dictionary(planted_page):
     sae = planted_sae(torch.linalg.qr(torch.randn(6, 6))[0])
     sae.encode = lambda x: x
-    views, histogram_20 = eval_sae.portrait(planted_page, sae)
-    f_RLN = planted_page.activations * planted_page.contexts[1][..., None]
+    views = eval_sae.portrait(planted_page, sae)
+    f_RLN = planted_page.activations * planted_page.contexts.kept_RL[..., None]
     active = f_RLN > 0
     sizes = active.sum((0, 1)).tolist()
     both = int((active[..., 0] & active[..., 1]).sum())
@@ -6252,7 +6316,6 @@ def test_page_shows_pairs_and_contexts_of_a_planted_dictionary(planted_page):
     pair = (both, both / min(sizes[:2]), max(sizes[:2]) / (40 * 31))
     assert (first["both"], first["w"], first["chance"]) == pytest.approx(pair)
     assert first["cosine"] == pytest.approx((sae.W_dec[0] @ sae.W_dec[1]).item(), abs=1e-6)
-    assert histogram_20.sum() >= 1
     W_unembed = planted_page.model.lm.get_output_embeddings().weight
     for i, view in enumerate(first["latents"]):
         assert (view["number"], view["n_tokens"]) == (i, sizes[i])
@@ -6273,48 +6336,6 @@ def test_page_shows_pairs_and_contexts_of_a_planted_dictionary(planted_page):
                 assert (piece.own, piece.other) == expected
 
 
-@pytest.mark.parametrize("values", [[0, 0.93], [-5, 170], [0, 0.07, 0.061], [3, 7], [1e-9, 2e-9]])
-def test_ticks_are_round_and_enclose_the_values(values):
-    ticks = eval_sae.ticks(values)
-    steps = numpy.diff(ticks)
-    assert 2 <= len(ticks) <= 8 and steps == pytest.approx([steps[0]] * len(steps))
-    digit = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)
-    assert min(abs(digit - round_one) for round_one in (1, 2, 5)) < 1e-6
-    assert ticks[0] <= min(values) and max(values) <= ticks[-1] * (1 + 1e-9)
-    assert min(values) - ticks[0] < steps[0] and ticks[-1] - max(values) < steps[0]
-
-
-def test_charts_enclose_their_points_and_constant_ones_are_left_out():
-    lines = [torch.tensor([(0, 0), (3.3, 0)]).numpy(), torch.zeros(0, 2).numpy()]
-    chart = eval_sae.chart([*lines, torch.tensor([(0, 1), (3.3, 170)]).numpy()], "a", "b", "c")
-    assert chart["xs"][0] == 0 and chart["xs"][-1] >= 3.3
-    assert chart["ys"][0] == 0 and chart["ys"][-1] >= 170
-    constant = torch.tensor([(1.0, 16.0), (2.0, 16.0)]).numpy()
-    for empty in ([constant], lines[1:]):
-        assert eval_sae.chart(empty, "a", "b", "c") == {}
-
-
-def test_a_log_is_read_as_far_as_it_is_whole(tmp_path):
-    """A kill may cut its last line, and values may be none."""
-    lines = [{"tokens": 10 * n, "penalty_share": n / 100} for n in range(1, 25)]
-    lines[3]["omega"] = math.inf
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '12\n{"tokens": 250, "pena'
-    (tmp_path / "metrics.jsonl").write_text(text)
-    log = eval_sae.training_log(argparse.Namespace(path=tmp_path))
-    assert log["tokens"].tolist() == [10 * n for n in range(1, 25)]
-    assert log["omega"].isna().all() and log["dead"].isna().all()
-    share = eval_sae.last_penalty_share(argparse.Namespace(path=tmp_path))
-    assert share == pytest.approx((22 + 23 + 24) / 3 / 100)  # the last tenth of 24 lines
-    lines[-1]["penalty_share"] = None
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert math.isnan(eval_sae.last_penalty_share(argparse.Namespace(path=tmp_path)))
-    assert eval_sae.last_penalty_share(argparse.Namespace(path=tmp_path / "none")) is None
-
-
-def test_no_two_runs_have_the_same_line():
-    assert len({eval_sae.line_style(n) for n in range(40)}) == 40
-
-
 def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
     """Documents with HTML and scripts; nothing is loaded from elsewhere, and nothing runs."""
     attack = '</p></script><script>alert("x")</script><img src=x onerror=alert(1)> & <!--'
@@ -6327,6 +6348,7 @@ def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(out, other)
     argv = [out, other, "--text", texts, "--metrics", "core", "--html", tmp_path / "page.html"]
+    capsys.readouterr()
     assert evaluated(argv) == 0  # competition, which the page needs, is measured too
     page = (tmp_path / "page.html").read_text()
     printed = capsys.readouterr()
@@ -6349,20 +6371,13 @@ def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
     assert not re.search(r"@import|url\(", page)
     text = " ".join("".join(words).split())
     assert f"{other}, seed 0" in text and "alert" in text
-    # What the penalty did comes first, then the pairs, the curves and all figures.
-    heads = ["What the penalty did", "The pairs that compete most", "Curves", "All figures"]
+    # The pairs come first, then the table as it was printed.
+    heads = ["The pairs that compete most", "All figures"]
     places = [text.index(head) for head in heads]
     assert places == sorted(places)
-    summary = text[places[0] : places[1]]
-    for figure in ("explained variance ↑", "dense ↓", "pairs over chance ↓", "penalty share"):
-        assert figure in summary
-    assert "share of x's variance that x̂ explains" in summary
     n_tokens = json.loads((out / "eval.json").read_text())["core"]["sample"]["tokens"]
-    assert f"measured on {n_tokens:,} tokens of held-out text" in text
-    for row in printed.out.splitlines():
-        if row.startswith("| ") and "---" not in row:
-            for cell in row.split("|")[1:-1]:
-                assert cell.strip() in html.unescape(page)
+    assert f"measured on {n_tokens:,} tokens" in text
+    assert printed.out.strip() in html.unescape(page)
 
 
 def test_a_page_that_can_not_be_made_is_told(run, capsys, tmp_path):
@@ -6630,7 +6645,6 @@ def saebench_figures(lm):
     found = {}
 
     sae = saebench_sae()
-    sae.device = CPU
     hook = "blocks.1.hook_resid_post"
     sae.cfg = argparse.Namespace(hook_name=hook, hook_layer=1, hook_head_index=None, d_sae=64)
     sizes = {"n_batches": 3, "eval_batch_size_prompts": 16}
@@ -6744,8 +6758,6 @@ def saebench_figures(lm):
         found[f"scr, {strong} is strong, trained"] = trained[1:]
 
     sae, x_TD, letter_T, probe_AD = saebench_words()
-    sae.device = CPU
-    sae.dtype = torch.float32
     sae.cfg = argparse.Namespace(d_sae=160)
     full = []
     fractions = []
@@ -7181,7 +7193,7 @@ def test_training_and_evaluation_on_a_pretended_gpu(
     ):
         assert f"| {figure} " in table
     assert "not measured" not in table
-    assert "What the penalty did" in (tmp_path / "page.html").read_text()
+    assert "The pairs that compete most" in (tmp_path / "page.html").read_text()
     folder = speller.sae(tmp_path / "speller", "letters")
     argv = [folder, "--device", "cuda", "--metrics", "absorption", "--words", "1040"]
     assert evaluated(argv) == 0
