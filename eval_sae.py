@@ -1551,7 +1551,7 @@ def open_gemma_scope(file):
 
 
 # ------------------------------------------------------------------------------------------ results
-DEFINITIONS = 2  # Who changes what a figure means raises it: --resume keeps no figures of another.
+DEFINITIONS = 1  # Who changes what a figure means raises it: --resume keeps no figures of another.
 LOCK_WAIT = 60  # seconds to wait for another evaluation that writes into the same eval.json
 # Settings of training that name no column of the table. Runs that differ in them are the same
 # setting: they are trained on other devices or in other passes, or with another seed.
@@ -1987,7 +1987,7 @@ def measured(subjects, families):
         common = common_tasks(subjects, family)
         for subject in subjects:
             for part in subject.records[family].parts:
-                if part["task"] not in common[part["seed"]]:
+                if part["task"] not in common:
                     continue
                 for name, value in part["figures"].items():
                     rows.append((family, name, subject.name, subject.seed, part["seed"], value))
@@ -1997,15 +1997,13 @@ def measured(subjects, families):
 
 
 def common_tasks(subjects, family):
-    """For each sample, the tasks that all runs have that have the sample."""
-    common = {}
+    """The tasks that all runs have that have any."""
+    tasks = []
     for subject in subjects:
-        tasks = {}
-        for part in subject.records[family].parts:
-            tasks.setdefault(part["seed"], set()).add(part["task"])
-        for sample, own in tasks.items():
-            common[sample] = common.get(sample, own) & own
-    return common
+        own = {part["task"] for part in subject.records[family].parts}
+        if own:
+            tasks.append(own)
+    return set.intersection(*tasks) if tasks else set()
 
 
 def whole_mean(values):
@@ -2042,9 +2040,9 @@ def table(subjects, families, baseline=None):
         notes += notes_on_intervals(frame, seeds, baseline)
     for family in families:
         tasks = {part["task"] for subject in subjects for part in subject.records[family].parts}
-        counted = set.union(set(), *common_tasks(subjects, family).values())
-        if counted < tasks:
-            missing = ", ".join(sorted(tasks - counted))
+        missing = tasks - common_tasks(subjects, family)
+        if missing:
+            missing = ", ".join(sorted(missing))
             notes.append(f"{family}: left out of the means is what not all runs have: {missing}")
     head = [f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings]
     lines = [["", *head, *(["±"] if baseline else [])]]

@@ -4145,6 +4145,11 @@ def test_competition_is_that_of_its_definition(monkeypatch, at_once):
     for n, size in enumerate((19, 20, 300, 301)):
         f_TN[:, 80 + n] = 0
         f_TN[torch.randperm(3000)[:size], 80 + n] = 1
+    # Two more share 55 of 100 and 240 tokens: w is over 0.5, and not by that much over chance.
+    tokens = torch.randperm(3000)
+    f_TN[:, 84:86] = 0
+    f_TN[tokens[:240], 84] = 1
+    f_TN[tokens[185:285], 85] = 1
     M = [set(f_TN[:, i].nonzero()[:, 0].tolist()) for i in range(90)]
     compared = [m for m in M if 20 <= len(m) <= 300]
     n_over = 0
@@ -4274,6 +4279,32 @@ def test_a_probe_sees_as_many_of_its_class_as_of_the_others():
         assert is_class_T[train].sum() == is_class_T[:100].sum()
     again = eval_sae.class_splits(label_T, 100, seed=1)
     assert not torch.equal(again[0].train, splits[0].train)
+
+
+def test_the_others_of_a_class_are_random_and_so_is_what_is_too_much():
+    label_T = torch.arange(4).repeat_interleave(100)
+    taken = []
+    for seed in range(12):
+        rows = eval_sae.class_and_others(label_T, 0, torch.Generator().manual_seed(seed))
+        taken.append(torch.bincount(label_T[rows], minlength=4).tolist())
+        own = rows[label_T[rows] == 1] - 100
+        assert own.max() > 60  # not the first 34
+    # 34 of each of three are two too many, of whichever.
+    assert {tuple(sorted(sizes)) for sizes in taken} <= {(33, 33, 34, 100), (32, 34, 34, 100)}
+    assert {sizes.index(34, 1) for sizes in taken} == {1, 2}
+    assert any(sizes[3] == 34 for sizes in taken)
+
+
+def test_a_class_is_told_by_the_latents_of_either_choice():
+    """One latent is large and hardly differs, another is small and tells all."""
+    label_T = torch.arange(400) % 2
+    f_TN = torch.zeros(400, 2)
+    f_TN[:, 0] = torch.randn(400) * 50 + 10 * label_T
+    f_TN[:, 1] = 0.1 * torch.rand(400) + label_T
+    inputs = eval_sae.TaskInputs(0, label_T, label_T * 0, 300, f_TN, None)
+    figures = eval_sae.score_probing(inputs, eval_sae.prepare_probing(inputs), f_TN, None)
+    assert figures["standardised_1"] == 1 and figures["latents_1"] == figures["x_1"] < 0.8
+    assert figures["latents_2"] == 1 and figures["latents_all"] > 0.9
 
 
 def test_probing_finds_the_planted_latent():
@@ -4731,6 +4762,9 @@ def test_probings_texts_are_random_and_balanced():
     cells["y", 1] = 30
     chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
     assert sizes_of(chosen, False) == [30] * 6
+    cells["y", 1] = 20  # are enough
+    chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
+    assert sizes_of(chosen, False) == sizes_of(chosen, True) == [20] * 6
     cells["y", 1] = 19
     with pytest.raises(
         InputError, match="y with the attribute 1 has 19 training texts, and 20 are"
@@ -4803,6 +4837,22 @@ def test_texts_that_are_none_are_left_out(tmp_path):
     assert len(eval_sae.file_frame(str(tmp_path / "numbers.jsonl"))) == 0
 
 
+def test_a_text_that_occurs_twice_is_in_one_part(tmp_path):
+    rows = [{"text": f"text {n // 3}", "label": "a"} for n in range(300)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    frame = eval_sae.file_frame(str(tmp_path / "rows.jsonl"))
+    assert frame.groupby("text")["is_test"].nunique().max() == 1
+    assert 0.1 < frame["is_test"].mean() < 0.3
+
+
+def test_scr_leaves_out_texts_without_an_attribute():
+    cells = dict.fromkeys(product("xy", ("m", "n")), 60)
+    frame = frame_of(cells)
+    without = frame.assign(attribute=None, text="none " + frame["text"])
+    sample = eval_sae.scr_sample(pandas.concat([without, frame]), 40, 40, 0)
+    assert sample.frame.equals(eval_sae.scr_sample(frame, 40, 40, 0).frame)
+
+
 def test_an_empty_cell_is_no_label_in_any_format(tmp_path, capsys):
     """Nor an attribute. How many texts are left out is said."""
     rows = []
@@ -4864,6 +4914,13 @@ def test_a_model_whose_files_lack_tensors_is_refused(model, run, tmp_path, texts
     printed = capsys.readouterr().out
     assert "core: mse" in printed
     assert "behaviour: not measured, the model has no language-model head" in printed
+
+
+def test_an_id_that_the_model_lacks_is_refused(reader):
+    n_tokens = reader.lm.get_input_embeddings().num_embeddings
+    assert reader.ids([[n_tokens - 1], []]).tolist() == [[n_tokens - 1], [-1]]
+    with pytest.raises(InputError, match=f"the tokenizer gives the id {n_tokens} of {n_tokens}"):
+        reader.ids([[n_tokens]])
 
 
 def test_mean_latents_are_those_of_each_text_alone(reader, tmp_path, monkeypatch):
@@ -4942,7 +4999,13 @@ def test_words_are_read_after_ten_examples(reader, monkeypatch):
     words = eval_sae.alphabetic_words(reader.tokenizer)
     read = []
     original = reader.batches
-    monkeypatch.setattr(reader, "batches", lambda p, *rest: read.append(p) or original(p, *rest))
+
+    def batches(prompts, *rest):  # with a column more, as beside a longer prompt
+        read.append(prompts)
+        for rows, ids_BL in original(prompts, *rest):
+            yield rows, F.pad(ids_BL, (0, 1), value=-1)
+
+    monkeypatch.setattr(reader, "batches", batches)
     both = [eval_sae.spelled_activations(reader, words[:9], words, rng, "") for _ in range(2)]
     assert read[0] != read[1]
     assert not torch.allclose(*both)
@@ -5032,6 +5095,12 @@ def test_the_last_parts_of_a_path_say_what_a_file_of_gemma_scope_is_of(tmp_path,
     else:
         with pytest.raises(InputError, match="only its -res is of a layer's output"):
             eval_sae.open_sae(tmp_path / folder / "params.npz")
+
+
+def test_a_change_of_the_activations_that_was_not_made_is_none(run, tmp_path):
+    kwargs = {"center_writing_weights": False, "fold_ln": True}
+    folder = copy_of(run, tmp_path / "sae", model_from_pretrained_kwargs=kwargs)
+    assert eval_sae.open_sae(folder).cfg.model_from_pretrained_kwargs == kwargs
 
 
 def test_a_topk_autoencoder_keeps_its_decoder_norms(tmp_path):
@@ -5364,6 +5433,7 @@ def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
             {"hook_name": "blocks.2.hook_resid_post"},
             "it is for layer 2, and this call is for layer 1",
         ),
+        ({"hook_name": "blocks.0.hook_resid_post"}, "it is for layer 0, and this call is for"),
         ({"hook_name": "blocks.1.hook_mlp_out"}, r".*other is for blocks.1.hook_mlp_out, and only"),
         ({"hook_head_index": 3}, ".*other is for one attention head"),
     ],
@@ -5919,12 +5989,13 @@ def test_bad_evaluations_are_refused_in_one_line(model, run, texts, tmp_path, ca
 # --------------------------------------------------------------------------- absorption, end to end
 
 
-def test_absorption_of_a_planted_speller(speller, tmp_path, capsys):
+def test_absorption_of_a_planted_speller(speller, tmp_path, monkeypatch, capsys):
     """From the command line, of a model whose activations spell, on two samples of words.
 
     With a latent for each letter nothing is absorbed. Where one word in eight has a latent of its
     own that stands for the letter, it is, on the words of that latent.
     """
+    monkeypatch.setattr(eval_sae, "FEWEST_LETTERS", speller.n_spelled)  # so many are enough
     found = {}
     for kind in ("letters", "absorbing"):
         folder = speller.sae(tmp_path / kind, kind)
@@ -5951,7 +6022,7 @@ def test_absorption_of_a_planted_speller(speller, tmp_path, capsys):
     assert evaluated(argv) == 2
     out = capsys.readouterr().out
     assert re.search(r"the model spells \d+ of 26 letters with 104 of its 1,066 words", out)
-    assert "and 20 are needed; more --words spell more" in out
+    assert "and 22 are needed; more --words spell more" in out
     # eval.json keeps what it had.
     stored = json.loads((tmp_path / "letters" / "eval.json").read_text())
     assert stored["absorption"]["figures"] == letters
@@ -5996,6 +6067,7 @@ def test_scored_are_the_words_that_the_probe_recognises_of_letters_that_the_mode
         weight_AD, b_A = probe(*data, **options)
         b_A = b_A.clone()
         b_A[4] = -1e6  # the probe finds no word with E
+        b_A[7] = 1e6  # and takes all for H, those with E among them
         return weight_AD, b_A
 
     monkeypatch.setattr(eval_sae, "letter_probe", letter_probe)
@@ -6011,7 +6083,7 @@ def test_scored_are_the_words_that_the_probe_recognises_of_letters_that_the_mode
     first, again = prompts
     assert len(first) == 1040 and set(again) < set(first[832:])
     letters = {letter for _, letter in again}
-    assert 4 not in letters and len(letters) >= 20
+    assert not {4, 7} & letters and len(letters) >= 20
     assert words.new_letter_P.tolist() == [letter for _, letter in again]
     # They are other prompts of the same words.
     old = words.x_TD[[first.index(word) for word in again]]
@@ -6043,6 +6115,17 @@ def test_a_column_is_named_by_what_differs_or_by_what_matters():
     assert cells_of([*alone, other])[0] == ["", "lr 0.1, 2 seeds", "lr 0.2"]
     foreign = Measured("some/where/params.npz", {}, 0, {"mse": 1})
     assert cells_of([alone[0], foreign])[0][2] == "where"
+
+
+def test_a_mean_over_tasks_lacks_what_one_of_them_lacks():
+    subjects = []
+    for seed, second in enumerate((0.5, None)):
+        made = Measured(f"{seed}", {"alpha": 0}, seed, {}, "scr")
+        parts = [eval_sae.Part(task, 0, {"scr_2": x}) for task, x in (("a", 0.1), ("b", second))]
+        made.records["scr"] = eval_sae.record_of(parts, {}, [], True, {})
+        subjects.append(made)
+    assert cells_of(subjects, ("scr",))[2][1] == "0.3000 (1 seeds)"
+    assert cells_of(subjects[1:], ("scr",))[2][1] == ""
 
 
 def test_a_figure_that_some_seeds_lack_says_how_many_count():
@@ -6334,6 +6417,20 @@ def test_page_shows_pairs_and_contexts_of_a_planted_dictionary(planted_page):
                 assert 0 <= own.start < own.stop <= 32
                 expected = (f_RLN[r, own, i].max(), f_RLN[r, own, 1 - i].max())
                 assert (piece.own, piece.other) == expected
+
+
+def test_page_shows_no_context_in_which_a_latent_is_silent(planted_page):
+    """Nor what it is on tokens that do not count, such as BOS."""
+    f_RLN = planted_page.activations
+    f_RLN[..., :2] = 0
+    f_RLN[:2, 1:16, :2] = 1 + torch.rand(2, 15, 2)
+    f_RLN[:, 0, :2] = 9
+    sae = planted_sae(torch.eye(6))
+    sae.encode = lambda x: x
+    first = eval_sae.portrait(planted_page, sae)[0]
+    assert [view["number"] for view in first["latents"]] == [0, 1]
+    for view in first["latents"]:
+        assert view["n_tokens"] == 30 and 1 < view["peak"] < 2 and len(view["contexts"]) == 2
 
 
 def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
