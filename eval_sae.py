@@ -13,28 +13,34 @@ none has any, or where the call can't be carried out.
 
 The sections, in this order:
 
+    settings       what can be chosen
     figures        every figure: its name, which direction is better, what it means
-    model          the language model, and reading it
 
     core           how well the reconstruction stands for the activation
     behaviour      what the language model makes of the reconstruction
     competition    which latents are active together more often than chance
-    probes, tasks  what the next two families share: linear probes, and labelled texts
-    probe          sparse probing
+    model          the language model, and reading it
+    tasks          the labelled texts of the next two families
+    probe          linear probes, and sparse probing
     scr            spurious correlation removal
     absorption     latents that take over what another should say
 
-    autoencoders   everybody's files, and what SAEBench asks of them
-    results        what is measured of an autoencoder, and eval.json
-    evaluation     what the families share, and one of them measured after another
+    autoencoders   everybody's files
     table          means, differences and intervals
     page           the HTML page
+    evaluation     what the families share: the language model and the text
+    results        one family measured, and eval.json
     main           from the command line to the table
 
-Each family is a section that can be read alone. Its last function, measure_NAME, is where it
-begins: it takes the Evaluation, which has the language model and the text, and the Subjects, which
-have an autoencoder each; it hands tensors to the functions above it; and it returns what was Found.
-`work` in main makes the Subjects and the Evaluation, which measures one family after another.
+A family is a section that ends with `measure_NAME`, which is where to begin. It takes two things.
+An `Evaluation` has the settings `args`, the language model `model`, and for the first three
+families a text: `contexts`, with the ids (R, L) and which of these tokens are kept, (R, L), and
+their `activations` (R, L, D). These are loaded and read when they are first asked for. A `Subject`
+has an autoencoder `sae`. What `measure_NAME` returns is `Found`, a list of `Parts` for each
+Subject: the figures on one text or task.
+
+A call begins at the end of the file. `work` makes the Subjects and the Evaluation, and lets
+`measure` call one family after another and keep what is found.
 
 Shapes are named as in sgo_sae.py: B tokens, texts or contexts of a batch, L positions, R contexts,
 D hidden size, N latents. Besides, T are all tokens, texts or words of a measurement and U those of
@@ -74,6 +80,43 @@ from torch import nn
 import sgo_sae
 from sgo_sae import InputError
 
+
+# ----------------------------------------------------------------------------------------- settings
+@dataclasses.dataclass
+class Settings:
+    """Every setting is a flag, and the comment beside it is its line in --help.
+
+    Those that are marked "list" are lists; of `seed` the default is the list of 0.
+    """
+
+    metrics: str = None  # families to measure (list; default: all; of --demo's without absorption)
+    resume: bool = False  # keep what eval.json has of the same settings
+    model: str = None  # language model, where a RUN names none that can be loaded (default: RUN's)
+    layer: int = None  # layer, where a RUN does not name it (default: RUN's)
+    # The text of core, behaviour and competition
+    text: str = None  # held-out text: a file or dataset (default: split `validation` of RUN's)
+    text_column: str = None  # the column of --text that holds it (default: text)
+    split: str = None  # the split of --text (default: train)
+    contexts: int = 512  # contexts of text
+    ctx: int = None  # tokens in a context (default: as in training)
+    # The tasks of probe and scr, and the words of absorption
+    probe: str = None  # files with the columns text, label, attribute (list; default: SAEBench's)
+    train: int = 2000  # training texts of a class
+    test: int = 500  # test texts of a class
+    words: int = None  # words of absorption (default: all that the tokenizer has)
+    seed: int = 0  # seeds of samples and probes; the text is that of the first (list)
+    # The table
+    paired: bool = False  # differences to the first topk SAE of alpha 0 in the first RUN, or SAE
+    against: str = None  # the same to the setting of that name in the table (default: none)
+    html: str = None  # file of a page, too, which needs competition (default: none)
+    # The machine
+    device: str = "auto"  # cuda, cuda:1, cpu; auto is cuda where there is one
+    dtype: str = "auto"  # the model's; auto is bfloat16 on cuda
+
+
+LISTS = ("metrics", "probe", "seed")
+
+
 # ------------------------------------------------------------------------------------------ figures
 PROBE_SIZES = (1, 2, 5, 20)  # latents in a probe; 20 is ours
 SCR_SIZES = (2, 5, 10, 20, 50, 100, 500)  # latents that SCR ablates
@@ -83,7 +126,7 @@ OVER_CHANCE = 0.5  # a pair competes where its w is over chance by more than tha
 
 
 class Figure(NamedTuple):
-    """A figure, or one of several sizes."""
+    """A figure, or several that differ in a size."""
 
     family: str
     name: str  # in eval.json, where _1, _2, ... follow for sizes
@@ -96,7 +139,7 @@ class Figure(NamedTuple):
 LINES = f"""
 core         explained_variance  ↑  share of x's variance that x̂ explains
 core         mse                 ↓  squared error per element, in the model's units
-core         mse_benchmark       ↓  the same by SAEBench: of a token, over the tokens of 16 contexts
+core         mse_benchmark       ↓  SAEBench's: ‖x - x̂‖² of a token ÷ the tokens of 16 contexts
 core         cosine              ↑  cosine of x and x̂, mean over the tokens; 1 is the best
 core         l0                  –  active latents of a token
 core         l1                  –  sum of a token's latents
@@ -135,11 +178,6 @@ def ratio(part, whole):
     return part / whole if whole else math.nan
 
 
-def mean_of(dicts):
-    """The mean of dicts, key by key: NaN where one of them has None, and {} of no dicts."""
-    return pandas.DataFrame(dicts, dtype=float).mean(skipna=False).to_dict()
-
-
 class Part(NamedTuple):
     """Figures of an autoencoder on one text or task."""
 
@@ -152,71 +190,9 @@ class Found(NamedTuple):
     """What was found of a family."""
 
     parts: list  # for each autoencoder, a list of Parts
-    sample: dict  # how many texts, tokens or words were used
+    sizes: dict  # how many texts, tokens or words were used
     notes: list  # what a reader of the figures has to know
     is_whole: bool  # whether all was measured that was asked for
-
-
-def each(work, desc):
-    """Yields the parts of the work, beside a progress bar. A signal stops it between two."""
-    for part in sgo_sae.progress_bar(work, desc=desc, leave=False):
-        sgo_sae.stop_if_asked()
-        yield part
-
-
-# -------------------------------------------------------------------------------------------- model
-class LanguageModel:
-    """A language model, whole if it has a head, the layer that is read, and its tokenizer."""
-
-    def __init__(self, name, layer, device, dtype, ctx=2):
-        from transformers import AutoConfig
-
-        sgo_sae.check_name(name)
-        # A RUN may name it otherwise than the Hub; SAELens's have TransformerLens's names.
-        with sgo_sae.loading(f"{name}, the language model (--model gives another),"):
-            saved_as = str(AutoConfig.from_pretrained(name).architectures)
-        # The names of classes that have a head that predicts the next token.
-        self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
-        loaded = sgo_sae.load_lm(name, layer, device, dtype, ctx, whole=self.has_head)
-        self.lm = loaded.lm
-        self.layer = loaded.layer
-        self.tokenizer = loaded.tokenizer
-        self.width = self.lm.config.get_text_config().hidden_size
-        self.bos_ids = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
-
-    def ids(self, lists):
-        """Token ids (B, L) on the device, padded on the right with -1."""
-        parts = [torch.tensor(ids, dtype=torch.long) for ids in lists]
-        ids_BL = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
-        n_tokens = self.lm.get_input_embeddings().num_embeddings
-        if ids_BL.max() >= n_tokens:
-            raise InputError(
-                f"the tokenizer gives the id {ids_BL.max()} of {n_tokens} in the model"
-            )
-        return ids_BL.to(self.lm.device)
-
-    def kept(self, ids_BL):
-        """The positions (B, L) that count: all but the first, special tokens and the padding."""
-        return sgo_sae.kept_tokens(ids_BL, self.tokenizer) & (ids_BL >= 0)
-
-    def read(self, ids_BL):
-        """The layer's output (B, L, D); the padding changes none of it."""
-        is_padded = bool((ids_BL < 0).any())
-        inputs = {"attention_mask": (ids_BL >= 0).long()} if is_padded else {}
-        try:
-            x_BLD = sgo_sae.layer_output(self.lm, self.layer, ids_BL.clamp(min=0), **inputs)
-        except IndexError as error:  # of a table of positions
-            raise InputError(f"the model can't read {ids_BL.shape[1]} tokens at once") from error
-        if not x_BLD[self.kept(ids_BL)].isfinite().all():
-            raise InputError("the model's activations are not finite; try --dtype float32")
-        return x_BLD
-
-    def batches(self, lists, desc, batch=64):
-        """The rows and token ids (B, L) of batches of similar length."""
-        order = sorted(range(len(lists)), key=lambda t: len(lists[t]))
-        for start in each(range(0, len(order), batch), desc):
-            rows = order[start : start + batch]
-            yield rows, self.ids([lists[t] for t in rows])
 
 
 # --------------------------------------------------------------------------------------------- core
@@ -259,15 +235,12 @@ def reconstruction(sae, x_TD, per_context=127):
 
 
 def measure_core(evaluation, subjects):
-    """Reconstruction of the text's activations: what was Found."""
+    """What was Found of the reconstruction of the text's activations."""
     contexts = evaluation.contexts
     x_TD = evaluation.activations[contexts.kept_RL]
     per_context = len(x_TD) / len(contexts.kept_RL)
-    parts = []
-    for subject in each(subjects, "core"):
-        figures = reconstruction(subject.sae, x_TD, per_context)
-        parts.append([Part("text", 0, figures)])
-    return Found(parts, contexts.sample, contexts.notes, is_whole=True)
+    saes = sgo_sae.each([subject.sae for subject in subjects], "core")
+    return contexts.found([reconstruction(sae, x_TD, per_context) for sae in saes])
 
 
 # ---------------------------------------------------------------------------------------- behaviour
@@ -310,7 +283,7 @@ def behaviour(lm, layer, saes, ids_RL, kept_RL):
     vocabulary = lm.config.get_text_config().vocab_size
     rows = max(1, MAX_LOGITS // (ids_RL.shape[1] * vocabulary))
     parts = list(zip(ids_RL.split(rows), kept_RL.split(rows)))
-    for ids_BL, kept_BL in each(parts, "behaviour"):
+    for ids_BL, kept_BL in sgo_sae.each(parts, "behaviour"):
         clean_EV = log_probabilities(lm, layer, ids_BL, kept_BL, unchanged)
         clean_sum += cross_entropy(clean_EV, ids_BL, kept_BL)
         for n, replace in enumerate(replacements):
@@ -360,15 +333,14 @@ def cross_entropy(log_p_EV, ids_BL, kept_BL):
 
 
 def measure_behaviour(evaluation, subjects):
-    """What the language model makes of the text's reconstruction: what was Found."""
+    """What was Found of what the language model makes of the text's reconstruction."""
     model = evaluation.model
     if not model.has_head:
         raise InputError("the model has no language-model head")
     contexts = evaluation.contexts
     saes = [subject.sae for subject in subjects]
-    found = behaviour(model.lm, model.layer, saes, contexts.ids_RL, contexts.kept_RL)
-    parts = [[Part("text", 0, figures)] for figures in found]
-    return Found(parts, contexts.sample, contexts.notes, is_whole=True)
+    figures = behaviour(model.lm, model.layer, saes, contexts.ids_RL, contexts.kept_RL)
+    return contexts.found(figures)
 
 
 # -------------------------------------------------------------------------------------- competition
@@ -486,99 +458,126 @@ def nearest_cosine(W_dec_ND):
 
 
 def measure_competition(evaluation, subjects):
-    """Competition of latents on the text: what was Found."""
+    """What was Found of the competition of latents on the text."""
     contexts = evaluation.contexts
     x_TD = evaluation.activations[contexts.kept_RL]
-    parts = []
-    for subject in each(subjects, "competition"):
-        parts.append([Part("text", 0, competition(subject.sae, x_TD))])
-    return Found(parts, contexts.sample, contexts.notes, is_whole=True)
+    saes = sgo_sae.each([subject.sae for subject in subjects], "competition")
+    return contexts.found([competition(sae, x_TD) for sae in saes])
 
 
-# ------------------------------------------------------------------------------------------- probes
-class Probe(NamedTuple):
-    """A linear probe: positive where w·x + b > 0."""
+# -------------------------------------------------------------------------------------------- model
+class Batch(NamedTuple):
+    """Token lists of similar length that the language model has read together."""
 
-    w_D: torch.Tensor
-    b: torch.Tensor
-
-    def is_positive(self, x_TD):
-        return x_TD.to(self.w_D.dtype) @ self.w_D + self.b > 0
-
-
-def logistic_regression(x_TS, y_T, weight_T=None):
-    """L2-regularised logistic regression as scikit-learn defines it, with C = 1: a Probe.
-
-    Its w (S,) and b minimise ½‖w‖² + Σ_t weight_t log(1 + exp(-s_t (w·x_t + b))), in float64, where
-    s_t is 1 or -1.
-    """
-    x_TS = x_TS.double()
-    y_T = y_T.double()
-    w_S = torch.zeros(x_TS.shape[1], dtype=torch.float64, device=x_TS.device).requires_grad_()
-    b = torch.zeros((), dtype=torch.float64, device=x_TS.device).requires_grad_()
-    lbfgs = torch.optim.LBFGS(
-        [w_S, b],
-        max_iter=1000,
-        tolerance_grad=1e-9,
-        tolerance_change=0,  # the gradient alone says when to stop
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective():
-        lbfgs.zero_grad()
-        logits_T = x_TS @ w_S + b
-        loss = F.binary_cross_entropy_with_logits(logits_T, y_T, weight_T, reduction="sum")
-        loss = loss + w_S.square().sum() / 2
-        loss.backward()
-        return loss
-
-    lbfgs.step(objective)  # within it, gradients are enabled
-    return Probe(w_S.detach(), b.detach())
+    rows: list  # which of the lists they are
+    ids_BL: torch.Tensor  # padded on the right with -1
+    kept_BL: torch.Tensor  # the positions that count
+    x_BLD: torch.Tensor  # the layer's output
 
 
-@torch.no_grad()
-def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, patience=10):
-    """SAEBench's probe on many columns, by AdamW: that of the epoch with the best test accuracy.
+class LanguageModel:
+    """A language model, whole if it has a head, the layer that is read, and its tokenizer."""
 
-    It ends after `epochs`, or after `patience` of them without a better one. The gradients of the
-    cross-entropy are written out: on batches so small, autograd takes longer than they do.
-    """
-    y_T = y_T.float()
-    bound = x_TD.shape[1] ** -0.5  # within which nn.Linear draws its weights
-    w_D = torch.zeros(x_TD.shape[1]).uniform_(-bound, bound, generator=generator).to(x_TD.device)
-    b = torch.zeros(()).uniform_(-bound, bound, generator=generator).to(x_TD.device)
-    adam = torch.optim.AdamW([w_D, b], lr=lr, fused=True)
-    best = Probe(w_D.clone(), b.clone())
-    best_score = -1.0
-    best_epoch = 0
-    for epoch in range(epochs):
-        for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
-            x_BD = x_TD[rows]
-            error_B = (torch.sigmoid(x_BD @ w_D + b) - y_T[rows]) / len(rows)
-            w_D.grad = error_B @ x_BD + l1 * w_D.sign()
-            b.grad = error_B.sum()
-            adam.step()
-        score = accuracy(x_UD, y_U, Probe(w_D, b))
-        if score > best_score:
-            best_score = score
-            best_epoch = epoch
-            best = Probe(w_D.clone(), b.clone())
-        if epoch - best_epoch >= patience:
-            break
-    return best
+    def __init__(self, name, layer, device, dtype, ctx=2):
+        from transformers import AutoConfig
 
+        sgo_sae.check_name(name)
+        # A RUN may name it otherwise than the Hub; SAELens's have TransformerLens's names.
+        with sgo_sae.loading(f"{name}, the language model (--model gives another),"):
+            saved_as = str(AutoConfig.from_pretrained(name).architectures)
+        # The names of classes that have a head that predicts the next token.
+        self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
+        loaded = sgo_sae.load_lm(name, layer, device, dtype, ctx, whole=self.has_head)
+        self.lm = loaded.lm
+        self.layer = loaded.layer
+        self.tokenizer = loaded.tokenizer
+        self.width = self.lm.config.get_text_config().hidden_size
+        self.n_ids = self.lm.get_input_embeddings().num_embeddings
+        self.bos_ids = sgo_sae.first_id(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
 
-@torch.no_grad()
-def accuracy(x_TD, y_T, probe):
-    """The share of texts whose label the probe tells."""
-    return (probe.is_positive(x_TD) == y_T.bool()).float().mean().item()
+    def ids(self, lists):
+        """Token ids (B, L) on the device, padded on the right with -1."""
+        parts = [torch.tensor(ids, dtype=torch.long) for ids in lists]
+        ids_BL = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
+        largest = ids_BL.max()
+        if largest >= self.n_ids:
+            raise InputError(f"the tokenizer gives the id {largest} of {self.n_ids} in the model")
+        return ids_BL.to(self.lm.device)
+
+    def kept(self, ids_BL):
+        """The positions (B, L) that count: all but the first, special tokens and the padding."""
+        return sgo_sae.kept_tokens(ids_BL, self.tokenizer) & (ids_BL >= 0)
+
+    def read(self, ids_BL):
+        """The layer's output (B, L, D); the padding changes none of it."""
+        is_padded = bool((ids_BL < 0).any())
+        inputs = {"attention_mask": (ids_BL >= 0).long()} if is_padded else {}
+        try:
+            x_BLD = sgo_sae.layer_output(self.lm, self.layer, ids_BL.clamp(min=0), **inputs)
+        except IndexError as error:  # of a table of positions
+            raise InputError(f"the model can't read {ids_BL.shape[1]} tokens at once") from error
+        if not x_BLD[self.kept(ids_BL)].isfinite().all():
+            raise InputError("the model's activations are not finite; try --dtype float32")
+        return x_BLD
+
+    def batches(self, lists, desc, batch=64):
+        """Reads lists of token ids, and yields Batches of similar length."""
+        order = sorted(range(len(lists)), key=lambda t: len(lists[t]))
+        for start in sgo_sae.each(range(0, len(order), batch), desc):
+            rows = order[start : start + batch]
+            ids_BL = self.ids([lists[t] for t in rows])
+            yield Batch(rows, ids_BL, self.kept(ids_BL), self.read(ids_BL))
 
 
 # -------------------------------------------------------------------------------------------- tasks
-# The texts of a task are a pandas frame with the columns text, label, attribute (0 where there is
-# none) and is_test, in the order of their source.
+# The texts of a task are a pandas frame with the columns text, label, attribute and is_test, in the
+# order of their source. Files of one's own may have no attributes; only SCR needs them.
 FEWEST_TEXTS = 20  # of each label, and of each attribute of it, to train and to test on; ours
 TASK_LENGTH = 128  # tokens of a text of a task, as in SAEBench
+
+
+class HubTexts(NamedTuple):
+    """A dataset of SAEBench: its name on the Hub, and its columns."""
+
+    name: str
+    text: str
+    label: str
+    attribute: str
+
+
+BIOS = HubTexts("LabHC/bias_in_bios", "hard_text", "profession", "gender")
+AMAZON = HubTexts("canrager/amazon_reviews_mcauley_1and5", "text", "category", "rating")
+SENTIMENT = HubTexts("canrager/amazon_reviews_mcauley_1and5", "text", "rating", None)
+NEWS = HubTexts("fancyzhx/ag_news", "text", "label", None)
+EUROPARL = HubTexts("Helsinki-NLP/europarl", "translation", None, None)
+LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
+
+
+def hub_frame(source, classes):
+    """The texts of one of SAEBench's datasets, the labels being the positions of their classes."""
+    import datasets
+
+    parts = []
+    with sgo_sae.loading(source.name):
+        if source == EUROPARL:  # it has no test split, and a configuration for each language
+            for n, (language, subset) in enumerate(LANGUAGES.items()):
+                rows = datasets.load_dataset(source.name, subset, split="train[:4000]").to_pandas()
+                rows["text"] = rows[source.text].str.get(language)  # the column has dicts
+                rows["label"] = n
+                rows["attribute"] = 0
+                rows["is_test"] = rows.index % 5 == 0
+                parts.append(rows)
+        else:
+            for split in ("train", "test"):
+                rows = datasets.load_dataset(source.name, split=split).to_pandas()
+                rows = rows[rows[source.label].isin(classes)]
+                columns = {
+                    "text": rows[source.text],
+                    "label": rows[source.label].map(classes.index),
+                    "attribute": rows[source.attribute] if source.attribute else 0,
+                }
+                parts.append(pandas.DataFrame({**columns, "is_test": split == "test"}))
+    return pandas.concat(parts)
 
 
 def held_out(name, every):
@@ -611,7 +610,6 @@ def file_frame(path):
     A fifth of them are test texts. An empty cell is no label, whatever the file's format.
     """
     config = sgo_sae.Config(dataset=path)
-    sgo_sae.check_name(path)
     with sgo_sae.loading(path):
         rows = sgo_sae.open_dataset(config, ("text", "label", "attribute"))
         frame = pandas.DataFrame(list(rows))
@@ -619,63 +617,29 @@ def file_frame(path):
         columns = next(iter(sgo_sae.open_dataset(config)), {})
         found = ", ".join(map(str, columns)) or "nothing"
         raise InputError(f"{path} needs the columns text and label, and has {found}")
-    frame = frame[frame["text"].map(sgo_sae.is_text)].copy()
-    for column in frame.columns.intersection(["label", "attribute"]):
-        frame[column] = frame[column].replace("", None)
-        n_empty = frame[column].isna().sum()
-        if n_empty:
-            sgo_sae.say_once(f"{path}: {n_empty} texts have no {column}, and are left out")
+    frame = frame[frame["text"].map(sgo_sae.is_text)].replace({"label": "", "attribute": ""}, None)
+    n_without = frame["label"].isna().sum()
+    if n_without:
+        sgo_sae.say_once(f"{path}: {n_without} texts have no label, and are left out")
     frame = frame[frame["label"].notna()].copy()
     for column in frame.columns.intersection(["label", "attribute"]):
         kinds = {type(value) for value in frame[column].dropna()}
-        for kind in kinds - {str, int, float, bool}:
-            raise InputError(f"{path}: its column {column} has values of the kind {kind.__name__}")
+        others = kinds - {str, int, float, bool}
+        if others:
+            kind = others.pop().__name__
+            raise InputError(f"{path}: its column {column} has values of the kind {kind}")
         if str in kinds and len(kinds) > 1:
             frame[column] = frame[column].map(str, na_action="ignore")
     frame["is_test"] = frame["text"].map(lambda text: held_out(text, 5))
     return frame
 
 
-# Of the datasets of SAEBench: the name on the Hub, and the columns of text, label and attribute.
-BIOS = ("LabHC/bias_in_bios", "hard_text", "profession", "gender")
-AMAZON = ("canrager/amazon_reviews_mcauley_1and5", "text", "category", "rating")
-SENTIMENT = ("canrager/amazon_reviews_mcauley_1and5", "text", "rating", None)
-NEWS = ("fancyzhx/ag_news", "text", "label", None)
-EUROPARL = ("Helsinki-NLP/europarl", "translation", None, None)
-LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
-
-
-def hub_frame(source, classes):
-    """The texts of one of SAEBench's datasets, the labels being the positions of their classes."""
-    import datasets
-
-    name, text, label, attribute = source
-    parts = []
-    with sgo_sae.loading(name):
-        if source == EUROPARL:  # it has no test split, and a configuration for each language
-            for n, (language, subset) in enumerate(LANGUAGES.items()):
-                rows = datasets.load_dataset(name, subset, split="train[:4000]").to_pandas()
-                rows["text"] = rows[text].str.get(language)  # the column has dicts
-                rows["label"] = n
-                rows["attribute"] = 0
-                rows["is_test"] = rows.index % 5 == 0
-                parts.append(rows)
-        else:
-            for split in ("train", "test"):
-                rows = datasets.load_dataset(name, split=split).to_pandas()
-                rows = rows[rows[label].isin(classes)]
-                columns = {
-                    "text": rows[text],
-                    "label": rows[label].map(classes.index),
-                    "attribute": rows[attribute] if attribute else 0,
-                }
-                parts.append(pandas.DataFrame({**columns, "is_test": split == "test"}))
-    return pandas.concat(parts)
-
-
 def task_frames(files, demo, benchmark):
-    """For each task, its name and a function that gives its frame: of one's own files, of the demo,
-    or of the benchmark's sources."""
+    """For each task, its name and a function that gives its frame.
+
+    They are one's own files, or the demo's texts, or the benchmark's: for each name HubTexts and
+    the classes.
+    """
     if files:
         stems = Counter(Path(path).stem for path in files)
         frames = {}
@@ -685,7 +649,93 @@ def task_frames(files, demo, benchmark):
         return frames
     if demo:
         return {"packages": demo_frame}
-    return {name: partial(hub_frame, *source) for name, source in benchmark.items()}
+    return {
+        name: partial(hub_frame, source, classes) for name, (source, classes) in benchmark.items()
+    }
+
+
+def measure_tasks(evaluation, subjects, benchmark, draw, figures_of):
+    """What was Found of a family of tasks. A task that can't be had, or measured, costs itself.
+
+    `draw` makes a Sample of a task's frame: it is `probing_sample` or `scr_sample`. `figures_of`
+    makes the figures of each autoencoder of a Sample's TaskInputs: it is `probing_figures` or
+    `scr_figures`. The language model reads each text once, for all Samples and autoencoders.
+    """
+    args = evaluation.args
+    saes = [subject.sae for subject in subjects]
+    parts = [[] for _ in saes]
+    sizes = {}
+    notes = []
+    lacks = []
+    for task, load in task_frames(args.probe, evaluation.demo, benchmark).items():
+        try:
+            frame = load()
+            samples = [draw(frame, args.train, args.test, seed) for seed in args.seed]
+            every = itertools.chain(*[sample.frame["text"] for sample in samples])
+            with tempfile.TemporaryDirectory() as folder:
+                texts = read_texts(evaluation.model, saes, list(dict.fromkeys(every)), folder, task)
+                found = []
+                for sample in samples:
+                    inputs = inputs_of(sample, texts, evaluation.device)
+                    found.append(figures_of(inputs, saes))
+        except InputError as error:
+            lacks.append(f"{task} is left out: {error}")
+            continue
+        for sample, figures_of_saes in zip(samples, found):
+            for own, figures in zip(parts, figures_of_saes):
+                own.append(Part(task, sample.seed, figures))
+            is_test = sample.frame["is_test"]
+            sizes[task] = {"train": int((~is_test).sum()), "test": int(is_test.sum())}
+            notes += [f"{task}: {note}" for note in sample.notes]
+        n_empty = (texts.x_TD == 0).all(1).sum().item()
+        if n_empty:
+            notes.append(f"{task}: {n_empty} texts have no token that counts, and are zeros")
+    if not any(parts):
+        raise InputError("; ".join(lacks))
+    return Found(parts, sizes, list(dict.fromkeys(notes)) + lacks, is_whole=not lacks)
+
+
+class Texts(NamedTuple):
+    """Texts that the language model has read, each once, for all autoencoders and samples.
+
+    Their mean latents are in files, so that memory holds those of one autoencoder at a time.
+    """
+
+    row_of: dict  # of a text, its row
+    x_TD: torch.Tensor  # mean activations
+    files: list  # of each autoencoder, with mean latents (T, N) in float32
+
+    def latents(self, n):
+        """Mean latents (T, N) of the n-th autoencoder."""
+        f_TN = numpy.fromfile(self.files[n], dtype=numpy.float32)
+        return torch.from_numpy(f_TN).view(len(self.x_TD), -1)
+
+
+@torch.no_grad()
+def read_texts(model, saes, texts, folder, desc):
+    """The Texts, none of which occurs twice. Their files go to the folder.
+
+    A mean is over the tokens that count among a text's first TASK_LENGTH ones, to which BOS
+    belongs. It is 0 where there is none.
+    """
+    ids = model.tokenizer(texts, add_special_tokens=False).input_ids
+    ids = [model.bos_ids + i[: TASK_LENGTH - len(model.bos_ids)] for i in ids]
+    ids = [i or [0] for i in ids]  # of no token: any, since the first one does not count
+    order = []
+    parts = []
+    files = [Path(folder, str(n)) for n in range(len(saes))]
+    for rows, _, kept_BL, x_BLD in model.batches(ids, desc):
+        share_BL1 = (kept_BL / kept_BL.sum(1, keepdim=True).clamp(min=1))[..., None]
+        # What does not count may be infinite, and 0 times that is NaN.
+        x_BLD = x_BLD.float().masked_fill(~kept_BL[..., None], 0)
+        order += rows
+        parts.append((x_BLD * share_BL1).sum(1).cpu())
+        for sae, file in zip(saes, files):
+            f_BN = (sae.encode(x_BLD) * share_BL1).sum(1)
+            with file.open("ab") as stream:
+                f_BN.cpu().numpy().tofile(stream)
+    row_of = {texts[t]: row for row, t in enumerate(order)}
+    return Texts(row_of, torch.cat(parts), files)
 
 
 class Sample(NamedTuple):
@@ -693,7 +743,39 @@ class Sample(NamedTuple):
 
     seed: int
     frame: pandas.DataFrame
-    notes: list  # what lacked
+    notes: list  # what a reader of the figures has to know
+
+
+class TaskInputs(NamedTuple):
+    """What is measured of a Sample: a row for each of its texts, those to train on first."""
+
+    seed: int
+    label_T: torch.Tensor
+    attribute_T: torch.Tensor
+    n_train: int
+    x_TD: torch.Tensor  # mean activations
+    rows_T: torch.Tensor  # where the texts are in `texts`
+    texts: Texts
+
+    def latents(self):
+        """Yields mean latents (T, N) of one autoencoder after another."""
+        for n in range(len(self.texts.files)):
+            yield self.texts.latents(n)[self.rows_T].to(self.x_TD.device)
+
+
+def inputs_of(sample, texts, device):
+    """The TaskInputs of a Sample, whose texts are among `texts`."""
+    frame = sample.frame
+    rows_T = torch.tensor([texts.row_of[text] for text in frame["text"]])
+    return TaskInputs(
+        seed=sample.seed,
+        label_T=torch.tensor(frame["label"].to_numpy(), device=device),
+        attribute_T=torch.tensor(frame["attribute"].to_numpy(), device=device),
+        n_train=int((~frame["is_test"]).sum()),
+        x_TD=texts.x_TD[rows_T].to(device),
+        rows_T=rows_T,
+        texts=texts,
+    )
 
 
 def cell_sizes(frame):
@@ -702,9 +784,9 @@ def cell_sizes(frame):
     if n_labels < 2:
         raise InputError(f"two labels are needed, and it has {n_labels}")
     sizes = frame.groupby(["is_test", "label", "attribute"]).size()
-    cells = itertools.product((False, True), sizes.index.levels[1], sizes.index.levels[2])
-    sizes = sizes.reindex(pandas.MultiIndex.from_tuples(cells, names=sizes.index.names))
-    sizes = sizes.fillna(0).astype(int)
+    labels, attributes = sizes.index.levels[1:]
+    every = pandas.MultiIndex.from_product([[False, True], labels, attributes])
+    sizes = sizes.reindex(every.set_names(sizes.index.names), fill_value=0)
     if sizes.min() < FEWEST_TEXTS:
         raise InputError(lack_of(sizes, sizes.idxmin(), FEWEST_TEXTS))
     return sizes
@@ -726,116 +808,6 @@ def numbered(chosen):
     for column in ("label", "attribute"):
         chosen[column] = pandas.factorize(chosen[column], sort=True)[0]
     return chosen
-
-
-class Texts(NamedTuple):
-    """Texts that the language model has read, each once, for all autoencoders and samples.
-
-    Their mean latents are in files, so that memory holds those of one autoencoder at a time.
-    """
-
-    row_of: dict  # of a text, its row
-    x_TD: torch.Tensor  # mean activations
-    files: list  # of each autoencoder, with mean latents (T, N) in float32
-
-    def latents(self, n):
-        """Mean latents (T, N) of the n-th autoencoder."""
-        f_TN = numpy.fromfile(self.files[n], dtype=numpy.float32)
-        return torch.from_numpy(f_TN).view(len(self.x_TD), -1)
-
-
-@torch.no_grad()
-def read_texts(model, saes, texts, folder, desc):
-    """The Texts, whose files go to the folder.
-
-    A mean is over a text's tokens that count, among its first TASK_LENGTH ones, BOS included. It is
-    0 where there is none.
-    """
-    ids = model.tokenizer(texts, add_special_tokens=False).input_ids
-    ids = [model.bos_ids + i[: TASK_LENGTH - len(model.bos_ids)] for i in ids]
-    ids = [i or [0] for i in ids]  # the first token does not count, whatever it is
-    row_of = {}
-    parts = []
-    files = [Path(folder, str(n)) for n in range(len(saes))]
-    for rows, ids_BL in model.batches(ids, desc):
-        kept_BL = model.kept(ids_BL)
-        share_BL1 = (kept_BL / kept_BL.sum(1, keepdim=True).clamp(min=1))[..., None]
-        x_BLD = model.read(ids_BL).float().masked_fill(~kept_BL[..., None], 0)
-        for t in rows:
-            row_of[texts[t]] = len(row_of)
-        parts.append((x_BLD * share_BL1).sum(1).cpu())
-        for sae, file in zip(saes, files):
-            f_BN = (sae.encode(x_BLD) * share_BL1).sum(1)
-            with file.open("ab") as stream:
-                f_BN.cpu().numpy().tofile(stream)
-    return Texts(row_of, torch.cat(parts), files)
-
-
-class TaskInputs(NamedTuple):
-    """What is measured of a Sample: a row for each of its texts, those to train on first."""
-
-    seed: int
-    label_T: torch.Tensor
-    attribute_T: torch.Tensor
-    n_train: int
-    x_TD: torch.Tensor  # mean activations
-    rows_T: torch.Tensor  # where the texts are in Texts
-
-
-def inputs_of(sample, texts, device):
-    """The TaskInputs of a Sample, whose texts are among `texts`."""
-    frame = sample.frame
-    rows_T = torch.tensor([texts.row_of[text] for text in frame["text"]])
-    return TaskInputs(
-        seed=sample.seed,
-        label_T=torch.tensor(frame["label"].to_numpy(), device=device),
-        attribute_T=torch.tensor(frame["attribute"].to_numpy(), device=device),
-        n_train=int((~frame["is_test"]).sum()),
-        x_TD=texts.x_TD[rows_T].to(device),
-        rows_T=rows_T,
-    )
-
-
-def measure_tasks(evaluation, subjects, benchmark, draw, prepare, score):
-    """What was Found of a family of tasks. A task that can't be had, or measured, costs itself.
-
-    With each seed, `draw` makes a Sample of a task's texts, `prepare` makes of its TaskInputs what
-    is the same for all autoencoders, and `score` gives the figures of one of them.
-    """
-    args = evaluation.args
-    parts = [[] for _ in subjects]
-    sizes = {}
-    notes = []
-    lacks = []
-    for task, load in task_frames(args.probe, evaluation.demo, benchmark).items():
-        try:
-            frame = load()
-            samples = [draw(frame, args.train, args.test, seed) for seed in args.seed]
-            every = dict.fromkeys(itertools.chain(*[sample.frame["text"] for sample in samples]))
-            saes = [subject.sae for subject in subjects]
-            with tempfile.TemporaryDirectory() as folder:
-                texts = read_texts(evaluation.model, saes, list(every), folder, task)
-                inputs = [inputs_of(sample, texts, evaluation.device) for sample in samples]
-                prepared = [prepare(own) for own in inputs]
-                for n in each(range(len(subjects)), task):
-                    all_latents = texts.latents(n)
-                    for own, common in zip(inputs, prepared):
-                        f_TN = all_latents[own.rows_T].to(evaluation.device)
-                        figures = score(own, common, f_TN, saes[n])
-                        parts[n].append(Part(task, own.seed, figures))
-        except InputError as error:
-            lacks.append(f"{task} is left out: {error}")
-            continue
-        for sample, own in zip(samples, inputs):
-            sizes[task] = {"train": own.n_train, "test": len(own.x_TD) - own.n_train}
-            lacking = list(sample.notes)
-            n_empty = (own.x_TD == 0).all(1).sum().item()
-            if n_empty:
-                lacking.append(f"{n_empty} texts have no token that counts, and are zeros")
-            notes += [f"{task}: {note}" for note in lacking]
-    if not any(parts):
-        raise InputError("; ".join(lacks))
-    return Found(parts, sizes, list(dict.fromkeys(notes)) + lacks, is_whole=not lacks)
 
 
 # -------------------------------------------------------------------------------------------- probe
@@ -910,6 +882,84 @@ def class_splits(label_T, n_train, seed):
     return splits
 
 
+class Probe(NamedTuple):
+    """A linear probe: positive where w·x + b > 0."""
+
+    w_D: torch.Tensor
+    b: torch.Tensor
+
+    def is_positive(self, x_TD):
+        return x_TD.to(self.w_D.dtype) @ self.w_D + self.b > 0
+
+
+@torch.no_grad()
+def linear_probe(x_TD, y_T, x_UD, y_U, generator, epochs, batch, lr, l1=0.0, patience=10):
+    """SAEBench's probe on many columns, by AdamW: that of the epoch with the best test accuracy.
+
+    It ends after `epochs`, or after `patience` of them without a better one. The gradients of the
+    cross-entropy are written out: on batches so small, autograd takes longer than they do.
+    """
+    y_T = y_T.float()
+    bound = x_TD.shape[1] ** -0.5  # within which nn.Linear draws its weights
+    w_D = torch.zeros(x_TD.shape[1]).uniform_(-bound, bound, generator=generator).to(x_TD.device)
+    b = torch.zeros(()).uniform_(-bound, bound, generator=generator).to(x_TD.device)
+    adam = torch.optim.AdamW([w_D, b], lr=lr, fused=True)
+    best = Probe(w_D.clone(), b.clone())
+    best_score = -1.0
+    best_epoch = 0
+    for epoch in range(epochs):
+        for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
+            x_BD = x_TD[rows]
+            error_B = (torch.sigmoid(x_BD @ w_D + b) - y_T[rows]) / len(rows)
+            w_D.grad = error_B @ x_BD + l1 * w_D.sign()
+            b.grad = error_B.sum()
+            adam.step()
+        score = accuracy(x_UD, y_U, Probe(w_D, b))
+        if score > best_score:
+            best_score = score
+            best_epoch = epoch
+            best = Probe(w_D.clone(), b.clone())
+        if epoch - best_epoch >= patience:
+            break
+    return best
+
+
+def logistic_regression(x_TS, y_T, weight_T=None):
+    """L2-regularised logistic regression as scikit-learn defines it, with C = 1: a Probe.
+
+    Its w (S,) and b minimise ½‖w‖² + Σ_t weight_t log(1 + exp(-s_t (w·x_t + b))), in float64, where
+    s_t is 1 or -1.
+    """
+    x_TS = x_TS.double()
+    y_T = y_T.double()
+    w_S = torch.zeros(x_TS.shape[1], dtype=torch.float64, device=x_TS.device).requires_grad_()
+    b = torch.zeros((), dtype=torch.float64, device=x_TS.device).requires_grad_()
+    lbfgs = torch.optim.LBFGS(
+        [w_S, b],
+        max_iter=1000,
+        tolerance_grad=1e-9,
+        tolerance_change=0,  # the gradient alone says when to stop
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective():
+        lbfgs.zero_grad()
+        logits_T = x_TS @ w_S + b
+        loss = F.binary_cross_entropy_with_logits(logits_T, y_T, weight_T, reduction="sum")
+        loss = loss + w_S.square().sum() / 2
+        loss.backward()
+        return loss
+
+    lbfgs.step(objective)  # within it, gradients are enabled
+    return Probe(w_S.detach(), b.detach())
+
+
+@torch.no_grad()
+def accuracy(x_TD, y_T, probe):
+    """The share of texts whose label the probe tells."""
+    return (probe.is_positive(x_TD) == y_T.bool()).float().mean().item()
+
+
 def mean_difference(x_TN, y_T):
     """SAEBench's score of latents (N,): how far apart their means are where y is true and false."""
     return (x_TN[y_T].mean(0) - x_TN[~y_T].mean(0)).abs()
@@ -944,7 +994,7 @@ def sparse_probing(x_TN, splits, score):
             probe = logistic_regression(x_TN[train[:, None], top_S], y_T)
             scores[k] = accuracy(x_TN[test[:, None], top_S], y_U, probe)
         found.append(scores)
-    return mean_of(found)
+    return pandas.DataFrame(found).mean().to_dict()
 
 
 def full_probing(x_TN, splits, seed):
@@ -961,46 +1011,36 @@ def full_probing(x_TN, splits, seed):
     return numpy.mean(found).item()
 
 
-class ProbingTask(NamedTuple):
-    """What sparse probing of a sample has in common for all autoencoders."""
-
-    splits: list  # a ClassSplit for each class
-    of_x: dict  # the figures of the activations themselves
-
-
-def prepare_probing(inputs):
-    """The ProbingTask of TaskInputs."""
+def probing_figures(inputs, saes):
+    """Figures of probing with a Sample's TaskInputs: a dict for each autoencoder."""
     splits = class_splits(inputs.label_T, inputs.n_train, inputs.seed)
     of_x = {}
     for k, score in sparse_probing(inputs.x_TD, splits, mean_difference).items():
         of_x[f"x_{k}"] = score
     of_x["x_all"] = full_probing(inputs.x_TD, splits, inputs.seed)
-    return ProbingTask(splits, of_x)
-
-
-def score_probing(inputs, task, f_TN, sae):
-    """Figures of an autoencoder with mean latents f: a dict."""
-    figures = {}
-    for k, score in sparse_probing(f_TN, task.splits, mean_difference).items():
-        figures[f"latents_{k}"] = score
-    for k, score in sparse_probing(f_TN, task.splits, standardised_difference).items():
-        figures[f"standardised_{k}"] = score
-    figures["latents_all"] = full_probing(f_TN, task.splits, inputs.seed)
-    return {**figures, **task.of_x}
+    found = []
+    for f_TN in sgo_sae.each(inputs.latents(), "probes"):
+        figures = {}
+        for k, score in sparse_probing(f_TN, splits, mean_difference).items():
+            figures[f"latents_{k}"] = score
+        for k, score in sparse_probing(f_TN, splits, standardised_difference).items():
+            figures[f"standardised_{k}"] = score
+        figures["latents_all"] = full_probing(f_TN, splits, inputs.seed)
+        found.append({**figures, **of_x})
+    return found
 
 
 def measure_probe(evaluation, subjects):
-    """Sparse probing on the tasks of SAEBench, or on one's own: what was Found."""
-    is_benchmark = not (evaluation.args.probe or evaluation.demo)
+    """What was Found of sparse probing on the tasks of SAEBench, or on one's own."""
+    if evaluation.args.probe or evaluation.demo:
 
-    def draw(frame, train, test, seed):
-        if not is_benchmark:  # of one's own texts, attributes are for SCR alone
-            frame = frame.assign(attribute=0)
-        return probing_sample(frame, train, test, seed)
+        def draw(frame, *sizes_and_seed):
+            return probing_sample(frame.assign(attribute=0), *sizes_and_seed)
 
-    tasks = (PROBING, draw, prepare_probing, score_probing)
-    found = measure_tasks(evaluation, subjects, *tasks)
-    return found._replace(notes=[LEFT_OUT, *found.notes]) if is_benchmark else found
+        # Of one's own texts, attributes are for SCR alone.
+        return measure_tasks(evaluation, subjects, {}, draw, probing_figures)
+    found = measure_tasks(evaluation, subjects, PROBING, probing_sample, probing_figures)
+    return found._replace(notes=[LEFT_OUT, *found.notes])
 
 
 # ---------------------------------------------------------------------------------------------- scr
@@ -1029,8 +1069,11 @@ def scr_sample(frame, train, test, seed):
     """
     if "attribute" not in frame:
         raise InputError("it has no column `attribute`, which SCR needs")
-    frame = frame[frame["attribute"].notna()]
     notes = []
+    n_without = frame["attribute"].isna().sum()
+    if n_without:
+        notes.append(f"{n_without} texts have no attribute, and are left out")
+    frame = frame[frame["attribute"].notna()]
     for column in ("label", "attribute"):
         values = sorted(frame[column].unique())
         if len(values) < 2:
@@ -1042,13 +1085,14 @@ def scr_sample(frame, train, test, seed):
     sizes = cell_sizes(frame)
     is_second_label = frame["label"] == frame["label"].max()
     is_second_attribute = frame["attribute"] == frame["attribute"].max()
-    if_equal = numpy.where(frame["is_test"], test, train)
-    wanted = numpy.where(is_second_label == is_second_attribute, if_equal, if_equal // 2)
-    nth = frame.groupby(["is_test", "label", "attribute"]).cumcount()
-    for cell, own in frame.assign(wanted=wanted).groupby(["is_test", "label", "attribute"]):
-        if len(own) < own["wanted"].iloc[0]:
-            notes.append(lack_of(sizes, cell, own["wanted"].iloc[0]))
-    return Sample(seed, numbered(frame[nth < wanted]), notes)
+    is_same = is_second_label == is_second_attribute
+    most = numpy.where(frame["is_test"], test, train)
+    frame = frame.assign(wanted=numpy.where(is_same, most, most // 2))
+    cells = frame.groupby(["is_test", "label", "attribute"])
+    for cell, wanted in cells["wanted"].first().items():
+        if sizes[cell] < wanted:
+            notes.append(lack_of(sizes, cell, wanted))
+    return Sample(seed, numbered(frame[cells.cumcount() < frame["wanted"]]), notes)
 
 
 class ScrSets(NamedTuple):
@@ -1154,22 +1198,20 @@ def scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND):
     return scores
 
 
-def prepare_scr(inputs):
-    """The ScrSets and the ScrProbes of TaskInputs."""
-    sets = scr_sets(inputs.label_T, inputs.attribute_T, inputs.n_train)
-    return sets, scr_probes(inputs.x_TD, inputs.label_T, inputs.attribute_T, sets, inputs.seed)
-
-
-def score_scr(inputs, task, f_TN, sae):
-    """Figures of an autoencoder with mean latents f: a dict."""
-    sets, probes = task
-    return scr(probes, inputs.x_TD, f_TN, inputs.label_T, inputs.attribute_T, sets, sae.W_dec)
+def scr_figures(inputs, saes):
+    """Figures of SCR with a Sample's TaskInputs: a dict for each autoencoder."""
+    x_TD, label_T, attribute_T = inputs.x_TD, inputs.label_T, inputs.attribute_T
+    sets = scr_sets(label_T, attribute_T, inputs.n_train)
+    probes = scr_probes(x_TD, label_T, attribute_T, sets, inputs.seed)
+    found = []
+    for sae, f_TN in zip(saes, inputs.latents()):
+        found.append(scr(probes, x_TD, f_TN, label_T, attribute_T, sets, sae.W_dec))
+    return found
 
 
 def measure_scr(evaluation, subjects):
-    """Spurious correlation removal on the tasks of SAEBench, or on one's own: what was Found."""
-    tasks = (SPURIOUS, scr_sample, prepare_scr, score_scr)
-    return measure_tasks(evaluation, subjects, *tasks)
+    """What was Found of SCR on the tasks of SAEBench, or on one's own."""
+    return measure_tasks(evaluation, subjects, SPURIOUS, scr_sample, scr_figures)
 
 
 # --------------------------------------------------------------------------------------- absorption
@@ -1238,61 +1280,10 @@ def spelled_activations(model, words, vocabulary, rng, desc):
             prompt += newline + [example] + question + answers[letter]
         prompts.append(prompt + newline + [word])
     x_TD = torch.empty(len(prompts), model.width, device=model.lm.device)
-    for rows, ids_BL in model.batches(prompts, desc):
+    for rows, ids_BL, _, x_BLD in model.batches(prompts, desc):
         last_B = (ids_BL >= 0).sum(1) - 1
-        x_TD[rows] = model.read(ids_BL)[torch.arange(len(rows)), last_B].float()
+        x_TD[rows] = x_BLD[torch.arange(len(rows)), last_B].float()
     return x_TD
-
-
-def f1(predicted_T, true_T):
-    """The F1 score, 2 · hits / (predicted + true); 0 where both are none."""
-    hits = (predicted_T & true_T).sum()
-    return 2 * hits / (predicted_T.sum() + true_T.sum()).clamp(min=1)
-
-
-@torch.no_grad()
-def letter_probe(x_TD, letter_T, batch, l2, l1=0.0, encode=None, seed=0):
-    """SAEBench's probe of all 26 letters at once: its weights (A, D or N) and biases (A,).
-
-    Positive words are weighted by their rarity. With `encode` it is on latents, which are computed
-    batch by batch: those of 137,000 words would take 18 GB at N 32,768. The gradients are written
-    out, as in linear_probe.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    encode = encode or nn.Identity()
-    width = encode(x_TD[:1]).shape[1]
-    probe = nn.Linear(width, LETTERS).to(x_TD.device)
-    for parameter in probe.parameters():
-        drawn = torch.empty(parameter.shape).uniform_(-1, 1, generator=generator)
-        parameter.copy_(drawn * width**-0.5)  # as nn.Linear draws them
-    y_TA = F.one_hot(letter_T, LETTERS).float()
-    count_A = y_TA.sum(0)
-    rarity_A = (len(letter_T) - count_A) / count_A.clamp(min=1)
-    weight_TA = torch.where(y_TA > 0, rarity_A, 1)
-    adam = torch.optim.Adam(probe.parameters(), lr=LETTER_LR, weight_decay=l2, fused=True)
-    decay = (LETTER_LR_END / LETTER_LR) ** (1 / LETTER_EPOCHS)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, decay)
-    for _ in each(range(LETTER_EPOCHS), "letters"):
-        for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
-            f_BN = encode(x_TD[rows])
-            y_BA = y_TA[rows]
-            # The loss is the weighted cross-entropy, mean over words and letters, and the mean
-            # over letters of l1 ‖w‖₁.
-            error_BA = weight_TA[rows] * (torch.sigmoid(probe(f_BN)) - y_BA)
-            error_BA /= y_BA.numel()
-            probe.weight.grad = error_BA.T @ f_BN
-            if l1:
-                probe.weight.grad += l1 / LETTERS * probe.weight.sign()
-            probe.bias.grad = error_BA.sum(0)
-            adam.step()
-        schedule.step()
-    return probe.weight.detach(), probe.bias.detach()
-
-
-def spelled_letters(positive_UA, letter_U):
-    """Which letters (A,) the model spells, given which words the probe finds positive (U, A)."""
-    scores = [f1(positive_UA[:, a], letter_U == a) for a in range(LETTERS)]
-    return torch.stack(scores) > SPELLED
 
 
 class Words(NamedTuple):
@@ -1340,26 +1331,6 @@ def words_of(model, n_words, seed):
     return Words(x_TD, letter_T, n_train, new_x_PD, letter_U[recognised_U], weight_AD)
 
 
-def letter_split(f_TS, y_T, n_train):
-    """How many of the candidates S, best first, a letter is split into.
-
-    A candidate belongs to the split where it lifts the test F1 of a probe on it and those before
-    it. y says which words have the letter; the first `n_train` are to train on.
-    """
-    train_T = y_T[:n_train]
-    n_positive = train_T.sum()
-    # Both classes weigh the same, as class_weight="balanced" of scikit-learn has it.
-    weight_T = n_train / 2 / torch.where(train_T, n_positive, n_train - n_positive)
-    best = 0.0
-    for k in range(1, f_TS.shape[1] + 1):
-        probe = logistic_regression(f_TS[:n_train, :k], train_T, weight_T)
-        score = f1(probe.is_positive(f_TS[n_train:, :k]), y_T[n_train:])
-        if k > 1 and score <= best + SPLIT_GAIN:
-            return k - 1
-        best = score
-    return f_TS.shape[1]
-
-
 @torch.no_grad()
 def absorbed_share(f_PN, x_PD, W_dec_ND, direction_D, split_S):
     """The absorption fraction of each word (P,), and whether it is fully absorbed (P,).
@@ -1381,11 +1352,11 @@ def absorbed_share(f_PN, x_PD, W_dec_ND, direction_D, split_S):
     absorbers_P = others_PN.topk(n_absorbers, dim=1).values.sum(1)
     absorbed_P = torch.minimum(absorbers_P, target_P - split_P)
     share_P = (absorbed_P / (absorbed_P + split_P)).clamp(0, 1)
-    # Each of these overrules what stands before it.
-    share_P[split_P <= 0] = 1
-    share_P[split_P >= target_P] = 0
-    share_P[absorbers_P < CARRIED * target_P] = 0
-    share_P[target_P <= 0] = 0
+    # The formula holds between two ends. Each of the lines overrules those before it.
+    share_P[split_P <= 0] = 1  # the split carries nothing, and all is absorbed
+    share_P[split_P >= target_P] = 0  # it carries everything
+    share_P[absorbers_P < CARRIED * target_P] = 0  # the absorbers carry too little to count
+    share_P[target_P <= 0] = 0  # the word does not have the direction at all
 
     # Full absorption: no latent of the split is active, and another one carries enough alone.
     top_P = projection_PN.argmax(1)
@@ -1397,6 +1368,77 @@ def absorbed_share(f_PN, x_PD, W_dec_ND, direction_D, split_S):
     return share_P, full_P
 
 
+def f1(predicted_T, true_T):
+    """The F1 score, 2 · hits / (predicted + true); 0 where both are none."""
+    hits = (predicted_T & true_T).sum()
+    return 2 * hits / (predicted_T.sum() + true_T.sum()).clamp(min=1)
+
+
+def spelled_letters(positive_UA, letter_U):
+    """Which letters (A,) the model spells, given which words the probe finds positive (U, A)."""
+    scores = [f1(positive_UA[:, a], letter_U == a) for a in range(LETTERS)]
+    return torch.stack(scores) > SPELLED
+
+
+def letter_split(f_TS, y_T, n_train):
+    """How many of the candidates S, best first, a letter is split into.
+
+    A candidate belongs to the split where it lifts the test F1 of a probe on it and those before
+    it. y says which words have the letter; the first `n_train` are to train on.
+    """
+    train_T = y_T[:n_train]
+    n_positive = train_T.sum()
+    # Both classes weigh the same, as class_weight="balanced" of scikit-learn has it.
+    weight_T = n_train / 2 / torch.where(train_T, n_positive, n_train - n_positive)
+    best = 0.0
+    for k in range(1, f_TS.shape[1] + 1):
+        probe = logistic_regression(f_TS[:n_train, :k], train_T, weight_T)
+        score = f1(probe.is_positive(f_TS[n_train:, :k]), y_T[n_train:])
+        if k > 1 and score <= best + SPLIT_GAIN:
+            return k - 1
+        best = score
+    return f_TS.shape[1]
+
+
+@torch.no_grad()
+def letter_probe(x_TD, letter_T, batch, l2, l1=0.0, encode=None, seed=0):
+    """SAEBench's probe of all 26 letters at once: its weights (A, D or N) and biases (A,).
+
+    Positive words are weighted by their rarity. With `encode` it is on latents, which are computed
+    batch by batch: those of 137,000 words would take 18 GB at N 32,768. The gradients are written
+    out, as in linear_probe.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    encode = encode or nn.Identity()
+    width = encode(x_TD[:1]).shape[1]
+    probe = nn.Linear(width, LETTERS).to(x_TD.device)
+    for parameter in probe.parameters():
+        drawn = torch.empty(parameter.shape).uniform_(-1, 1, generator=generator)
+        parameter.copy_(drawn * width**-0.5)  # as nn.Linear draws them
+    y_TA = F.one_hot(letter_T, LETTERS).float()
+    count_A = y_TA.sum(0)
+    rarity_A = (len(letter_T) - count_A) / count_A.clamp(min=1)
+    weight_TA = torch.where(y_TA > 0, rarity_A, 1)
+    adam = torch.optim.Adam(probe.parameters(), lr=LETTER_LR, weight_decay=l2, fused=True)
+    decay = (LETTER_LR_END / LETTER_LR) ** (1 / LETTER_EPOCHS)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, decay)
+    for _ in sgo_sae.each(range(LETTER_EPOCHS), "letters"):
+        for rows in torch.randperm(len(x_TD), generator=generator).to(x_TD.device).split(batch):
+            f_BN = encode(x_TD[rows])
+            y_BA = y_TA[rows]
+            # The loss is the weighted cross-entropy, mean over words and letters, and the mean
+            # over letters of l1 ‖w‖₁.
+            error_BA = weight_TA[rows] * (torch.sigmoid(probe(f_BN)) - y_BA)
+            error_BA /= y_BA.numel()
+            probe.weight.grad = error_BA.T @ f_BN
+            if l1:
+                probe.weight.grad += l1 / LETTERS * probe.weight.sign()
+            probe.bias.grad = error_BA.sum(0)
+            adam.step()
+        schedule.step()
+    return probe.weight.detach(), probe.bias.detach()
+
+
 @torch.no_grad()
 def absorption(sae, words, seed=0):
     """Absorption and full absorption, mean over letters: a dict of figures.
@@ -1404,30 +1446,23 @@ def absorption(sae, words, seed=0):
     Letters that no scored word has do not count.
     """
     n_train = words.n_train
-    x_BD = words.x_TD[:n_train]
-    letter_T = words.letter_T
-    weight_AN, _ = letter_probe(
-        x_BD, letter_T[:n_train], **LATENT_PROBE, encode=sae.encode, seed=seed
-    )
+    train = (words.x_TD[:n_train], words.letter_T[:n_train])
+    weight_AN, _ = letter_probe(*train, **LATENT_PROBE, encode=sae.encode, seed=seed)
     # SAEBench takes the largest weights, not the largest absolute ones: latents that say yes.
     candidates_AS = weight_AN.topk(min(CANDIDATES, weight_AN.shape[1]), dim=1).indices
     parts = [sae.encode(x_BD)[:, candidates_AS] for x_BD in words.x_TD.split(4096)]
     f_TAS = torch.cat(parts)
     found = []
     for a in words.new_letter_P.unique().tolist():
-        n_split = letter_split(f_TAS[:, a], letter_T == a, n_train)
+        n_split = letter_split(f_TAS[:, a], words.letter_T == a, n_train)
         split_S = candidates_AS[a, :n_split]
         x_PD = words.new_x_PD[words.new_letter_P == a]
         f_PN = sae.encode(x_PD)
         share_P, full_P = absorbed_share(f_PN, x_PD, sae.W_dec, words.probe_AD[a], split_S)
-        found.append(
-            {
-                "absorption": share_P.mean().item(),
-                "full": full_P.float().mean().item(),
-                "split_latents": n_split,
-            }
-        )
-    return {**mean_of(found), "letters": len(found)}
+        share = share_P.mean().item()
+        full = full_P.float().mean().item()
+        found.append({"absorption": share, "full": full, "split_latents": n_split})
+    return {**pandas.DataFrame(found).mean(), "letters": len(found)}
 
 
 def is_causal(model):
@@ -1442,13 +1477,13 @@ def is_causal(model):
 
 
 def measure_absorption(evaluation, subjects):
-    """Absorption of first letters, with a sample of words for each seed: what was Found."""
+    """What was Found of the absorption of first letters, with words drawn with each seed."""
     args = evaluation.args
     model = evaluation.model
     if not is_causal(model):
         raise InputError("the model is not causal, and the prompts of absorption end too early")
     parts = [[] for _ in subjects]
-    sample = {}
+    sizes = {}
     lacks = []
     for seed in args.seed:
         try:
@@ -1456,19 +1491,20 @@ def measure_absorption(evaluation, subjects):
         except InputError as error:
             lacks.append(f"words are left out, seed {seed}: {error}")
             continue
-        sample = {"words": len(words.x_TD)}
-        for subject, own in zip(each(subjects, "absorption"), parts):
+        sizes = {"words": len(words.x_TD)}
+        for subject, own in zip(sgo_sae.each(subjects, "absorption"), parts):
             own.append(Part("words", seed, absorption(subject.sae, words, seed)))
     if not any(parts):
         raise InputError("; ".join(lacks))
-    return Found(parts, sample, lacks, is_whole=not lacks)
+    return Found(parts, sizes, lacks, is_whole=not lacks)
 
 
 # ------------------------------------------------------------------------------------- autoencoders
 # TransformerLens's settings by which the residual stream is no longer the model's own.
 CHANGES_ACTIVATIONS = ("center_writing_weights", "refactor_factored_attn_matrices")
 
-# SAEBench asks an autoencoder for these, wherever it has moved it.
+# What `open_sae` opens can also be given to SAEBench's own run_eval, as README shows. It asks an
+# autoencoder for these, wherever it has moved it, and for `cfg`.
 sgo_sae.SAE.device = property(lambda sae: sae.W_dec.device)
 sgo_sae.SAE.dtype = property(lambda sae: sae.W_dec.dtype)
 
@@ -1478,6 +1514,29 @@ class SAEConfig(types.SimpleNamespace):
 
     def to_dict(self):
         return json.loads(json.dumps(vars(self), default=vars))
+
+
+def open_gemma_scope(file):
+    """The autoencoder of a params.npz, and what its path says of it."""
+    # Gemma Scope has autoencoders of other activations, too, whose files look the same. The name
+    # of its folder ends with the kind. Folders above it may be called anything.
+    kinds = re.findall(r"-(res|mlp|att|transcoders)(?=[-/])", file.parent.as_posix() + "/")
+    if kinds and kinds[-1] != "res":
+        raise InputError(
+            f"{file} is of Gemma Scope's {kinds[-1]}; only its -res is of a layer's output"
+        )
+    with sgo_sae.loading(str(file)):
+        arrays = numpy.load(file)
+        weights = {name: torch.from_numpy(arrays[name]).float() for name in arrays}
+        N, D = weights["W_dec"].shape
+        sae = sgo_sae.ThresholdSAE(D, N, N)
+        weights["theta"] = weights.pop("threshold")
+        # Gemma Scope does not subtract b_dec from x, and our encode() does.
+        weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]
+        sgo_sae.set_weights(sae, weights, file)
+    layers = [re.fullmatch(r"layer_(\d+)", part) for part in file.parts]
+    numbers = [layer[1] for layer in layers if layer]
+    return sae, {"hook_name": f"blocks.{numbers[-1]}.hook_resid_post" if numbers else None}
 
 
 def open_sae(path, device="cpu"):
@@ -1504,105 +1563,27 @@ def open_sae(path, device="cpu"):
     elif (place / "cfg.json").exists():
         sae = sgo_sae.load_sae(place)
         cfg = json.loads((place / "cfg.json").read_text(encoding="utf-8"))
+    elif (place / "metrics.jsonl").exists() or (place / "checkpoint.pt").exists():
+        raise InputError(f"{path}: its run is under way, or was stopped (--resume continues it)")
     else:
-        under_way = (place / "metrics.jsonl").exists() or (place / "checkpoint.pt").exists()
-        why = (
-            "its run is under way, or was stopped (--resume goes on)"
-            if under_way
-            else "no cfg.json"
-        )
-        raise InputError(f"{path} holds no autoencoder: {why}")
+        raise InputError(f"{path} holds no autoencoder: there is no cfg.json")
     with sgo_sae.loading(str(path)):
         # SAELens 6 has what is not about the architecture in `metadata`.
         metadata = cfg.pop("metadata", None) or {}
         known = {"model_from_pretrained_kwargs": {}, **metadata, **cfg}  # SAEBench reads that key
         for name, value in (known["model_from_pretrained_kwargs"] or {}).items():
             if name in CHANGES_ACTIVATIONS and value:
-                raise InputError(
-                    f"{path} is for activations that TransformerLens changed, by {name}"
-                )
+                changed = "activations that TransformerLens changed"
+                raise InputError(f"{path} is for {changed}, by {name}")
         sae.cfg = SAEConfig(**known)
     if isinstance(sae, sgo_sae.ThresholdSAE):
         sgo_sae.fold_decoder_norms(sae)
     return sae.to(device)
 
 
-def open_gemma_scope(file):
-    """The autoencoder of a params.npz, and what its path says of it."""
-    # Gemma Scope has autoencoders of other activations, too, whose files look the same. The name
-    # of its folder ends with the kind. Folders above it may be called anything.
-    kinds = re.findall(r"-(res|mlp|att|transcoders)(?=[-/])", file.parent.as_posix() + "/")
-    if kinds and kinds[-1] != "res":
-        raise InputError(
-            f"{file} is of Gemma Scope's {kinds[-1]}; only its -res is of a layer's output"
-        )
-    with sgo_sae.loading(str(file)):
-        arrays = numpy.load(file)
-        weights = {name: torch.from_numpy(arrays[name]).float() for name in arrays}
-        N, D = weights["W_dec"].shape
-        sae = sgo_sae.ThresholdSAE(D, N, N)
-        weights["theta"] = weights.pop("threshold")
-        # Gemma Scope does not subtract b_dec from x, and our encode() does.
-        weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]
-        sgo_sae.set_weights(sae, weights, file)
-    layers = [re.fullmatch(r"layer_(\d+)", part) for part in file.parts]
-    numbers = [layer[1] for layer in layers if layer]
-    return sae, {"hook_name": f"blocks.{numbers[-1]}.hook_resid_post" if numbers else None}
-
-
-# ------------------------------------------------------------------------------------------ results
-DEFINITIONS = 1  # Who changes what a figure means raises it: --resume keeps no figures of another.
-LOCK_WAIT = 60  # seconds to wait for another evaluation that writes into the same eval.json
 # Settings of training that name no column of the table. Runs that differ in them are the same
 # setting: they are trained on other devices or in other passes, or with another seed.
 NOT_NAMED = ("seed", "data_seed", "lm_batch", "out", "log_every", "save_every", "resume", "device")
-
-
-class Record(NamedTuple):
-    """What was measured of a family, as eval.json has it."""
-
-    figures: dict  # the mean over the parts
-    parts: list
-    sample: dict  # how many texts, tokens or words
-    notes: list  # what lacked
-    is_whole: bool  # whether all was measured that was asked for
-    settings: dict  # what the figures depend on, which --resume compares
-
-
-def record_of(parts, sample, notes, is_whole, settings):
-    """The Record of Parts, with figures as JSON has them."""
-    parts = [{**part._asdict(), "figures": sgo_sae.finite(part.figures)} for part in parts]
-    figures = sgo_sae.finite(mean_of([part["figures"] for part in parts]))
-    notes = list(notes)
-    blank = [name for name, value in figures.items() if value is None]
-    if blank:
-        notes.append(f"{', '.join(blank)}: no finite number, as 0 / 0 is none")
-    if parts and not figures:
-        notes.append("not measured, there are too few latents")
-    return Record(figures, parts, sample, notes, is_whole, settings)
-
-
-def seal_of(content):
-    """A digest of a Record's content: eval.json has it beside it. Where it does not fit, the Record
-    is of another version, or was edited by hand."""
-    text = json.dumps([content.get(name) for name in Record._fields], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def stamp_of(name):
-    """Names, sizes and times of a file, of the files of a folder, or of a pattern; none on the Hub.
-
-    Who changes a file changes them, and they are known at once, whatever the file's size.
-    """
-    places = [name] if Path(name).exists() else glob.glob(name, recursive=True)
-    stamps = []
-    for place in map(Path, places):
-        for file in [place, *place.rglob("*")]:
-            if file.is_file():
-                status = file.stat()
-                name = file.name if file == place else str(file.relative_to(place))
-                stamps.append([name, status.st_size, status.st_mtime_ns])
-    return sorted(stamps)
 
 
 class Subject:
@@ -1614,18 +1595,19 @@ class Subject:
         self.width = len(self.sae.b_dec)
         self.cfg = vars(self.sae.cfg)  # all that its files say of it
         self.training = self.cfg.get("settings") or {}  # ours: all settings of its training
-        if self.training:
-            for name, value in sgo_sae.LATER.items():
-                self.training.setdefault(name, value)
-        self.settings = {}  # those that can name its column of the table
-        for name, value in self.training.items():
-            if name not in NOT_NAMED:
-                self.settings[name] = value
+        if self.training:  # those that came later are as they were before
+            self.training = {**sgo_sae.LATER, **self.training}
+        named = [name for name in self.training if name not in NOT_NAMED]
+        self.settings = {name: self.training[name] for name in named}  # of its column
         self.seed = self.training.get("seed", 0)
         self.name = None  # of its column, which hangs on the others: see name_subjects
         self.records = {}
-        folder = Path(path)
-        self.file = folder / "eval.json" if folder.is_dir() else folder.with_suffix(".eval.json")
+        self.layer = None  # whose output it is for, where it says that
+        self.unfit = None  # why it can't be measured, where that is so
+        try:
+            self.layer = layer_of(self.cfg)
+        except InputError as error:
+            self.unfit = str(error)
 
     def text(self):
         """The dataset that it was trained on, its subset and its column, or None."""
@@ -1641,305 +1623,27 @@ class Subject:
         if not sgo_sae.is_here(dataset):
             split = self.training.get("split", "train")
             return (dataset, subset, split) == (config.dataset, config.subset, config.split)
-        with suppress(InputError):
+        with suppress(InputError):  # of files that are there no more
             trained_on = {Path(file).resolve() for file in sgo_sae.local_files(dataset)}
             return any(Path(f).resolve() in trained_on for f in sgo_sae.local_files(config.dataset))
         return False
 
-    def layer(self):
-        """The number of the layer whose output it is for, or None where it does not say."""
-        if self.cfg.get("hook_head_index") is not None:
-            raise InputError(
-                f"{self.path} is for one attention head, and a layer's output is measured"
-            )
-        hook = self.cfg.get("hook_name") or self.cfg.get("hook_point")  # SAELens before version 4
-        if not hook:
-            return None
-        for pattern in (
-            r"blocks\.(\d+)\.hook_resid_post",  # as TransformerLens names it
-            r"(?:\w+\.)*(?:layers|h)\.(\d+)",  # as Hugging Face's modules are named
-        ):
-            known = re.fullmatch(pattern, hook)
-            if known:
-                return int(known[1])
-        raise InputError(f"{self.path} is for {hook}, and only a layer's output is measured")
 
-    def stamp(self):
-        """What tells its files from others in the same place; empty on the Hub."""
-        path = Path(self.path)
-        if not path.is_dir():
-            return stamp_of(self.path)
-        names = ("sae_weights.safetensors", "cfg.json", "params.npz")
-        return [stamp_of(str(path / name)) for name in names]
-
-    def stored(self):
-        """What eval.json has: a dict of families. It is empty where that can't be read."""
-        if not self.file.exists():
-            return {}
-        try:
-            text = self.file.read_text(encoding="utf-8")
-            content = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
-        except (OSError, ValueError):
-            content = None
-        if not isinstance(content, dict):
-            sgo_sae.say_once(f"{self.file} holds no figures that can be read")
-            return {}
-        return content
-
-    def stored_record(self, family, settings):
-        """The Record of eval.json that has those settings, or None."""
-        content = self.stored().get(family)
-        if not isinstance(content, dict) or content.get("seal") != seal_of(content):
-            return None  # it is of another version, or was edited
-        record = Record(*[content[name] for name in Record._fields])
-        return record if record.settings == settings else None
-
-    def keep(self, family, record):
-        """Takes a Record, and puts it into eval.json, where the RUN is on this disk.
-
-        A failure is not put there, nor what has fewer parts than the file has with the same
-        settings. Of a family the file has one Record. Two evaluations at once keep each other's
-        families, and a kill leaves the file that was there. Where it can't be written, that is
-        said, and the figures are only printed.
-        """
-        import filelock
-
-        self.records[family] = record
-        if not Path(self.path).exists() or not record.parts:
-            return
-        try:
-            # The lock's file stays: two processes could take it at once if it were removed.
-            with filelock.FileLock(self.file.with_name(".eval.lock"), timeout=LOCK_WAIT):
-                known = self.stored_record(family, record.settings)
-                if known is None or len(record.parts) >= len(known.parts):
-                    entry = record._asdict()
-                    content = {**self.stored(), family: {**entry, "seal": seal_of(entry)}}
-                    text = json.dumps(content, indent=2, allow_nan=False)
-                    sgo_sae.write_whole(self.file, lambda path: path.write_text(text))
-        except (OSError, NotImplementedError) as error:  # the second where nothing can be locked
-            sgo_sae.say(f"\n{self.file} can't be written, its {family} is only printed: {error}")
-
-    def fail(self, family, reason):
-        """Keeps that there are no figures of a family."""
-        self.keep(family, record_of([], {}, [f"not measured, {reason}"], False, {}))
-
-
-# --------------------------------------------------------------------------------------- evaluation
-FAMILIES = {
-    "core": measure_core,
-    "behaviour": measure_behaviour,
-    "competition": measure_competition,
-    "probe": measure_probe,
-    "scr": measure_scr,
-    "absorption": measure_absorption,
-}
-MEMORY_ADVICE = "smaller --contexts, --train, --test and --words, fewer --seed and RUNs need less"
-
-
-def agreed(subjects, value_of, what, flag):
-    """The one value that the subjects have, or None where none has any.
-
-    InputError where they have several. Those without a value do not count.
-    """
-    path_of = {}
-    for subject in subjects:
-        value = value_of(subject)
-        if value is not None:
-            path_of.setdefault(value, subject.path)
-    if len(path_of) > 1:
-        found = " and ".join(f"{value} ({path})" for value, path in path_of.items())
-        raise InputError(f"the runs differ in {what}, {found}: give {flag}")
-    return next(iter(path_of), None)
-
-
-class Contexts(NamedTuple):
-    """The text of core, behaviour and competition."""
-
-    ids_RL: torch.Tensor
-    kept_RL: torch.Tensor  # the tokens that count
-    sample: dict  # how many contexts and tokens
-    notes: list  # what a reader of the figures has to know
-
-
-class Evaluation:
-    """What the families share: the settings, the language model and the text.
-
-    The autoencoders that can be measured together, of one model and one layer, are `subjects`.
-    `refused` has the others, and for each of them the reason.
-    """
-
-    def __init__(self, args, subjects, device, dtype):
-        self.args = args
-        self.device = device
-        self.dtype = dtype
-        self.refused = {}
-        self.subjects = list(subjects)
-        layers = {}
-        for subject in subjects:
-            try:
-                layers[subject] = subject.layer()
-            except InputError as error:
-                self.refuse(subject, str(error))
-        known = [layer for layer in layers.values() if layer is not None]
-        if args.layer is None and layers and not known:
-            raise InputError("the runs do not name their layer: give --layer")
-        self.layer = known[0] if args.layer is None and known else args.layer
-        for subject, layer in layers.items():
-            if layer not in (None, self.layer):
-                this = f"this call is for layer {self.layer}"
-                self.refuse(subject, f"it is for layer {layer}, and {this}")
-        named = [s.cfg["model_name"] for s in self.subjects if s.cfg.get("model_name")]
-        self.name = args.model or next(iter(named), sgo_sae.Config.model)
-        for subject in list(self.subjects):
-            own = subject.cfg.get("model_name")
-            if not args.model and own not in (None, self.name):
-                this = f"this call is for {self.name} (--model chooses)"
-                self.refuse(subject, f"it is for {own}, and {this}")
-        if not self.subjects:
-            subject, reason = list(self.refused.items())[-1]
-            raise InputError(f"{subject.path}: {reason}")
-        self.demo = all(subject.training.get("demo") for subject in self.subjects)
-
-    def refuse(self, subject, reason):
-        """Leaves out an autoencoder that is for something else, so that the others are measured."""
-        self.subjects.remove(subject)
-        self.refused[subject] = reason
-        sgo_sae.say(f"{subject.path} is left out: {reason}")
-
-    @cached_property
-    def model(self):
-        """The language model, which is loaded at its first use.
-
-        InputError where it can't be loaded, so that nothing can be measured.
-        """
-        sizes = [subject.cfg.get("context_size") or 0 for subject in self.subjects]
-        longest = self.args.ctx or max(sizes) or sgo_sae.Config.ctx
-        return LanguageModel(self.name, self.layer, self.device, self.dtype, longest)
-
-    def text_config(self):
-        """Where the text of core, behaviour and competition comes from: the same for all.
-
-        It is that of --text, or the demo's held-out text, or the validation split of the dataset
-        that the autoencoders were trained on.
-        """
-        args = self.args
-        ctx = args.ctx or agreed(
-            self.subjects, lambda subject: subject.cfg.get("context_size"), "their --ctx", "--ctx"
-        )
-        config = sgo_sae.Config(ctx=ctx or sgo_sae.Config.ctx, data_seed=args.seed[0])
-        if config.ctx < 2:
-            raise InputError(f"contexts of {config.ctx} token have none that counts: give --ctx")
-        if args.text:
-            config.dataset = args.text
-            config.text_column = args.text_column or config.text_column
-            config.split = args.split or config.split
-            return config
-        if self.demo:  # whose model is a folder, in which demo_files put the text, too
-            config.dataset = f"{self.name}/heldout.jsonl"
-            return config
-        config.split = "validation"
-        text = agreed(self.subjects, Subject.text, "their text", "--text")
-        if text:
-            config.dataset, config.subset, config.text_column = text
-        if sgo_sae.is_here(config.dataset):
-            raise InputError(f"give --text: no text of {config.dataset} is known to be held out")
-        return config
-
-    @cached_property
-    def contexts(self):
-        """The Contexts that are read."""
-        config = self.text_config()
-        model = self.model
-        sgo_sae.check_texts(config)
-        texts = sgo_sae.texts_of(config)
-        with sgo_sae.loading(config.dataset):
-            contexts = sgo_sae.token_contexts(texts, model.tokenizer, config.ctx)
-            lists = list(itertools.islice(contexts, self.args.contexts))
-        if not lists:
-            raise InputError(f"{config.dataset} does not fill a context of {config.ctx} tokens")
-        ids_RL = model.ids(lists)
-        kept_RL = model.kept(ids_RL)
-        if not kept_RL.any():
-            raise InputError("no token of the text counts: all are special tokens")
-        notes = []
-        if len(ids_RL) < self.args.contexts:
-            notes.append(f"the text has {len(ids_RL)} contexts, not {self.args.contexts}")
-        trained_on_it = [s.path for s in self.subjects if s.is_trained_on(config)]
-        if trained_on_it:
-            notes.append(f"the text is not held out: {', '.join(trained_on_it)} trained on it")
-        sample = {"contexts": len(ids_RL), "tokens": kept_RL.sum().item()}
-        return Contexts(ids_RL, kept_RL, sample, notes)
-
-    @cached_property
-    def activations(self):
-        """Activations (R, L, D) of the contexts, in the model's dtype."""
-        parts = self.contexts.ids_RL.split(32)
-        return torch.cat([self.model.read(ids_BL) for ids_BL in each(parts, "activations")])
-
-    def settings_of(self, family):
-        """What a family's figures depend on beside the autoencoder, to compare with eval.json."""
-        args = self.args
-        settings = {"definitions": DEFINITIONS, "model": self.name, "layer": self.layer}
-        settings.update(dtype=str(self.dtype), model_files=stamp_of(self.name))
-        if family in ("core", "behaviour", "competition"):
-            config = self.text_config()
-            for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
-                settings[name] = getattr(config, name)
-            settings.update(contexts=args.contexts, text=stamp_of(config.dataset))
-        elif family in ("probe", "scr"):
-            settings.update(train=args.train, test=args.test, seed=args.seed)
-            settings["probe"] = {path: stamp_of(path) for path in args.probe or ()}
-        else:
-            settings.update(words=args.words, seed=args.seed)
-        return settings
-
-    def measure(self, family):
-        """Measures a family, and keeps the Record of each autoencoder.
-
-        With --resume those that eval.json has whole, of the same settings, are taken from there. A
-        family that fails costs itself, whatever it raises.
-        """
-        for subject, reason in self.refused.items():
-            subject.fail(family, reason)
-        pending = {}
-        try:
-            common = self.settings_of(family)
-        except InputError as error:
-            for subject in self.subjects:
-                subject.fail(family, str(error))
-            return
-        for subject in self.subjects:
-            settings = {**common, "files": subject.stamp()}
-            stored = subject.stored_record(family, settings) if self.args.resume else None
-            if stored and stored.is_whole:
-                subject.records[family] = stored
-            elif subject.width != self.model.width:
-                widths = f"{subject.width} dimensions, and the model has {self.model.width}"
-                subject.fail(family, f"it is for {widths}")
-            else:
-                pending[subject] = settings
-        if not pending:
-            return
-        try:
-            found = FAMILIES[family](self, list(pending))
-        except Exception as error:  # noqa: BLE001 (it is said, and it costs the family)
-            reason = reason_of(error)
-            for subject in pending:
-                subject.fail(family, reason)
-            return
-        for (subject, settings), parts in zip(pending.items(), found.parts):
-            record = record_of(parts, found.sample, found.notes, found.is_whole, settings)
-            subject.keep(family, record)
-
-
-def reason_of(error):
-    """Why a family could not be measured, in a line. Of what nobody foresaw, all is printed."""
-    if isinstance(error, (InputError, OSError)):  # an OSError is a disk that is full
-        return str(error)
-    if isinstance(error, MemoryError) or sgo_sae.is_lack_of_memory(error):
-        return f"out of memory, {MEMORY_ADVICE}: {str(error)[:200]}"
-    traceback.print_exception(error)
-    return f"{type(error).__name__}: {str(error)[:200]}"
+def layer_of(cfg):
+    """The number of the layer whose output an autoencoder is for, or None where it does not say."""
+    if cfg.get("hook_head_index") is not None:
+        raise InputError("it is for one attention head, and a layer's output is measured")
+    hook = cfg.get("hook_name") or cfg.get("hook_point")  # SAELens before version 4
+    if not hook:
+        return None
+    for pattern in (
+        r"blocks\.(\d+)\.hook_resid_post",  # as TransformerLens names it
+        r"(?:\w+\.)*(?:layers|h)\.(\d+)",  # as Hugging Face's modules are named
+    ):
+        known = re.fullmatch(pattern, hook)
+        if known:
+            return int(known[1])
+    raise InputError(f"it is for {hook}, and only a layer's output is measured")
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -1981,7 +1685,7 @@ def baseline_of(subjects):
 
 def measured(subjects, families):
     """A frame of all figures: family, figure, setting, seed, sample (the seed of the evaluation)
-    and value, the mean over the tasks that all runs have. It is NaN where a task has none."""
+    and value, the mean over the tasks that all runs have. A figure is NaN where a task has none."""
     rows = []
     for family in families:
         common = common_tasks(subjects, family)
@@ -2040,9 +1744,8 @@ def table(subjects, families, baseline=None):
         notes += notes_on_intervals(frame, seeds, baseline)
     for family in families:
         tasks = {part["task"] for subject in subjects for part in subject.records[family].parts}
-        missing = tasks - common_tasks(subjects, family)
+        missing = ", ".join(sorted(tasks - common_tasks(subjects, family)))
         if missing:
-            missing = ", ".join(sorted(missing))
             notes.append(f"{family}: left out of the means is what not all runs have: {missing}")
     head = [f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings]
     lines = [["", *head, *(["±"] if baseline else [])]]
@@ -2053,7 +1756,8 @@ def table(subjects, families, baseline=None):
         for name in names:
             rows = own[own["figure"] == name]
             if baseline:
-                cells = paired_cells(rows, settings, SIGNS[figure.better], notes)
+                cells, note = paired_cells(rows, settings, SIGNS[figure.better])
+                notes += [f"{figure.family}: {note}"] if note else []
             else:
                 cells = mean_cells(rows, settings, seeds)
             lines.append([title_of(figure, name), *cells])
@@ -2098,9 +1802,9 @@ def markdown(lines):
     return "\n".join(text)
 
 
-def decimals(number):
-    """Decimals that show two significant digits of a number."""
-    return max(0, 1 - math.floor(math.log10(abs(number)))) if number else 0
+def significant(number, digits):
+    """Decimals that show so many significant digits of a number."""
+    return max(0, digits - 1 - math.floor(math.log10(abs(number)))) if number else 0
 
 
 def mean_cells(rows, settings, seeds):
@@ -2126,10 +1830,12 @@ def mean_cell(mean, deviation):
 
     A count of ten or more has no decimals.
     """
+    if deviation:
+        digits = significant(deviation, 2)
+        return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
     is_count = mean == round(mean) and abs(mean) >= 10
-    digits = 0 if is_count and not deviation else decimals(deviation or mean / 100)
-    text = f"{mean:,.{digits}f}"
-    return f"{text} ± {deviation:,.{digits}f}" if deviation else text
+    digits = 0 if is_count else significant(mean, 4)
+    return f"{mean:,.{digits}f}"
 
 
 def notes_on_intervals(frame, seeds, baseline):
@@ -2144,9 +1850,10 @@ def notes_on_intervals(frame, seeds, baseline):
     has_samples = frame["sample"].nunique() > 1
     if max(seeds.values()) == 1:
         over = "± is over samples alone" if has_samples else "there is no ±"
-        notes.append(f"With one seed a setting {over}: train several, --seed 0 1 2.")
+        notes.append(f"With one seed a setting {over}: train several, sgo_sae.py --seed 0 1 2.")
     elif not has_samples and set(frame["family"]) & {"probe", "scr", "absorption"}:
-        notes.append("With one sample a task ± is over the seeds of training alone: --seed 0 1 2.")
+        over = "± is over the seeds of training alone"
+        notes.append(f"With one sample a task {over}: measure several, --seed 0 1 2.")
     return notes
 
 
@@ -2168,37 +1875,40 @@ def half_interval(values):
     return student_t(freedom) * math.sqrt(2 * variance / n_rows)
 
 
-def paired_cells(rows, settings, sign, notes):
-    """Cells of one figure: the baseline's mean, the others' differences to it, and ±.
+def paired_cells(rows, settings, sign):
+    """Cells of one figure: the baseline's mean, the others' differences to it, and ±; and a note
+    where something lacks, or None.
 
     `rows` are those of the figure in `measured`, and the baseline is the first of the settings.
-    What counts are the seeds that all settings have, of those that have the figure at all, with all
-    of their samples. Those that do not count are noted.
+    Settings that have no such figure have empty cells. Of the seeds those count that all others
+    have, with all samples.
     """
-    family = rows["family"].iloc[0]
     baseline = settings[0]
-    known = rows.dropna()
-    shared = known.pivot(index="seed", columns=["setting", "sample"], values="value").dropna()
-    n_seeds = known["seed"].nunique()
-    if baseline not in set(known["setting"]) or shared.empty:
-        lacks = "the settings share no seed" if n_seeds else "no run has it"
-        if n_seeds and baseline not in set(known["setting"]):
-            lacks = f"{baseline} has no figure"
-        figure = rows["figure"].iloc[0].replace("_", " ")
-        notes.append(f"{family}: {figure}: {lacks}, and there is no difference")
-        return [""] * (len(settings) + 1)
-    if len(shared) < n_seeds:
-        which = ", ".join(map(str, shared.index))
-        notes.append(f"{family}: of {n_seeds} seeds, only {which} count, which all settings have")
-    by_seed = shared.T.groupby(level="setting").mean().T
-    by_sample = shared.mean().unstack("setting")
+    figure = rows["figure"].iloc[0].replace("_", " ")
+    empty = [""] * (len(settings) + 1)
+    rows = rows.dropna()
+    if baseline not in set(rows["setting"]):
+        return empty, f"{figure}: {baseline} has no figure, and there is no difference"
+    n_cells = rows["setting"].nunique() * rows["sample"].nunique()
+    is_whole = rows.groupby("seed").size() == n_cells
+    shared = rows[rows["seed"].map(is_whole)]
+    if shared.empty:
+        return empty, f"{figure}: the settings share no seed, and there is no difference"
+    note = None
+    if not is_whole.all():
+        which = ", ".join(map(str, is_whole.index[is_whole]))
+        note = f"of {len(is_whole)} seeds, only {which} count, which all settings have"
+    by_seed = shared.pivot_table(index="seed", columns="setting", values="value")
+    by_sample = shared.pivot_table(index="sample", columns="setting", values="value")
     # Seeds and samples are drawn apart from each other, so that their variances add.
     halves = [half_interval(by_seed.to_numpy()), half_interval(by_sample.to_numpy())]
     halves = [half for half in halves if half is not None]
     half = math.hypot(*halves) if halves else None
     means = by_seed.mean()
     changes = means - means[baseline]
-    digits = decimals(half or means[baseline] / 100 or changes.abs().max() / 100)
+    digits = (
+        significant(half, 2) if half else significant(means[baseline] or changes.abs().max(), 4)
+    )
     cells = [f"{means[baseline]:,.{digits}f}"]
     for setting in settings[1:]:
         if setting not in changes:
@@ -2208,7 +1918,7 @@ def paired_cells(rows, settings, sign, notes):
         if half is not None and sign and abs(changes[setting]) > half:
             cell = f"**{cell}**" if changes[setting] * sign > 0 else f"_{cell}_"
         cells.append(cell)
-    return [*cells, "" if half is None else f"{half:,.{digits}f}"]
+    return [*cells, "" if half is None else f"{half:,.{digits}f}"], note
 
 
 def student_t(freedom):
@@ -2293,7 +2003,7 @@ on {{ "{:,}".format(latent.n_tokens) }} tokens</small>
 </details>
 {% endfor %}
 <h2>All figures</h2>
-<pre>{{ found }}</pre>
+<pre>{{ printed }}</pre>
 </html>
 """
 
@@ -2417,54 +2127,448 @@ def portrait(evaluation, sae):
     return views
 
 
-def page(evaluation, subjects, found):
+def page(evaluation, subjects, printed):
     """One HTML file: which pairs of latents compete, on what text, and the table as printed."""
-    portraits = [portrait(evaluation, subject.sae) for subject in each(subjects, "page")]
+    portraits = [portrait(evaluation, subject.sae) for subject in sgo_sae.each(subjects, "page")]
     return jinja2.Template(PAGE, autoescape=True, trim_blocks=True).render(
         title=f"{Path(evaluation.name).name}, layer {evaluation.layer}",
         runs=[f"{subject.name}, seed {subject.seed}" for subject in subjects],
-        n_tokens=evaluation.contexts.sample["tokens"],
+        n_tokens=evaluation.contexts.sizes["tokens"],
         n_contexts=N_CONTEXTS,
         ranks=list(itertools.zip_longest(*portraits)),
-        found=found,
+        printed=printed,
     )
 
 
+# --------------------------------------------------------------------------------------- evaluation
+TEXT_FAMILIES = ("core", "behaviour", "competition")
+TASK_FAMILIES = ("probe", "scr")
+FAMILIES = (*TEXT_FAMILIES, *TASK_FAMILIES, "absorption")
+
+
+def agreed(subjects, value_of, what, flag):
+    """The one value that the subjects have, or None where none has any.
+
+    InputError where they have several. Those without a value do not count.
+    """
+    path_of = {}
+    for subject in subjects:
+        value = value_of(subject)
+        if value is not None:
+            path_of.setdefault(value, subject.path)
+    if len(path_of) > 1:
+        found = " and ".join(f"{value} ({path})" for value, path in path_of.items())
+        raise InputError(f"the runs differ in {what}, {found}: give {flag}")
+    return next(iter(path_of), None)
+
+
+class Contexts(NamedTuple):
+    """The text of core, behaviour and competition."""
+
+    ids_RL: torch.Tensor
+    kept_RL: torch.Tensor  # the tokens that count
+    sizes: dict  # how many contexts and tokens
+    notes: list  # what a reader of the figures has to know
+
+    def found(self, figures):
+        """What was Found on the text, given the figures of each autoencoder."""
+        parts = [[Part("text", 0, own)] for own in figures]
+        return Found(parts, self.sizes, self.notes, is_whole=True)
+
+
+class Evaluation:
+    """What the families share: the settings, the language model and the text.
+
+    The autoencoders that can be measured together, of one model and one layer, are `subjects`.
+    `refused` has the others, and for each of them the reason. What --model and --layer do not say
+    is taken from the first that is fit. `families` are those to measure.
+    """
+
+    def __init__(self, args, subjects, device, dtype):
+        self.args = args
+        self.device = device
+        self.dtype = dtype
+        fit = [subject for subject in subjects if not subject.unfit]
+        self.layer = args.layer
+        if self.layer is None:
+            layers = [subject.layer for subject in fit if subject.layer is not None]
+            if fit and not layers:
+                raise InputError("the runs do not name their layer: give --layer")
+            self.layer = next(iter(layers), None)
+        fit = [subject for subject in fit if subject.layer in (None, self.layer)]
+        names = [subject.cfg.get("model_name") for subject in fit]
+        self.name = args.model or next(filter(None, names), sgo_sae.Config.model)
+        self.subjects = []
+        self.refused = {}
+        for subject in subjects:
+            reason = self.reason_against(subject)
+            if reason:
+                self.refused[subject] = reason
+                sgo_sae.say(f"{subject.path} is left out: {reason}")
+            else:
+                self.subjects.append(subject)
+        if not self.subjects:
+            raise InputError(f"{subject.path}: {reason}")
+        self.demo = all(subject.training.get("demo") for subject in self.subjects)
+        self.families = list(dict.fromkeys(args.metrics or FAMILIES))
+        if self.demo and not args.metrics:
+            self.families.remove("absorption")
+        if args.html and "competition" not in self.families:
+            self.families.append("competition")
+
+    def reason_against(self, subject):
+        """Why an autoencoder can't be measured in this call, or None."""
+        model = subject.cfg.get("model_name")
+        if subject.unfit:
+            return subject.unfit
+        if subject.layer not in (None, self.layer):
+            return f"it is for layer {subject.layer}, and this call is for layer {self.layer}"
+        if not self.args.model and model not in (None, self.name):
+            return f"it is for {model}, and this call is for {self.name} (--model chooses)"
+        return None
+
+    def text_config(self):
+        """Where the text of core, behaviour and competition comes from: the same for all.
+
+        It is that of --text, or the demo's held-out text, or the validation split of the dataset
+        that the autoencoders were trained on.
+        """
+        args = self.args
+        ctx = args.ctx or agreed(
+            self.subjects, lambda subject: subject.cfg.get("context_size"), "their --ctx", "--ctx"
+        )
+        config = sgo_sae.Config(ctx=ctx or sgo_sae.Config.ctx, data_seed=args.seed[0])
+        if config.ctx < 2:
+            raise InputError(f"contexts of {config.ctx} token have none that counts: give --ctx")
+        if args.text:
+            config.dataset = args.text
+            config.text_column = args.text_column or config.text_column
+            config.split = args.split or config.split
+            return config
+        if self.demo:  # whose model is a folder, in which demo_files put the text, too
+            config.dataset = f"{self.name}/heldout.jsonl"
+            return config
+        config.split = "validation"
+        text = agreed(self.subjects, Subject.text, "their text", "--text")
+        if text:
+            config.dataset, config.subset, config.text_column = text
+        if sgo_sae.is_here(config.dataset):
+            raise InputError(f"give --text: no text of {config.dataset} is known to be held out")
+        return config
+
+    @cached_property
+    def contexts(self):
+        """The Contexts that are read."""
+        config = self.text_config()
+        model = self.model
+        sgo_sae.check_texts(config)
+        texts = sgo_sae.texts_of(config)
+        with sgo_sae.loading(config.dataset):
+            contexts = sgo_sae.token_contexts(texts, model.tokenizer, config.ctx)
+            lists = list(itertools.islice(contexts, self.args.contexts))
+        if not lists:
+            raise InputError(f"{config.dataset} does not fill a context of {config.ctx} tokens")
+        ids_RL = model.ids(lists)
+        kept_RL = model.kept(ids_RL)
+        if not kept_RL.any():
+            raise InputError("no token of the text counts: all are special tokens")
+        notes = []
+        if len(ids_RL) < self.args.contexts:
+            notes.append(f"the text has {len(ids_RL)} contexts, not {self.args.contexts}")
+        trained_on_it = [s.path for s in self.subjects if s.is_trained_on(config)]
+        if trained_on_it:
+            notes.append(f"the text is not held out: {', '.join(trained_on_it)} trained on it")
+        sizes = {"contexts": len(ids_RL), "tokens": kept_RL.sum().item()}
+        return Contexts(ids_RL, kept_RL, sizes, notes)
+
+    @cached_property
+    def activations(self):
+        """Activations (R, L, D) of the contexts, in the model's dtype."""
+        parts = self.contexts.ids_RL.split(32)
+        return torch.cat([self.model.read(ids_BL) for ids_BL in sgo_sae.each(parts, "activations")])
+
+    @cached_property
+    def model(self):
+        """The language model. Where it can't be loaded, nothing can be measured: InputError."""
+        longest = 2
+        if set(self.families) & set(TEXT_FAMILIES):
+            sizes = [subject.cfg.get("context_size") or 0 for subject in self.subjects]
+            longest = self.args.ctx or max(sizes) or sgo_sae.Config.ctx
+        return LanguageModel(self.name, self.layer, self.device, self.dtype, longest)
+
+
+# ------------------------------------------------------------------------------------------ results
+DEFINITIONS = 1  # Who changes what a figure means raises it: --resume keeps no figures of another.
+LOCK_WAIT = 60  # seconds to wait for another evaluation that writes into the same eval.json
+MEMORY_ADVICE = "smaller --contexts, --train, --test and --words, fewer --seed and RUNs need less"
+
+
+class Record(NamedTuple):
+    """What was measured of a family, as eval.json has it."""
+
+    figures: dict  # the mean over the parts
+    parts: list
+    sample: dict  # how many texts, tokens or words were used
+    notes: list  # what a reader of the figures has to know
+    is_whole: bool  # whether all was measured that was asked for
+    settings: dict  # what the figures depend on, which --resume compares
+
+
+def mean_of(dicts):
+    """The mean of dicts, key by key: NaN where one of them has None, and {} of no dicts."""
+    return pandas.DataFrame(dicts, dtype=float).mean(skipna=False).to_dict()
+
+
+def record_of(found, parts, settings):
+    """The Record of an autoencoder's Parts of what was Found, with figures as JSON has them."""
+    parts = [{**part._asdict(), "figures": sgo_sae.finite(part.figures)} for part in parts]
+    figures = sgo_sae.finite(mean_of([part["figures"] for part in parts]))
+    notes = list(found.notes)
+    blank = [name for name, value in figures.items() if value is None]
+    if blank:
+        notes.append(f"{', '.join(blank)}: no finite number, as 0 / 0 is none")
+    if parts and not figures:
+        notes.append("not measured, there are too few latents")
+    return Record(figures, parts, found.sizes, notes, found.is_whole, settings)
+
+
+def file_of(subject):
+    """Where the figures go, whether it is there or not."""
+    path = Path(subject.path)
+    return path / "eval.json" if path.is_dir() else path.with_suffix(".eval.json")
+
+
+def stored_families(file):
+    """What eval.json has: a dict of families. It is empty where that can't be read."""
+    if not file.exists():
+        return {}
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        sgo_sae.say_once(f"{file} holds no figures that can be read")
+        return {}
+    return content
+
+
+def seal_of(content):
+    """A digest of a Record's content, which stands beside it in eval.json. Where it does not fit,
+    the Record is of another version, or was edited by hand."""
+    text = json.dumps([content.get(name) for name in Record._fields], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stored_record(file, family, settings):
+    """The Record of eval.json that has those settings, or None."""
+    content = stored_families(file).get(family)
+    if not isinstance(content, dict) or content.get("seal") != seal_of(content):
+        return None
+    record = Record(*[content[name] for name in Record._fields])
+    return record if record.settings == settings else None
+
+
+def keep(subject, family, record):
+    """Takes a Record, and puts it into eval.json, where the RUN is on this disk.
+
+    A failure is not put there, nor what has fewer parts than the file has with the same settings.
+    Of a family the file has one Record. Two evaluations at once keep each other's families, and a
+    kill leaves the file that was there. Where it can't be written, that is said, and the figures
+    are only printed.
+    """
+    import filelock
+
+    subject.records[family] = record
+    if not Path(subject.path).exists() or not record.parts:
+        return
+    file = file_of(subject)
+    try:
+        # The lock's file stays: two processes could take it at once if it were removed.
+        with filelock.FileLock(file.with_name(".eval.lock"), timeout=LOCK_WAIT):
+            known = stored_record(file, family, record.settings)
+            if known is None or len(record.parts) >= len(known.parts):
+                entry = {**record._asdict(), "seal": seal_of(record._asdict())}
+                content = {**stored_families(file), family: entry}
+                text = json.dumps(content, indent=2, allow_nan=False)
+                sgo_sae.write_whole(file, lambda path: path.write_text(text))
+    except (OSError, NotImplementedError) as error:  # the second where nothing can be locked
+        sgo_sae.say(f"\n{file} can't be written, its {family} is only printed: {error}")
+
+
+def keep_failure(subject, family, reason):
+    """Keeps that there are no figures of a family."""
+    found = Found([], {}, [f"not measured, {reason}"], is_whole=False)
+    keep(subject, family, record_of(found, [], {}))
+
+
+def stamp_of(name):
+    """Names, sizes and times of a file, of the files of a folder, or of a pattern; none on the Hub.
+
+    Who changes a file changes them, and they are known at once, whatever the file's size.
+    """
+    places = [name] if Path(name).exists() else glob.glob(name, recursive=True)
+    stamps = []
+    for place in map(Path, places):
+        for file in [place, *place.rglob("*")]:
+            if file.is_file():
+                status = file.stat()
+                name = file.name if file == place else str(file.relative_to(place))
+                stamps.append([name, status.st_size, status.st_mtime_ns])
+    return sorted(stamps)
+
+
+def settings_of(evaluation, family, subject):
+    """What the figures of a family depend on, to compare with eval.json."""
+    args = evaluation.args
+    settings = {"definitions": DEFINITIONS, "model": evaluation.name, "layer": evaluation.layer}
+    settings.update(dtype=str(evaluation.dtype), model_files=stamp_of(evaluation.name))
+    if family in TEXT_FAMILIES:
+        config = evaluation.text_config()
+        for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
+            settings[name] = getattr(config, name)
+        settings.update(contexts=args.contexts, text=stamp_of(config.dataset))
+    elif family in TASK_FAMILIES:
+        settings.update(train=args.train, test=args.test, seed=args.seed)
+        settings["probe"] = {path: stamp_of(path) for path in args.probe or ()}
+    else:
+        settings.update(words=args.words, seed=args.seed)
+    files = [Path(subject.path)]
+    if files[0].is_dir():
+        names = ("sae_weights.safetensors", "cfg.json", "params.npz")
+        files = [files[0] / name for name in names]
+    settings["files"] = [stamp_of(str(file)) for file in files]
+    return settings
+
+
+def reason_of(error):
+    """Why a family could not be measured, in a line. Of what nobody foresaw, all is printed."""
+    if isinstance(error, (InputError, OSError)):  # an OSError is a disk that is full
+        return str(error)
+    if isinstance(error, MemoryError) or sgo_sae.is_lack_of_memory(error):
+        return f"out of memory, {MEMORY_ADVICE}: {str(error)[:200]}"
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+MEASURES = {
+    "core": measure_core,
+    "behaviour": measure_behaviour,
+    "competition": measure_competition,
+    "probe": measure_probe,
+    "scr": measure_scr,
+    "absorption": measure_absorption,
+}
+
+
+def measure(evaluation, family):
+    """Measures a family, and keeps the Record of each autoencoder.
+
+    With --resume those that eval.json has whole, of the same settings, are taken from there. A
+    family that fails costs itself, whatever it raises.
+    """
+    for subject, reason in evaluation.refused.items():
+        keep_failure(subject, family, reason)
+    settings = {}  # of those that are to be measured
+    for subject in evaluation.subjects:
+        try:
+            own = settings_of(evaluation, family, subject)
+        except InputError as error:
+            keep_failure(subject, family, str(error))
+            continue
+        stored = None
+        if evaluation.args.resume:
+            stored = stored_record(file_of(subject), family, own)
+        if stored and stored.is_whole:
+            subject.records[family] = stored
+        elif subject.width != evaluation.model.width:
+            widths = f"{subject.width} dimensions, and the model has {evaluation.model.width}"
+            keep_failure(subject, family, f"it is for {widths}")
+        else:
+            settings[subject] = own
+    if not settings:
+        return
+    try:
+        found = MEASURES[family](evaluation, list(settings))
+    except Exception as error:  # noqa: BLE001 (it is said, and it costs the family)
+        reason = reason_of(error)
+        for subject in settings:
+            keep_failure(subject, family, reason)
+        return
+    for (subject, own), parts in zip(settings.items(), found.parts):
+        keep(subject, family, record_of(found, parts, own))
+
+
 # --------------------------------------------------------------------------------------------- main
-@dataclasses.dataclass
-class Settings:
-    """Every setting is a flag, and the comment beside it is its line in --help."""
-
-    metrics: str = None  # families to measure (list; default: all; of --demo's without absorption)
-    resume: bool = False  # keep what eval.json has of the same settings
-    model: str = None  # language model, where a RUN names none that can be loaded (default: RUN's)
-    layer: int = None  # layer, where a RUN does not name it (default: RUN's)
-    # The text of core, behaviour and competition
-    text: str = None  # held-out text: a file or dataset (default: split `validation` of RUN's)
-    text_column: str = None  # the column of --text that holds it (default: text)
-    split: str = None  # the split of --text (default: train)
-    contexts: int = 512  # contexts of text
-    ctx: int = None  # tokens in a context (default: as in training)
-    # The texts of probe and scr, and the words of absorption
-    probe: str = None  # files with the columns text, label, attribute (list; default: SAEBench's)
-    train: int = 2000  # training texts of a class
-    test: int = 500  # test texts of a class
-    words: int = None  # words of absorption (default: all that the tokenizer has)
-    seed: int = 0  # seeds of samples and probes, to take the mean over (list)
-    # The table
-    paired: bool = False  # differences to the first topk SAE of alpha 0 in the first RUN, or SAE
-    against: str = None  # the same to the setting of that name in the table (default: none)
-    html: str = None  # file of a page, too, which needs core and competition (default: none)
-    # The machine
-    device: str = "auto"  # cuda, cuda:1, cpu; auto is cuda where there is one
-    dtype: str = "auto"  # the model's; auto is bfloat16 on cuda
-
-
-LISTS = ("metrics", "probe", "seed")
-CHOICES = {"metrics": tuple(FAMILIES), "dtype": sgo_sae.DTYPES}
+CHOICES = {"metrics": FAMILIES, "dtype": sgo_sae.DTYPES}
 LEAST = {"layer": 0, "contexts": 1, "ctx": 2, "train": FEWEST_TEXTS, "test": FEWEST_TEXTS}
 LEAST.update(words=FEWEST_WORDS, seed=0)
 LARGEST = 2**32 - 1  # that numpy takes as a seed
+
+
+def work(argv):
+    """Measures what the command line asks for. Returns the exit code."""
+    runs, args = parse_args(argv)
+    check(args)
+    device, dtype = sgo_sae.find_device(args.device, args.dtype)
+    if device.type == "mps":
+        raise InputError("--device mps: it has no float64, which the probes take; use cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
+    subjects, broken = open_subjects(runs, device)
+    evaluation = Evaluation(args, subjects, device, dtype)
+    baseline = args.against
+    if args.paired and not baseline:
+        paths = members(runs[0])
+        first = [subject for subject in evaluation.subjects if subject.path in paths]
+        baseline = baseline_of(first or evaluation.subjects)
+    names = list(dict.fromkeys(subject.name for subject in evaluation.subjects))
+    if baseline and baseline not in names:
+        raise InputError(f"--against {baseline}: the settings are {'; '.join(names)}")
+    printed = ""
+    done = []
+    try:
+        for family in evaluation.families:
+            measure(evaluation, family)
+            done.append(family)
+    finally:  # whatever ends the call, what was measured is printed
+        if done:
+            printed = "\n\n".join([table(subjects, done, baseline), *broken])
+            print(printed)
+    if args.html:
+        write_page(evaluation, printed)
+    has_figures = [False for _ in broken]
+    for subject in subjects:
+        for family in evaluation.families:
+            figures = subject.records[family].figures.values()
+            has_figures.append(any(value is not None for value in figures))
+    if not any(has_figures):
+        return 2
+    return 0 if all(has_figures) else 1
+
+
+def open_subjects(runs, device):
+    """The Subjects of the RUNs, and a line for each that can't be opened. One alone is refused."""
+    paths = list(dict.fromkeys(itertools.chain(*map(members, runs))))
+    subjects = []
+    broken = []
+    for path in paths:
+        try:
+            subjects.append(Subject(path, device))
+        except InputError as error:
+            if len(paths) == 1:
+                raise
+            broken.append(f"{path} is left out: {error}")
+            sgo_sae.say(broken[-1])
+    if not subjects:
+        raise InputError("none of the runs can be opened")
+    name_subjects(subjects)
+    return subjects, broken
+
+
+def members(run):
+    """The paths of the autoencoders of a RUN: its own, and those of the folders in it."""
+    folders = sorted(path.parent for path in Path(run).rglob("cfg.json"))
+    return [str(folder) for folder in folders] or [str(run).rstrip("/")]
 
 
 def parse_args(argv):
@@ -2498,83 +2602,14 @@ def check(args):
         sgo_sae.check_name(name or "")
 
 
-def members(run):
-    """The paths of the autoencoders of a RUN: its own, and those of the folders in it."""
-    folders = sorted(path.parent for path in Path(run).rglob("cfg.json"))
-    return [str(folder) for folder in folders] or [str(run).rstrip("/")]
-
-
-def open_subjects(runs, device):
-    """The Subjects of the RUNs, and a line for each that can't be opened. One alone is refused."""
-    paths = list(dict.fromkeys(itertools.chain(*map(members, runs))))
-    subjects = []
-    broken = []
-    for path in paths:
-        try:
-            subjects.append(Subject(path, device))
-        except InputError as error:
-            if len(paths) == 1:
-                raise
-            broken.append(f"{path} is left out: {error}")
-            sgo_sae.say(broken[-1])
-    if not subjects:
-        raise InputError("none of the runs can be opened")
-    name_subjects(subjects)
-    return subjects, broken
-
-
-def work(argv):
-    """Measures what the command line asks for. Returns the exit code."""
-    runs, args = parse_args(argv)
-    check(args)
-    device, dtype = sgo_sae.find_device(args.device, args.dtype)
-    if device.type == "mps":
-        raise InputError("--device mps: it has no float64, which the probes take; use cpu")
-    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
-    subjects, broken = open_subjects(runs, device)
-    baseline = args.against
-    if args.paired and not baseline:
-        first = [subject for subject in subjects if subject.path in members(runs[0])]
-        baseline = baseline_of(first or subjects)
-    names = list(dict.fromkeys(subject.name for subject in subjects))
-    if baseline and baseline not in names:
-        raise InputError(f"--against {baseline}: the settings are {'; '.join(names)}")
-    evaluation = Evaluation(args, subjects, device, dtype)
-    families = list(dict.fromkeys(args.metrics or FAMILIES))
-    if evaluation.demo and not args.metrics:
-        families.remove("absorption")
-    if args.html:
-        families += [name for name in ("core", "competition") if name not in families]
-    found = ""
-    measured_families = []
-    try:
-        for family in families:
-            evaluation.measure(family)
-            measured_families.append(family)
-    finally:  # whatever ends the call, what was measured is printed
-        if measured_families:
-            found = "\n\n".join([table(subjects, measured_families, baseline), *broken])
-            print(found)
-    if args.html:
-        write_page(evaluation, subjects, found)
-    has_figures = [False for _ in broken]
-    for subject in subjects:
-        for family in families:
-            figures = subject.records[family].figures.values()
-            has_figures.append(any(value is not None for value in figures))
-    if not any(has_figures):
-        return 2
-    return 0 if all(has_figures) else 1
-
-
-def write_page(evaluation, subjects, found):
+def write_page(evaluation, printed):
     """Writes the page of --html."""
     file = Path(evaluation.args.html)
-    shown = [subject for subject in subjects if subject.records["competition"].parts]
+    shown = [subject for subject in evaluation.subjects if subject.records["competition"].parts]
     if not shown:
         sgo_sae.say(f"{file} is not written, since competition could not be measured")
         return
-    text = page(evaluation, shown, found)
+    text = page(evaluation, shown, printed)
     sgo_sae.write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
     sgo_sae.say(f"wrote {file}")
 

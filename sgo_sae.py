@@ -598,7 +598,7 @@ def gradient_by_blocks(vals_BK, idx_BK, d_sae, weighted=True, cells=1 << 18):
 # From here on Part 1 calls Part 2. The helpers that it uses most: `say` tells the user something,
 # once if it is `say_once`. `rank()` is the number of this process and `n_processes()` how many
 # there are: 0 and 1 without torchrun, and then `all_reduce_`, `gather_tokens` and
-# `average_gradients` change nothing. `stop_if_asked` raises where a signal came.
+# `average_gradients` change nothing. `stop_if_asked` and `each` raise where a signal came.
 class Reader(NamedTuple):
     """A language model that is read at one of its layers."""
 
@@ -681,8 +681,7 @@ def harvest(reader, ids_RL, x_CD, lm_batch):
     """
     filled = 0
     parts = ids_RL.split(lm_batch)
-    for part_RL in progress_bar(parts, desc="activations", leave=False):
-        stop_if_asked()
+    for part_RL in each(parts, "activations"):
         part_RL = part_RL.to(reader.lm.device)
         x_RLD = layer_output(reader.lm, reader.layer, part_RL)
         x_QD = x_RLD[kept_tokens(part_RL, reader.tokenizer)]
@@ -1362,6 +1361,13 @@ def stop_if_asked():
     model, when nothing is lost by it."""
     if noted_signals:
         raise Stopped(noted_signals[0][0])
+
+
+def each(parts, desc):
+    """Yields the parts of some work, beside a progress bar. A signal stops it between two."""
+    for part in progress_bar(parts, desc=desc, leave=False):
+        stop_if_asked()
+        yield part
 
 
 class EndedBetweenSteps(Exception):
@@ -2121,8 +2127,7 @@ def train_demo_lm(texts, folder, steps=1000, batch=8, ctx=128):
         lm.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     order = torch.randperm(len(ids_RL))[: steps * batch].split(batch)
-    for step, rows in enumerate(progress_bar(order, desc="demo language model", unit="step")):
-        stop_if_asked()
+    for step, rows in enumerate(each(order, "demo language model")):
         decay = 0.02 + 1.2 * (1 - step / steps)
         adam.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, decay)
         loss = lm(input_ids=ids_RL[rows], labels=ids_RL[rows]).loss

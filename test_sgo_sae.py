@@ -930,6 +930,15 @@ def planted_letters(absorbing):
     return sae, words
 
 
+def trained_copy(run, folder, **changes):
+    """Gives a copy of a run the settings of its training, with changes."""
+    settings = json.loads((run / "s0" / "cfg.json").read_text())["metadata"]["settings"]
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["settings"] = {**settings, **changes}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
 class TokenizerThatDrops:
     """A tokenizer that makes no token of one text, as some do of characters that they lack."""
 
@@ -1076,6 +1085,11 @@ def evaluation_of(paths, *argv):
     return eval_sae.Evaluation(args, subjects, CPU, torch.float32)
 
 
+def record_of(parts, notes=(), is_whole=True, settings=None):
+    found = eval_sae.Found([], {}, list(notes), is_whole)
+    return eval_sae.record_of(found, parts, settings or {})
+
+
 class Measured:
     """As much of a Subject as a table needs."""
 
@@ -1084,7 +1098,7 @@ class Measured:
         self.settings = settings
         self.seed = seed
         part = eval_sae.Part("text", 0, figures)
-        self.records = {family: eval_sae.record_of([part], {}, [], True, {})}
+        self.records = {family: record_of([part])}
 
 
 def table_of(subjects, families=("core",), **options):
@@ -4295,14 +4309,17 @@ def test_the_others_of_a_class_are_random_and_so_is_what_is_too_much():
     assert any(sizes[3] == 34 for sizes in taken)
 
 
-def test_a_class_is_told_by_the_latents_of_either_choice():
+def test_a_class_is_told_by_the_latents_of_either_choice(tmp_path):
     """One latent is large and hardly differs, another is small and tells all."""
     label_T = torch.arange(400) % 2
     f_TN = torch.zeros(400, 2)
     f_TN[:, 0] = torch.randn(400) * 50 + 10 * label_T
     f_TN[:, 1] = 0.1 * torch.rand(400) + label_T
-    inputs = eval_sae.TaskInputs(0, label_T, label_T * 0, 300, f_TN, None)
-    figures = eval_sae.score_probing(inputs, eval_sae.prepare_probing(inputs), f_TN, None)
+    f_TN.numpy().tofile(tmp_path / "latents")
+    texts = eval_sae.Texts({}, f_TN, [tmp_path / "latents"])
+    rows_T = torch.arange(400)
+    inputs = eval_sae.TaskInputs(0, label_T, label_T * 0, 300, f_TN, rows_T, texts)
+    (figures,) = eval_sae.probing_figures(inputs, [None])
     assert figures["standardised_1"] == 1 and figures["latents_1"] == figures["x_1"] < 0.8
     assert figures["latents_2"] == 1 and figures["latents_all"] > 0.9
 
@@ -4850,6 +4867,7 @@ def test_scr_leaves_out_texts_without_an_attribute():
     frame = frame_of(cells)
     without = frame.assign(attribute=None, text="none " + frame["text"])
     sample = eval_sae.scr_sample(pandas.concat([without, frame]), 40, 40, 0)
+    assert sample.notes == ["480 texts have no attribute, and are left out"]
     assert sample.frame.equals(eval_sae.scr_sample(frame, 40, 40, 0).frame)
 
 
@@ -4919,7 +4937,7 @@ def test_a_model_whose_files_lack_tensors_is_refused(model, run, tmp_path, texts
 def test_an_id_that_the_model_lacks_is_refused(reader):
     n_tokens = reader.lm.get_input_embeddings().num_embeddings
     assert reader.ids([[n_tokens - 1], []]).tolist() == [[n_tokens - 1], [-1]]
-    with pytest.raises(InputError, match=f"the tokenizer gives the id {n_tokens} of {n_tokens}"):
+    with pytest.raises(InputError, match=f"gives the id {n_tokens} of {n_tokens} in the model"):
         reader.ids([[n_tokens]])
 
 
@@ -5002,8 +5020,8 @@ def test_words_are_read_after_ten_examples(reader, monkeypatch):
 
     def batches(prompts, *rest):  # with a column more, as beside a longer prompt
         read.append(prompts)
-        for rows, ids_BL in original(prompts, *rest):
-            yield rows, F.pad(ids_BL, (0, 1), value=-1)
+        for rows, ids_BL, kept_BL, x_BLD in original(prompts, *rest):
+            yield rows, F.pad(ids_BL, (0, 1), value=-1), kept_BL, F.pad(x_BLD, (0, 0, 0, 1))
 
     monkeypatch.setattr(reader, "batches", batches)
     both = [eval_sae.spelled_activations(reader, words[:9], words, rng, "") for _ in range(2)]
@@ -5182,16 +5200,17 @@ def test_loaded_autoencoder_has_the_interface_of_saebench(tmp_path):
 def record(figures, **changes):
     settings = changes.pop("settings", {"contexts": 9})
     part = eval_sae.Part("text", 0, figures)
-    made = eval_sae.record_of([part] if figures else [], {}, [], True, settings)
+    found = eval_sae.Found([], {}, [], is_whole=True)
+    made = eval_sae.record_of(found, [part] if figures else [], settings)
     return made._replace(**changes)
 
 
 def test_two_evaluations_of_a_folder_keep_each_others_families(run, tmp_path):
     copy_of(run, tmp_path / "sae")
     first, second = (eval_sae.Subject(str(tmp_path / "sae"), CPU) for _ in range(2))
-    first.keep("core", record({"mse": 1.0}))
-    second.keep("probe", record({"latents_1": 0.5}))
-    first.keep("scr", record({"scr_2": 0.1}))
+    eval_sae.keep(first, "core", record({"mse": 1.0}))
+    eval_sae.keep(second, "probe", record({"latents_1": 0.5}))
+    eval_sae.keep(first, "scr", record({"scr_2": 0.1}))
     stored = json.loads((tmp_path / "sae" / "eval.json").read_text())
     assert {family: content["figures"] for family, content in stored.items()} == {
         "core": {"mse": 1.0},
@@ -5208,48 +5227,50 @@ def test_a_failure_takes_the_place_of_no_measurement(run, tmp_path):
     subject = eval_sae.Subject(str(tmp_path / "sae"), CPU)
     parts = [eval_sae.Part(task, 0, {"mse": 1.0}) for task in ("one", "two")]
     settings = {"contexts": 9}
-    both = eval_sae.record_of(parts, {}, [], True, settings)
-    subject.keep("core", both)
-    subject.fail("core", "no network")
+    both = record_of(parts, settings=settings)
+    eval_sae.keep(subject, "core", both)
+    eval_sae.keep_failure(subject, "core", "no network")
     assert subject.records["core"].figures == {}  # what this call says
     assert subject.records["core"].notes == ["not measured, no network"]
-    assert subject.stored_record("core", settings) == both
+    assert eval_sae.stored_record(eval_sae.file_of(subject), "core", settings) == both
     # What has fewer tasks is not put in the place of what has more, unless the settings differ.
-    subject.keep("core", eval_sae.record_of(parts[:1], {}, ["lacks"], False, settings))
-    assert subject.stored_record("core", settings) == both
-    subject.keep("core", record({"mse": 3.0}, is_whole=False, settings={"contexts": 8}))
-    assert subject.stored()["core"]["figures"] == {"mse": 3.0}
-    assert not subject.stored_record("core", {"contexts": 8}).is_whole
-    assert subject.stored_record("core", {"contexts": 7}) is None
-    subject.keep("core", record({"mse": 4.0}, settings={"contexts": 8}))
-    assert subject.stored_record("core", {"contexts": 8}).figures == {"mse": 4.0}
+    eval_sae.keep(subject, "core", record_of(parts[:1], ["lacks"], False, settings))
+    assert eval_sae.stored_record(eval_sae.file_of(subject), "core", settings) == both
+    eval_sae.keep(subject, "core", record({"mse": 3.0}, is_whole=False, settings={"contexts": 8}))
+    assert eval_sae.stored_families(eval_sae.file_of(subject))["core"]["figures"] == {"mse": 3.0}
+    assert not eval_sae.stored_record(eval_sae.file_of(subject), "core", {"contexts": 8}).is_whole
+    assert eval_sae.stored_record(eval_sae.file_of(subject), "core", {"contexts": 7}) is None
+    eval_sae.keep(subject, "core", record({"mse": 4.0}, settings={"contexts": 8}))
+    assert eval_sae.stored_record(eval_sae.file_of(subject), "core", {"contexts": 8}).figures == {
+        "mse": 4.0
+    }
 
 
 def test_a_kill_leaves_the_figures_that_were_there(run, tmp_path, monkeypatch):
     copy_of(run, tmp_path / "sae")
     subject = eval_sae.Subject(str(tmp_path / "sae"), CPU)
-    subject.keep("core", record({"mse": 1.0}))
-    before = subject.file.read_bytes()
+    eval_sae.keep(subject, "core", record({"mse": 1.0}))
+    before = eval_sae.file_of(subject).read_bytes()
 
     def killed(self, target):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        subject.keep("probe", record({"latents_1": 0.5}))
-    assert subject.file.read_bytes() == before
+        eval_sae.keep(subject, "probe", record({"latents_1": 0.5}))
+    assert eval_sae.file_of(subject).read_bytes() == before
 
 
 def test_eval_json_is_json(run, tmp_path):
     """A figure that is no number is null there, and is said to be none."""
     copy_of(run, tmp_path / "sae")
     subject = eval_sae.Subject(str(tmp_path / "sae"), CPU)
-    subject.keep("core", record({"mse": 1.0, "bias": math.nan, "norm_ratio": math.inf}))
+    eval_sae.keep(subject, "core", record({"mse": 1.0, "bias": math.nan, "norm_ratio": math.inf}))
 
     def refuse(constant):
         raise AssertionError(constant)
 
-    stored = json.loads(subject.file.read_text(), parse_constant=refuse)["core"]
+    stored = json.loads(eval_sae.file_of(subject).read_text(), parse_constant=refuse)["core"]
     assert stored["figures"] == {"mse": 1.0, "bias": None, "norm_ratio": None}
     assert stored["parts"][0]["figures"] == stored["figures"]
     assert stored["notes"] == ["bias, norm_ratio: no finite number, as 0 / 0 is none"]
@@ -5274,16 +5295,18 @@ def test_what_is_no_eval_json_of_ours_is_measured_again(run, texts, tmp_path, ca
     folder = copy_of(run, tmp_path / "sae")
     subject = eval_sae.Subject(str(folder), CPU)
     for family in ("core", "probe"):
-        subject.keep(family, record({"mse": 1.0}))
-    assert subject.stored_record("core", {"contexts": 9}) == record({"mse": 1.0})
-    before = subject.file.read_text()
-    subject.file.write_text(change(before))
-    assert subject.file.read_text() != before
-    assert subject.stored_record("core", {"contexts": 9}) is None
+        eval_sae.keep(subject, family, record({"mse": 1.0}))
+    assert eval_sae.stored_record(eval_sae.file_of(subject), "core", {"contexts": 9}) == record(
+        {"mse": 1.0}
+    )
+    before = eval_sae.file_of(subject).read_text()
+    eval_sae.file_of(subject).write_text(change(before))
+    assert eval_sae.file_of(subject).read_text() != before
+    assert eval_sae.stored_record(eval_sae.file_of(subject), "core", {"contexts": 9}) is None
     argv = [folder, "--text", texts, "--metrics", "core", "--contexts", "9", "--resume"]
     assert evaluated(argv) == 0
     assert "core: mse" in capsys.readouterr().out
-    stored = json.loads(subject.file.read_text())
+    stored = json.loads(eval_sae.file_of(subject).read_text())
     assert 0 < stored["core"]["figures"]["mse"] not in (0.5, 1.0)
 
 
@@ -5344,9 +5367,9 @@ def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
     argv += ["--contexts", 9, "--metrics", "core", "probe", "--resume"]
     measured = []
     for family in ("core", "probe"):
-        original = eval_sae.FAMILIES[family]
+        original = eval_sae.MEASURES[family]
         monkeypatch.setitem(
-            eval_sae.FAMILIES,
+            eval_sae.MEASURES,
             family,
             lambda *data, family=family, original=original: (
                 measured.append(family) or original(*data)
@@ -5381,16 +5404,21 @@ def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
 def test_a_file_of_gemma_scope_is_known(tmp_path):
     """Also where its folder is named, in which eval.json stands."""
     gemma_scope(tmp_path / "layer_1")
+
+    def stamp():
+        evaluation = evaluation_of([path], "--metrics", "absorption")
+        return eval_sae.settings_of(evaluation, "absorption", evaluation.subjects[0])["files"]
+
     for path in (tmp_path / "layer_1", tmp_path / "layer_1" / "params.npz"):
         first = eval_sae.Subject(str(path), CPU)
-        first.keep("core", record({"mse": 1.0}))
+        eval_sae.keep(first, "core", record({"mse": 1.0}))
         again = eval_sae.Subject(str(path), CPU)
-        assert again.stamp() == first.stamp() != []
-        assert again.stored()["core"]["figures"] == {"mse": 1.0}
-    stamp = first.stamp()
+        assert stamp() == stamp() != []
+        assert eval_sae.stored_families(eval_sae.file_of(again))["core"]["figures"] == {"mse": 1.0}
+    before = stamp()
     shutil.rmtree(tmp_path / "layer_1")
     gemma_scope(tmp_path / "layer_1", seed=1)
-    assert eval_sae.Subject(str(path), CPU).stamp() != stamp
+    assert stamp() != before
 
 
 def test_the_runs_of_a_folder_are_its_own_and_those_within(run, tmp_path):
@@ -5434,8 +5462,8 @@ def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
             "it is for layer 2, and this call is for layer 1",
         ),
         ({"hook_name": "blocks.0.hook_resid_post"}, "it is for layer 0, and this call is for"),
-        ({"hook_name": "blocks.1.hook_mlp_out"}, r".*other is for blocks.1.hook_mlp_out, and only"),
-        ({"hook_head_index": 3}, ".*other is for one attention head"),
+        ({"hook_name": "blocks.1.hook_mlp_out"}, "it is for blocks.1.hook_mlp_out, and only"),
+        ({"hook_head_index": 3}, "it is for one attention head"),
     ],
 )
 def test_a_run_of_another_model_or_layer_costs_itself(run, texts, tmp_path, capsys, change, words):
@@ -5486,7 +5514,7 @@ def test_a_family_that_fails_costs_itself_whatever_it_raises(
     argv = ["--text", texts, "--metrics", "core", "competition", "--contexts", "9"]
     assert evaluated([first, *argv, "--metrics", "core"]) == 0
     capsys.readouterr()
-    monkeypatch.setitem(eval_sae.FAMILIES, "core", failing)
+    monkeypatch.setitem(eval_sae.MEASURES, "core", failing)
     assert evaluated([first, second, *argv, "--resume"]) == 1
     printed = capsys.readouterr()
     assert f"core of {second}: not measured, {words}" in printed.out
@@ -5652,6 +5680,15 @@ def test_a_model_of_few_positions_says_so(model, tmp_path, texts, capsys):
         printed,
     )
     assert "core: mse" in printed
+    # Contexts that are too long for the model are no matter of tasks, which are short.
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    config["metadata"]["context_size"] = 1024
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    write_rows(tmp_path / "short.jsonl", [{**row, "text": row["text"][:40]} for row in rows])
+    argv = [tmp_path / "sae", "--probe", tmp_path / "short.jsonl", "--train", 40, "--test", 20]
+    assert evaluated([*argv, "--metrics", "probe"]) == 0
+    assert evaluated([*argv, "--metrics", "probe", "core", "--text", texts]) == 2
+    assert "--ctx 1024: " in last_line(capsys)
 
 
 def test_two_files_of_one_name_are_two_tasks(run, probe_file, tmp_path):
@@ -5804,7 +5841,7 @@ def test_a_text_is_read_once_for_all_samples_and_autoencoders(run, probe_file, m
     assert evaluated([*argv, "--train", "40", "--test", "20"]) == 0
     ((texts, found),) = read
     assert len(set(texts)) == len(texts)
-    assert held == [0, 1] and not any(file.exists() for file in found.files)
+    assert held == [0, 1] * 3 and not any(file.exists() for file in found.files)
 
 
 def test_figures_are_meaned_over_seeds(run, probe_file):
@@ -5813,7 +5850,9 @@ def test_figures_are_meaned_over_seeds(run, probe_file):
     found = []
     for seeds in (["0"], ["1"], ["0", "1", "0"]):
         assert evaluated([*argv, "--seed", *seeds]) == 0
-        found.append(eval_sae.Subject(str(run / "s0"), CPU).stored())
+        found.append(
+            eval_sae.stored_families(eval_sae.file_of(eval_sae.Subject(str(run / "s0"), CPU)))
+        )
     for family in ("probe", "scr"):
         first, second, both = [results[family] for results in found]
         assert first["figures"] != second["figures"]
@@ -5910,7 +5949,7 @@ def test_a_family_that_takes_too_much_memory_costs_itself(
         raise RuntimeError(words_of_the_error)
 
     with monkeypatch.context() as patch:
-        patch.setitem(eval_sae.FAMILIES, "behaviour", full)
+        patch.setitem(eval_sae.MEASURES, "behaviour", full)
         assert evaluated(argv) == 1
     printed = capsys.readouterr().out
     words = "behaviour: not measured, out of memory, smaller --contexts, --train, --test and"
@@ -5959,7 +5998,7 @@ def test_a_model_that_can_not_be_loaded_ends_the_call(run, texts, capsys):
         (["RUN", "--layer", "-1"], "--layer must be from 0 "),
         (["RUN", "--text", "./none.jsonl"], "./none.jsonl: there is no such file"),
         (["RUN", "--probe", "./none.csv"], "./none.csv: there is no such file"),
-        (["UNDERWAY"], "underway holds no autoencoder: its run is under way"),
+        (["UNDERWAY"], "underway: its run is under way"),
         (["RUN", "--html", "nowhere/page.html"], "--html nowhere/page.html: there is no folder"),
         (["RUN", "--html", "FOLDER"], "is a folder, and a file is needed"),
         (["RUN", "--split", "test"], "--split and --text-column are of --text, which is not given"),
@@ -6122,7 +6161,7 @@ def test_a_mean_over_tasks_lacks_what_one_of_them_lacks():
     for seed, second in enumerate((0.5, None)):
         made = Measured(f"{seed}", {"alpha": 0}, seed, {}, "scr")
         parts = [eval_sae.Part(task, 0, {"scr_2": x}) for task, x in (("a", 0.1), ("b", second))]
-        made.records["scr"] = eval_sae.record_of(parts, {}, [], True, {})
+        made.records["scr"] = record_of(parts)
         subjects.append(made)
     assert cells_of(subjects, ("scr",))[2][1] == "0.3000 (1 seeds)"
     assert cells_of(subjects[1:], ("scr",))[2][1] == ""
@@ -6293,6 +6332,28 @@ def test_what_the_user_names_is_compared_with(run, tmp_path, texts, capsys):
     assert "are differences to arch topk, d_sae 64" in capsys.readouterr().out
 
 
+def test_a_run_that_is_left_out_is_no_baseline(run, tmp_path, texts, capsys):
+    other = copy_of(run, tmp_path / "runs" / "a", hook_name="blocks.2.hook_resid_post")
+    assert trained_copy(run, other, alpha=0.0)
+    copy_of(run, tmp_path / "runs" / "b")
+    argv = [tmp_path / "runs", "--layer", "1", "--text", texts, "--contexts", "9"]
+    assert evaluated([*argv, "--metrics", "core", "--paired"]) == 1
+    out = capsys.readouterr().out
+    assert "are differences to b." in out
+    assert float(cells_in(out)[2][1]) > 0
+
+
+def test_a_sample_that_one_setting_lacks_altogether_leaves_no_difference():
+    subjects, _ = paired_subjects(n_settings=3, n_seeds=3)
+    for subject in subjects:
+        figures = subject.records["core"].parts[0]["figures"]
+        n_samples = 1 if subject.settings["alpha"] == 2.5 else 2
+        parts = [eval_sae.Part("text", n, figures) for n in range(n_samples)]
+        subject.records["core"] = record_of(parts)
+    text = table_of(subjects, baseline="alpha 0")
+    assert "core: mse: the settings share no seed, and there is no difference" in text
+
+
 def test_a_difference_that_is_the_same_in_each_seed_is_marked():
     """Its interval has no width, which is not to have none."""
     subjects = []
@@ -6316,7 +6377,7 @@ def test_settings_are_compared_over_the_tasks_that_all_runs_have():
                     figures = {"latents_all": value + 0.01 * alpha + 0.02 * seed}
                     parts.append(eval_sae.Part(task, 0, figures))
             made = Measured(f"{alpha}-{seed}", settings, seed, {}, "probe")
-            made.records["probe"] = eval_sae.record_of(parts, {}, [], True, {})
+            made.records["probe"] = record_of(parts)
             subjects.append(made)
     for options in ({}, {"baseline": "alpha 0"}):
         text = table_of(subjects, ("probe",), **options)
