@@ -3816,15 +3816,14 @@ def test_old_folders_of_saelens_name_their_hook_otherwise(tmp_path, hook):
     old = {"model_name": "some/model", "context_size": 16, "metadata": None, "hook_point": hook}
     write_foreign(tmp_path, foreign_weights()[0], **old)
     subject = eval_sae.Subject(str(tmp_path), "cpu")
-    with pytest.raises(InputError, match=f"is for {hook}, and only a layer's output is measured"):
-        subject.layer()
+    assert subject.unfit == f"it is for {hook}, and only a layer's output is measured"
     head = {"hook_name": "blocks.1.hook_resid_post", "hook_head_index": 3}
     write_foreign(tmp_path, foreign_weights()[0], **old | head)
-    with pytest.raises(InputError, match="is for one attention head"):
-        eval_sae.Subject(str(tmp_path), "cpu").layer()
+    assert "it is for one attention head" in eval_sae.Subject(str(tmp_path), "cpu").unfit
     right = {"hook_point": "blocks.1.hook_resid_post"}
     write_foreign(tmp_path, foreign_weights()[0], **old | right)
-    assert eval_sae.Subject(str(tmp_path), "cpu").layer() == 1
+    subject = eval_sae.Subject(str(tmp_path), "cpu")
+    assert subject.layer == 1 and subject.unfit is None
 
 
 @pytest.mark.parametrize(
