@@ -62,6 +62,7 @@ import sys
 import tempfile
 import traceback
 import types
+import warnings
 import zlib
 from collections import Counter
 from contextlib import suppress
@@ -89,10 +90,10 @@ class Settings:
     Those that are marked "list" are lists; of `seed` the default is the list of 0.
     """
 
-    metrics: str = None  # families to measure (list; default: all; of --demo's without absorption)
+    metrics: str = None  # families to measure (list; default: all; of the demo all but absorption)
     resume: bool = False  # keep what eval.json has of the same settings
-    model: str = None  # language model, where a RUN names none that can be loaded (default: RUN's)
-    layer: int = None  # layer, where a RUN does not name it (default: RUN's)
+    model: str = None  # language model, whatever the RUNs name (default: theirs)
+    layer: int = None  # layer; RUNs that name another one are left out (default: the first RUN's)
     # The text of core, behaviour and competition
     text: str = None  # held-out text: a file or dataset (default: split `validation` of RUN's)
     text_column: str = None  # the column of --text that holds it (default: text)
@@ -106,7 +107,7 @@ class Settings:
     words: int = None  # words of absorption (default: all that the tokenizer has)
     seed: int = 0  # seeds of samples and probes; the text is that of the first (list)
     # The table
-    paired: bool = False  # differences to the first topk SAE of alpha 0 in the first RUN, or SAE
+    paired: bool = False  # differences to the first RUN's topk SAE of alpha 0, or its first SAE
     against: str = None  # the same to the setting of that name in the table (default: none)
     html: str = None  # file of a page, too, which needs competition (default: none)
     # The machine
@@ -411,10 +412,13 @@ def compared_pairs(activity):
     is_compared = latents >= 0
     where = torch.stack([latents[is_compared], activity.tokens[is_compared]])
     ones = torch.ones(where.shape[1])
-    active_ST = torch.sparse_coo_tensor(where, ones, (S, activity.n_tokens)).coalesce()
+    size = (S, activity.n_tokens)
+    active_ST = torch.sparse_coo_tensor(where, ones, size, check_invariants=False).coalesce()
     active_TS = active_ST.T.coalesce()
     for rows_I in torch.arange(S).split(max(1, MAX_PAIRS // max(S, 1))):
-        shared_IS = torch.sparse.mm(active_ST.index_select(0, rows_I), active_TS).coalesce()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch calls its sparse products a beta
+            shared_IS = torch.sparse.mm(active_ST.index_select(0, rows_I), active_TS).coalesce()
         row, j = shared_IS.indices()
         i = rows_I[row]
         once = i < j
@@ -484,9 +488,11 @@ class LanguageModel:
         sgo_sae.check_name(name)
         # A RUN may name it otherwise than the Hub; SAELens's have TransformerLens's names.
         with sgo_sae.loading(f"{name}, the language model (--model gives another),"):
-            saved_as = str(AutoConfig.from_pretrained(name).architectures)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         # The names of classes that have a head that predicts the next token.
-        self.has_head = bool(re.search("CausalLM|LMHead|ConditionalGeneration", saved_as))
+        self.has_head = bool(
+            re.search("CausalLM|LMHead|ConditionalGeneration", str(config.architectures))
+        )
         loaded = sgo_sae.load_lm(name, layer, device, dtype, ctx, whole=self.has_head)
         self.lm = loaded.lm
         self.layer = loaded.layer
@@ -553,33 +559,6 @@ EUROPARL = HubTexts("Helsinki-NLP/europarl", "translation", None, None)
 LANGUAGES = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 
 
-def hub_frame(source, classes):
-    """The texts of one of SAEBench's datasets, the labels being the positions of their classes."""
-    import datasets
-
-    parts = []
-    with sgo_sae.loading(source.name):
-        if source == EUROPARL:  # it has no test split, and a configuration for each language
-            for n, (language, subset) in enumerate(LANGUAGES.items()):
-                rows = datasets.load_dataset(source.name, subset, split="train[:4000]").to_pandas()
-                rows["text"] = rows[source.text].str.get(language)  # the column has dicts
-                rows["label"] = n
-                rows["attribute"] = 0
-                rows["is_test"] = rows.index % 5 == 0
-                parts.append(rows)
-        else:
-            for split in ("train", "test"):
-                rows = datasets.load_dataset(source.name, split=split).to_pandas()
-                rows = rows[rows[source.label].isin(classes)]
-                columns = {
-                    "text": rows[source.text],
-                    "label": rows[source.label].map(classes.index),
-                    "attribute": rows[source.attribute] if source.attribute else 0,
-                }
-                parts.append(pandas.DataFrame({**columns, "is_test": split == "test"}))
-    return pandas.concat(parts)
-
-
 def held_out(name, every):
     """Whether a file or a text of that name is one of those to test on: one of `every`."""
     return zlib.crc32(name.encode()) % every == 0
@@ -634,6 +613,33 @@ def file_frame(path):
     return frame
 
 
+def hub_frame(source, classes):
+    """The texts of one of SAEBench's datasets, the labels being the positions of their classes."""
+    import datasets
+
+    parts = []
+    with sgo_sae.loading(source.name):
+        if source == EUROPARL:  # it has no test split, and a configuration for each language
+            for n, (language, subset) in enumerate(LANGUAGES.items()):
+                rows = datasets.load_dataset(source.name, subset, split="train[:4000]").to_pandas()
+                rows["text"] = rows[source.text].str.get(language)  # the column has dicts
+                rows["label"] = n
+                rows["attribute"] = 0
+                rows["is_test"] = rows.index % 5 == 0
+                parts.append(rows)
+        else:
+            for split in ("train", "test"):
+                rows = datasets.load_dataset(source.name, split=split).to_pandas()
+                rows = rows[rows[source.label].isin(classes)]
+                columns = {
+                    "text": rows[source.text],
+                    "label": rows[source.label].map(classes.index),
+                    "attribute": rows[source.attribute] if source.attribute else 0,
+                }
+                parts.append(pandas.DataFrame({**columns, "is_test": split == "test"}))
+    return pandas.concat(parts)
+
+
 def task_frames(files, demo, benchmark):
     """For each task, its name and a function that gives its frame.
 
@@ -641,12 +647,10 @@ def task_frames(files, demo, benchmark):
     the classes.
     """
     if files:
-        stems = Counter(Path(path).stem for path in files)
-        frames = {}
-        for path in files:  # files of the same name are told apart by their paths
-            name = Path(path).stem if stems[Path(path).stem] == 1 else path
-            frames[name] = partial(file_frame, path)
-        return frames
+        names = [Path(path).stem for path in files]
+        if len(set(names)) < len(files):  # they are told apart by their paths
+            names = files
+        return {name: partial(file_frame, path) for name, path in zip(names, files)}
     if demo:
         return {"packages": demo_frame}
     return {
@@ -657,9 +661,9 @@ def task_frames(files, demo, benchmark):
 def measure_tasks(evaluation, subjects, benchmark, draw, figures_of):
     """What was Found of a family of tasks. A task that can't be had, or measured, costs itself.
 
-    `draw` makes a Sample of a task's frame: it is `probing_sample` or `scr_sample`. `figures_of`
-    makes the figures of each autoencoder of a Sample's TaskInputs: it is `probing_figures` or
-    `scr_figures`. The language model reads each text once, for all Samples and autoencoders.
+    `draw` makes a Sample of a task's frame, with each seed: it is `probing_sample` or `scr_sample`.
+    `figures_of` makes the figures of each autoencoder, of a Sample's TaskInputs and the mean
+    latents: it is `probing_figures` or `scr_figures`. The language model reads each text once.
     """
     args = evaluation.args
     saes = [subject.sae for subject in subjects]
@@ -676,8 +680,9 @@ def measure_tasks(evaluation, subjects, benchmark, draw, figures_of):
                 texts = read_texts(evaluation.model, saes, list(dict.fromkeys(every)), folder, task)
                 found = []
                 for sample in samples:
-                    inputs = inputs_of(sample, texts, evaluation.device)
-                    found.append(figures_of(inputs, saes))
+                    rows_T = [texts.row_of[text] for text in sample.frame["text"]]
+                    inputs = inputs_of(sample, texts.x_TD[rows_T], evaluation.device)
+                    found.append(figures_of(inputs, saes, texts.latents(rows_T)))
         except InputError as error:
             lacks.append(f"{task} is left out: {error}")
             continue
@@ -705,10 +710,11 @@ class Texts(NamedTuple):
     x_TD: torch.Tensor  # mean activations
     files: list  # of each autoencoder, with mean latents (T, N) in float32
 
-    def latents(self, n):
-        """Mean latents (T, N) of the n-th autoencoder."""
-        f_TN = numpy.fromfile(self.files[n], dtype=numpy.float32)
-        return torch.from_numpy(f_TN).view(len(self.x_TD), -1)
+    def latents(self, rows_B):
+        """Yields the mean latents (B, N) at some rows, of one autoencoder after another."""
+        for file in self.files:
+            f_TN = torch.from_numpy(numpy.fromfile(file, dtype=numpy.float32))
+            yield f_TN.view(len(self.x_TD), -1)[rows_B]
 
 
 @torch.no_grad()
@@ -754,27 +760,17 @@ class TaskInputs(NamedTuple):
     attribute_T: torch.Tensor
     n_train: int
     x_TD: torch.Tensor  # mean activations
-    rows_T: torch.Tensor  # where the texts are in `texts`
-    texts: Texts
-
-    def latents(self):
-        """Yields mean latents (T, N) of one autoencoder after another."""
-        for n in range(len(self.texts.files)):
-            yield self.texts.latents(n)[self.rows_T].to(self.x_TD.device)
 
 
-def inputs_of(sample, texts, device):
-    """The TaskInputs of a Sample, whose texts are among `texts`."""
+def inputs_of(sample, x_TD, device):
+    """The TaskInputs of a Sample, given the mean activations of its texts."""
     frame = sample.frame
-    rows_T = torch.tensor([texts.row_of[text] for text in frame["text"]])
     return TaskInputs(
         seed=sample.seed,
         label_T=torch.tensor(frame["label"].to_numpy(), device=device),
         attribute_T=torch.tensor(frame["attribute"].to_numpy(), device=device),
         n_train=int((~frame["is_test"]).sum()),
-        x_TD=texts.x_TD[rows_T].to(device),
-        rows_T=rows_T,
-        texts=texts,
+        x_TD=x_TD.to(device),
     )
 
 
@@ -1011,15 +1007,19 @@ def full_probing(x_TN, splits, seed):
     return numpy.mean(found).item()
 
 
-def probing_figures(inputs, saes):
-    """Figures of probing with a Sample's TaskInputs: a dict for each autoencoder."""
+def probing_figures(inputs, saes, latents):
+    """Figures of probing with a Sample's TaskInputs: a dict for each autoencoder.
+
+    `latents` yields the mean latents (T, N) of one after another.
+    """
     splits = class_splits(inputs.label_T, inputs.n_train, inputs.seed)
     of_x = {}
     for k, score in sparse_probing(inputs.x_TD, splits, mean_difference).items():
         of_x[f"x_{k}"] = score
     of_x["x_all"] = full_probing(inputs.x_TD, splits, inputs.seed)
     found = []
-    for f_TN in sgo_sae.each(inputs.latents(), "probes"):
+    for _, f_TN in zip(sgo_sae.each(saes, "probes"), latents):
+        f_TN = f_TN.to(inputs.x_TD.device)
         figures = {}
         for k, score in sparse_probing(f_TN, splits, mean_difference).items():
             figures[f"latents_{k}"] = score
@@ -1034,10 +1034,9 @@ def measure_probe(evaluation, subjects):
     """What was Found of sparse probing on the tasks of SAEBench, or on one's own."""
     if evaluation.args.probe or evaluation.demo:
 
-        def draw(frame, *sizes_and_seed):
-            return probing_sample(frame.assign(attribute=0), *sizes_and_seed)
+        def draw(frame, train, test, seed):  # of one's own texts, attributes are for SCR alone
+            return probing_sample(frame.assign(attribute=0), train, test, seed)
 
-        # Of one's own texts, attributes are for SCR alone.
         return measure_tasks(evaluation, subjects, {}, draw, probing_figures)
     found = measure_tasks(evaluation, subjects, PROBING, probing_sample, probing_figures)
     return found._replace(notes=[LEFT_OUT, *found.notes])
@@ -1074,6 +1073,8 @@ def scr_sample(frame, train, test, seed):
     if n_without:
         notes.append(f"{n_without} texts have no attribute, and are left out")
     frame = frame[frame["attribute"].notna()]
+    if frame.empty:
+        raise InputError("none of its texts has an attribute, which SCR needs")
     for column in ("label", "attribute"):
         values = sorted(frame[column].unique())
         if len(values) < 2:
@@ -1198,13 +1199,17 @@ def scr(probes, x_TD, f_TN, label_T, attribute_T, sets, W_dec_ND):
     return scores
 
 
-def scr_figures(inputs, saes):
-    """Figures of SCR with a Sample's TaskInputs: a dict for each autoencoder."""
+def scr_figures(inputs, saes, latents):
+    """Figures of SCR with a Sample's TaskInputs: a dict for each autoencoder.
+
+    `latents` yields the mean latents (T, N) of one after another.
+    """
     x_TD, label_T, attribute_T = inputs.x_TD, inputs.label_T, inputs.attribute_T
     sets = scr_sets(label_T, attribute_T, inputs.n_train)
     probes = scr_probes(x_TD, label_T, attribute_T, sets, inputs.seed)
     found = []
-    for sae, f_TN in zip(saes, inputs.latents()):
+    for sae, f_TN in zip(saes, latents):
+        f_TN = f_TN.to(x_TD.device)
         found.append(scr(probes, x_TD, f_TN, label_T, attribute_T, sets, sae.W_dec))
     return found
 
@@ -1503,8 +1508,8 @@ def measure_absorption(evaluation, subjects):
 # TransformerLens's settings by which the residual stream is no longer the model's own.
 CHANGES_ACTIVATIONS = ("center_writing_weights", "refactor_factored_attn_matrices")
 
-# What `open_sae` opens can also be given to SAEBench's own run_eval, as README shows. It asks an
-# autoencoder for these, wherever it has moved it, and for `cfg`.
+# A RUN of ours that is opened by `open_sae` can be given to SAEBench's own run_eval, as README
+# shows. It asks an autoencoder for these, wherever it has moved it, and for `cfg`.
 sgo_sae.SAE.device = property(lambda sae: sae.W_dec.device)
 sgo_sae.SAE.dtype = property(lambda sae: sae.W_dec.dtype)
 
@@ -1553,6 +1558,7 @@ def open_sae(path, device="cpu"):
         if len(place.parts) < 3 or Path(place.parts[0]).exists():
             raise InputError(f"{path}: there is no such file or folder")
         owner, name, inside = str(path).split("/", 2)
+        inside = inside.strip("/")
         with sgo_sae.loading(f"{path}, which is no folder here and would be on the Hub,"):
             folder = snapshot_download(f"{owner}/{name}", allow_patterns=[inside, f"{inside}/*"])
         place = Path(folder, inside)
@@ -1593,21 +1599,23 @@ class Subject:
         self.path = path
         self.sae = open_sae(path, device)
         self.width = len(self.sae.b_dec)
-        self.cfg = vars(self.sae.cfg)  # all that its files say of it
-        self.training = self.cfg.get("settings") or {}  # ours: all settings of its training
-        if self.training:  # those that came later are as they were before
-            self.training = {**sgo_sae.LATER, **self.training}
-        named = [name for name in self.training if name not in NOT_NAMED]
-        self.settings = {name: self.training[name] for name in named}  # of its column
-        self.seed = self.training.get("seed", 0)
         self.name = None  # of its column, which hangs on the others: see name_subjects
-        self.records = {}
+        self.records = {}  # of each family its Record, whose parts are dicts as in eval.json
         self.layer = None  # whose output it is for, where it says that
         self.unfit = None  # why it can't be measured, where that is so
-        try:
-            self.layer = layer_of(self.cfg)
-        except InputError as error:
-            self.unfit = str(error)
+        self.cfg = vars(self.sae.cfg)  # all that its files say of it
+        with sgo_sae.loading(f"{path}: its cfg.json"):
+            self.training = {**(self.cfg.get("settings") or {})}  # ours: those of its training
+            if self.training:  # those that came later are as they were before
+                self.training = {**sgo_sae.LATER, **self.training}
+            named = [name for name in self.training if name not in NOT_NAMED]
+            self.settings = {name: self.training[name] for name in named}  # of its column
+            self.seed = int(self.training.get("seed", 0))
+            self.ctx = int(self.cfg.get("context_size") or 0) or None
+            try:
+                self.layer = layer_of(self.cfg)
+            except InputError as error:
+                self.unfit = str(error)
 
     def text(self):
         """The dataset that it was trained on, its subset and its column, or None."""
@@ -1658,14 +1666,14 @@ def name_subjects(subjects):
     trained are named after their folder.
     """
     trained = [subject for subject in subjects if subject.settings]
-    values = pandas.DataFrame([subject.settings for subject in trained]).astype(str)
+    values = pandas.DataFrame([subject.settings for subject in trained]).map(repr)
     differing = [key for key in values if values[key].nunique() > 1]
     if not differing:  # of one setting, what matters most
         differing = [key for key in ("arch", "d_sae", "k", "alpha") if key in values]
     for subject in subjects:
         words = [f"{key} {subject.settings[key]}" for key in differing if key in subject.settings]
         folder = Path(subject.path.removesuffix("/params.npz"))
-        subject.name = ", ".join(words) or folder.name
+        subject.name = ", ".join(words) or folder.resolve().name
     # The same setting and seed again, in another folder.
     first = set()
     for subject in subjects:
@@ -1739,7 +1747,7 @@ def table(subjects, families, baseline=None):
     seeds = Counter(subject.name for subject in subjects)
     settings = list(seeds)
     notes = []
-    if baseline:
+    if baseline is not None:
         settings.sort(key=lambda name: name != baseline)
         notes += notes_on_intervals(frame, seeds, baseline)
     for family in families:
@@ -1748,14 +1756,14 @@ def table(subjects, families, baseline=None):
         if missing:
             notes.append(f"{family}: left out of the means is what not all runs have: {missing}")
     head = [f"{name}, {seeds[name]} seeds" if seeds[name] > 1 else name for name in settings]
-    lines = [["", *head, *(["±"] if baseline else [])]]
+    lines = [["", *head, *(["±"] if baseline is not None else [])]]
     legend = []
     for figure in FIGURES:
         own = frame[frame["family"] == figure.family]
         names = names_of(figure, own["figure"].unique())
         for name in names:
             rows = own[own["figure"] == name]
-            if baseline:
+            if baseline is not None:
                 cells, note = paired_cells(rows, settings, SIGNS[figure.better])
                 notes += [f"{figure.family}: {note}"] if note else []
             else:
@@ -1847,7 +1855,7 @@ def notes_on_intervals(frame, seeds, baseline):
         "outside it."
     )
     notes = [differences]
-    has_samples = frame["sample"].nunique() > 1
+    has_samples = frame.groupby("family")["sample"].nunique().max() > 1
     if max(seeds.values()) == 1:
         over = "± is over samples alone" if has_samples else "there is no ±"
         notes.append(f"With one seed a setting {over}: train several, sgo_sae.py --seed 0 1 2.")
@@ -1900,7 +1908,7 @@ def paired_cells(rows, settings, sign):
         note = f"of {len(is_whole)} seeds, only {which} count, which all settings have"
     by_seed = shared.pivot_table(index="seed", columns="setting", values="value")
     by_sample = shared.pivot_table(index="sample", columns="setting", values="value")
-    # Seeds and samples are drawn apart from each other, so that their variances add.
+    # Seeds and samples are drawn independently, so that their variances add.
     halves = [half_interval(by_seed.to_numpy()), half_interval(by_sample.to_numpy())]
     halves = [half for half in halves if half is not None]
     half = math.hypot(*halves) if halves else None
@@ -2015,7 +2023,7 @@ def closest_pairs(activity, count=N_PAIRS):
         score = (pairs.w - pairs.chance) * pairs.shared
         for n in score.topk(min(count, len(score))).indices.tolist():
             best.append(Pairs(*(values[n].item() for values in pairs)))
-    best.sort(key=lambda pair: (pair.chance - pair.w) * pair.shared)
+    best.sort(key=lambda pair: (pair.w - pair.chance) * pair.shared, reverse=True)
     return [pair for pair in best[:count] if pair.w > pair.chance]
 
 
@@ -2072,10 +2080,9 @@ def latent_view(evaluation, sae, i, f_RL, other_RL):
     model = evaluation.model
     ids_RL = evaluation.contexts.ids_RL
     effects = []
-    if model.has_head:
-        W_VD = (
-            model.lm.get_output_embeddings().weight
-        )  # without a bias, whose words are no latent's
+    # The head's bias is no latent's. Some heads are of another width, behind a projection.
+    W_VD = model.lm.get_output_embeddings().weight if model.has_head else None
+    if W_VD is not None and W_VD.shape[1] == sae.W_dec.shape[1]:
         effect_V = W_VD @ sae.W_dec[i].to(W_VD.dtype)
         for word, sign in (("raises", 1), ("lowers", -1)):
             top = (sign * effect_V).topk(N_EFFECTS).indices.tolist()
@@ -2131,7 +2138,7 @@ def page(evaluation, subjects, printed):
     """One HTML file: which pairs of latents compete, on what text, and the table as printed."""
     portraits = [portrait(evaluation, subject.sae) for subject in sgo_sae.each(subjects, "page")]
     return jinja2.Template(PAGE, autoescape=True, trim_blocks=True).render(
-        title=f"{Path(evaluation.name).name}, layer {evaluation.layer}",
+        title=f"{Path(evaluation.model_name).name}, layer {evaluation.layer}",
         runs=[f"{subject.name}, seed {subject.seed}" for subject in subjects],
         n_tokens=evaluation.contexts.sizes["tokens"],
         n_contexts=N_CONTEXTS,
@@ -2197,7 +2204,10 @@ class Evaluation:
             self.layer = next(iter(layers), None)
         fit = [subject for subject in fit if subject.layer in (None, self.layer)]
         names = [subject.cfg.get("model_name") for subject in fit]
-        self.name = args.model or next(filter(None, names), sgo_sae.Config.model)
+        self.model_name = args.model or next(filter(None, names), None)
+        if fit and self.model_name is None:
+            self.model_name = sgo_sae.Config.model
+            sgo_sae.say(f"no RUN names its language model, and {self.model_name} is taken")
         self.subjects = []
         self.refused = {}
         for subject in subjects:
@@ -2223,8 +2233,8 @@ class Evaluation:
             return subject.unfit
         if subject.layer not in (None, self.layer):
             return f"it is for layer {subject.layer}, and this call is for layer {self.layer}"
-        if not self.args.model and model not in (None, self.name):
-            return f"it is for {model}, and this call is for {self.name} (--model chooses)"
+        if not self.args.model and model not in (None, self.model_name):
+            return f"it is for {model}, and this call is for {self.model_name} (--model chooses)"
         return None
 
     def text_config(self):
@@ -2234,9 +2244,7 @@ class Evaluation:
         that the autoencoders were trained on.
         """
         args = self.args
-        ctx = args.ctx or agreed(
-            self.subjects, lambda subject: subject.cfg.get("context_size"), "their --ctx", "--ctx"
-        )
+        ctx = args.ctx or agreed(self.subjects, lambda subject: subject.ctx, "their --ctx", "--ctx")
         config = sgo_sae.Config(ctx=ctx or sgo_sae.Config.ctx, data_seed=args.seed[0])
         if config.ctx < 2:
             raise InputError(f"contexts of {config.ctx} token have none that counts: give --ctx")
@@ -2246,7 +2254,7 @@ class Evaluation:
             config.split = args.split or config.split
             return config
         if self.demo:  # whose model is a folder, in which demo_files put the text, too
-            config.dataset = f"{self.name}/heldout.jsonl"
+            config.dataset = f"{self.subjects[0].training['model']}/heldout.jsonl"
             return config
         config.split = "validation"
         text = agreed(self.subjects, Subject.text, "their text", "--text")
@@ -2292,9 +2300,9 @@ class Evaluation:
         """The language model. Where it can't be loaded, nothing can be measured: InputError."""
         longest = 2
         if set(self.families) & set(TEXT_FAMILIES):
-            sizes = [subject.cfg.get("context_size") or 0 for subject in self.subjects]
+            sizes = [subject.ctx or 0 for subject in self.subjects]
             longest = self.args.ctx or max(sizes) or sgo_sae.Config.ctx
-        return LanguageModel(self.name, self.layer, self.device, self.dtype, longest)
+        return LanguageModel(self.model_name, self.layer, self.device, self.dtype, longest)
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -2339,13 +2347,13 @@ def file_of(subject):
 
 
 def stored_families(file):
-    """What eval.json has: a dict of families. It is empty where that can't be read."""
+    """What eval.json has: a dict of families, empty where the file is none of ours."""
     if not file.exists():
         return {}
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
     try:
-        text = file.read_text(encoding="utf-8")
         content = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
-    except (OSError, ValueError):
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         sgo_sae.say_once(f"{file} holds no figures that can be read")
@@ -2356,14 +2364,15 @@ def stored_families(file):
 def seal_of(content):
     """A digest of a Record's content, which stands beside it in eval.json. Where it does not fit,
     the Record is of another version, or was edited by hand."""
-    text = json.dumps([content.get(name) for name in Record._fields], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest_of([content.get(name) for name in Record._fields])
 
 
 def stored_record(file, family, settings):
     """The Record of eval.json that has those settings, or None."""
     content = stored_families(file).get(family)
-    if not isinstance(content, dict) or content.get("seal") != seal_of(content):
+    if not isinstance(content, dict) or not content.keys() >= set(Record._fields):
+        return None
+    if content.get("seal") != seal_of(content):
         return None
     record = Record(*[content[name] for name in Record._fields])
     return record if record.settings == settings else None
@@ -2392,7 +2401,8 @@ def keep(subject, family, record):
                 content = {**stored_families(file), family: entry}
                 text = json.dumps(content, indent=2, allow_nan=False)
                 sgo_sae.write_whole(file, lambda path: path.write_text(text))
-    except (OSError, NotImplementedError) as error:  # the second where nothing can be locked
+    # Files may not be writable, or not be lockable, or hold a number that JSON can't.
+    except (OSError, NotImplementedError, ValueError) as error:
         sgo_sae.say(f"\n{file} can't be written, its {family} is only printed: {error}")
 
 
@@ -2402,27 +2412,37 @@ def keep_failure(subject, family, reason):
     keep(subject, family, record_of(found, [], {}))
 
 
-def stamp_of(name):
-    """Names, sizes and times of a file, of the files of a folder, or of a pattern; none on the Hub.
+def digest_of(content):
+    """16 digits that hang on all of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    Who changes a file changes them, and they are known at once, whatever the file's size.
+
+def stamp_of(name):
+    """A digest of names, sizes and times of a file, of the files of a folder, or of a pattern; that
+    of nothing where the name is on the Hub.
+
+    Who changes a file changes these, and they are known at once, whatever the file's size.
     """
     places = [name] if Path(name).exists() else glob.glob(name, recursive=True)
-    stamps = []
+    files = []
     for place in map(Path, places):
         for file in [place, *place.rglob("*")]:
             if file.is_file():
+                own = file.name if file == place else str(file.relative_to(place))
                 status = file.stat()
-                name = file.name if file == place else str(file.relative_to(place))
-                stamps.append([name, status.st_size, status.st_mtime_ns])
-    return sorted(stamps)
+                files.append([own, status.st_size, status.st_mtime_ns])
+    return digest_of(sorted(files))
 
 
 def settings_of(evaluation, family, subject):
     """What the figures of a family depend on, to compare with eval.json."""
     args = evaluation.args
-    settings = {"definitions": DEFINITIONS, "model": evaluation.name, "layer": evaluation.layer}
-    settings.update(dtype=str(evaluation.dtype), model_files=stamp_of(evaluation.name))
+    settings = {
+        "definitions": DEFINITIONS,
+        "model": evaluation.model_name,
+        "layer": evaluation.layer,
+    }
+    settings.update(dtype=str(evaluation.dtype), model_files=stamp_of(evaluation.model_name))
     if family in TEXT_FAMILIES:
         config = evaluation.text_config()
         for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
@@ -2431,6 +2451,7 @@ def settings_of(evaluation, family, subject):
     elif family in TASK_FAMILIES:
         settings.update(train=args.train, test=args.test, seed=args.seed)
         settings["probe"] = {path: stamp_of(path) for path in args.probe or ()}
+        settings["demo"] = evaluation.demo
     else:
         settings.update(words=args.words, seed=args.seed)
     files = [Path(subject.path)]
@@ -2477,8 +2498,9 @@ def measure(evaluation, family):
             keep_failure(subject, family, str(error))
             continue
         stored = None
-        if evaluation.args.resume:
-            stored = stored_record(file_of(subject), family, own)
+        with suppress(OSError):  # what can't be read is measured again
+            if evaluation.args.resume:
+                stored = stored_record(file_of(subject), family, own)
         if stored and stored.is_whole:
             subject.records[family] = stored
         elif subject.width != evaluation.model.width:
@@ -2517,12 +2539,12 @@ def work(argv):
     subjects, broken = open_subjects(runs, device)
     evaluation = Evaluation(args, subjects, device, dtype)
     baseline = args.against
-    if args.paired and not baseline:
+    if args.paired and baseline is None:
         paths = members(runs[0])
         first = [subject for subject in evaluation.subjects if subject.path in paths]
         baseline = baseline_of(first or evaluation.subjects)
     names = list(dict.fromkeys(subject.name for subject in evaluation.subjects))
-    if baseline and baseline not in names:
+    if baseline is not None and baseline not in names:
         raise InputError(f"--against {baseline}: the settings are {'; '.join(names)}")
     printed = ""
     done = []
@@ -2581,6 +2603,7 @@ def parse_args(argv):
     runs = values.pop("runs")
     args = Settings(**values)
     args.seed = list(dict.fromkeys(args.seed))
+    args.probe = list(dict.fromkeys(args.probe or ()))
     return runs, args
 
 

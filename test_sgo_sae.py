@@ -830,7 +830,8 @@ def mean_latents(reader, sae, texts, folder):
     folder.mkdir(exist_ok=True)
     found = eval_sae.read_texts(reader, [sae], texts, folder, "texts")
     rows = [found.row_of[text] for text in texts]
-    return found.x_TD[rows], found.latents(0)[rows]
+    (f_TN,) = found.latents(rows)
+    return found.x_TD[rows], f_TN
 
 
 @pytest.fixture(scope="session")
@@ -4308,17 +4309,14 @@ def test_the_others_of_a_class_are_random_and_so_is_what_is_too_much():
     assert any(sizes[3] == 34 for sizes in taken)
 
 
-def test_a_class_is_told_by_the_latents_of_either_choice(tmp_path):
+def test_a_class_is_told_by_the_latents_of_either_choice():
     """One latent is large and hardly differs, another is small and tells all."""
     label_T = torch.arange(400) % 2
     f_TN = torch.zeros(400, 2)
     f_TN[:, 0] = torch.randn(400) * 50 + 10 * label_T
     f_TN[:, 1] = 0.1 * torch.rand(400) + label_T
-    f_TN.numpy().tofile(tmp_path / "latents")
-    texts = eval_sae.Texts({}, f_TN, [tmp_path / "latents"])
-    rows_T = torch.arange(400)
-    inputs = eval_sae.TaskInputs(0, label_T, label_T * 0, 300, f_TN, rows_T, texts)
-    (figures,) = eval_sae.probing_figures(inputs, [None])
+    inputs = eval_sae.TaskInputs(0, label_T, label_T * 0, 300, f_TN)
+    (figures,) = eval_sae.probing_figures(inputs, [None], iter([f_TN]))
     assert figures["standardised_1"] == 1 and figures["latents_1"] == figures["x_1"] < 0.8
     assert figures["latents_2"] == 1 and figures["latents_all"] > 0.9
 
@@ -4914,6 +4912,19 @@ def test_the_whole_model_is_read_up_to_a_layer(model, reader):
     assert reader.has_head and not reader.layer._forward_hooks
 
 
+def test_no_code_of_a_models_folder_is_run(model, run, texts, tmp_path, capsys):
+    """Nor is anybody asked: a stranger's cfg.json may name the folder."""
+    shutil.copytree(model[0], tmp_path / "lm")
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    config["model_type"] = "unheard"
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "lm" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    argv = [run / "s0", "--text", texts, "--metrics", "core", "--model", tmp_path / "lm"]
+    assert evaluated(argv) == 2
+    assert "trust_remote_code" in last_line(capsys) and not (tmp_path / "ran").exists()
+
+
 def test_a_model_whose_files_lack_tensors_is_refused(model, run, tmp_path, texts, capsys):
     """They would be drawn at random. A model that was saved without a head lacks nothing else."""
     import transformers
@@ -5284,6 +5295,9 @@ def test_eval_json_is_json(run, tmp_path):
         lambda text: text.replace('"notes": []', '"notes": "good"'),
         lambda text: text.replace('"is_whole": true,', ""),
         lambda text: '{"core": null, "probe": null}',
+        lambda text: f'{{"core": {{"seal": "{eval_sae.seal_of({})}"}}}}',
+        lambda text: "[" * 100_000,
+        lambda text: text.replace('"mse": 1.0', '"mse": 1e999', 1),
         lambda text: "[1, 2]",
         lambda text: text[:40],
         lambda text: "",
@@ -5307,6 +5321,37 @@ def test_what_is_no_eval_json_of_ours_is_measured_again(run, texts, tmp_path, ca
     assert "core: mse" in capsys.readouterr().out
     stored = json.loads(eval_sae.file_of(subject).read_text())
     assert 0 < stored["core"]["figures"]["mse"] not in (0.5, 1.0)
+
+
+def test_an_eval_json_of_which_one_part_is_odd_costs_no_figure(run, texts, tmp_path, capsys):
+    """A number that JSON can't hold, in another family: what is measured is printed. A byte order
+    mark, as editors write it, costs nothing."""
+    folder = copy_of(run, tmp_path / "sae")
+    subject = eval_sae.Subject(str(folder), CPU)
+    eval_sae.keep(subject, "probe", record({"mse": 1.0}))
+    file = eval_sae.file_of(subject)
+    text = file.read_text()
+    argv = [folder, "--text", texts, "--metrics", "core", "--contexts", "9"]
+    file.write_text(text.replace('"mse": 1.0', '"mse": 1e999'))
+    assert evaluated(argv) == 0
+    printed = capsys.readouterr()
+    assert "core: mse" in printed.out and "its core is only printed" in printed.err
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert evaluated(argv) == 0
+    assert eval_sae.stored_record(file, "probe", {"contexts": 9}).figures == {"mse": 1.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"settings": [1]}, {"hook_name": 12}, {"context_size": "long"}, {"settings": {"seed": None}}],
+)
+def test_a_run_whose_cfg_is_odd_costs_itself(run, texts, tmp_path, capsys, change):
+    odd = copy_of(run, tmp_path / "odd", **change)
+    argv = ["--text", texts, "--metrics", "core", "--contexts", "9", "--ctx", "16"]
+    assert evaluated([run / "s0", odd, *argv]) == 1
+    printed = capsys.readouterr()
+    assert f"{odd} is left out: {odd}: its cfg.json can't be loaded" in printed.out
+    assert "core: mse" in printed.out
 
 
 def test_a_folder_that_can_not_be_written_costs_no_figure(
@@ -5412,7 +5457,7 @@ def test_a_file_of_gemma_scope_is_known(tmp_path):
         first = eval_sae.Subject(str(path), CPU)
         eval_sae.keep(first, "core", record({"mse": 1.0}))
         again = eval_sae.Subject(str(path), CPU)
-        assert stamp() == stamp() != []
+        assert stamp() == stamp()
         assert eval_sae.stored_families(eval_sae.file_of(again))["core"]["figures"] == {"mse": 1.0}
     before = stamp()
     shutil.rmtree(tmp_path / "layer_1")
@@ -5696,6 +5741,8 @@ def test_two_files_of_one_name_are_two_tasks(run, probe_file, tmp_path):
     shutil.copy(probe_file, same_name)
     frames = eval_sae.task_frames([str(probe_file), str(same_name)], False, {})
     assert set(frames) == {str(probe_file), str(same_name)}
+    files = ["d/x.jsonl", "x.jsonl", "x.jsonl.gz"]
+    assert list(eval_sae.task_frames(files, False, {})) == files
 
 
 def test_one_task_that_can_not_be_had_costs_itself(run, probe_file, tmp_path, capsys):
@@ -5832,15 +5879,15 @@ def test_a_text_is_read_once_for_all_samples_and_autoencoders(run, probe_file, m
 
     monkeypatch.setattr(eval_sae, "read_texts", read_texts)
     held = []
-    latents = eval_sae.Texts.latents
+    fromfile = numpy.fromfile
     monkeypatch.setattr(
-        eval_sae.Texts, "latents", lambda self, n: held.append(n) or latents(self, n)
+        numpy, "fromfile", lambda file, **kind: held.append(file.name) or fromfile(file, **kind)
     )
     argv = [run, "--metrics", family, "--probe", probe_file, "--seed", "0", "1", "2"]
     assert evaluated([*argv, "--train", "40", "--test", "20"]) == 0
     ((texts, found),) = read
     assert len(set(texts)) == len(texts)
-    assert held == [0, 1] * 3 and not any(file.exists() for file in found.files)
+    assert held == ["0", "1"] * 3 and not any(file.exists() for file in found.files)
 
 
 def test_figures_are_meaned_over_seeds(run, probe_file):
@@ -6151,6 +6198,14 @@ def test_a_column_is_named_by_what_differs_or_by_what_matters():
     assert cells_of(alone)[0] == ["", "arch topk, d_sae 64, k 4, alpha 0.0, 2 seeds"]
     other = Measured("runs/b", {**base, "lr": 0.2}, 0, {"mse": 1})
     assert cells_of([*alone, other])[0] == ["", "lr 0.1, 2 seeds", "lr 0.2"]
+    # A setting that one of them lacks, or has as None, is another one.
+    for value in (None, 0.5):
+        other = Measured("runs/b", {**base, "alpha_start": value}, 1, {"mse": 1})
+        missing = Measured("runs/a", {**base, "alpha_start": 0.1}, 0, {"mse": 1})
+        names = cells_of([missing, other])[0][1:]
+        assert names == ["alpha_start 0.1", f"alpha_start {value}"]
+    later = Measured("runs/b", {**base, "max_norm": 5.0}, 1, {"mse": 1})
+    assert cells_of([alone[0], later])[0][1:] == ["a-s0", "max_norm 5.0"]
     foreign = Measured("some/where/params.npz", {}, 0, {"mse": 1})
     assert cells_of([alone[0], foreign])[0][2] == "where"
 
@@ -6295,6 +6350,14 @@ def test_samples_enter_the_interval():
     assert "With one seed a setting ± is over samples alone" in found
     row = cells_in(found)[2]
     assert float(row[-1]) == pytest.approx(half(values_RSA[:, 0], 12.7062), rel=0.05)
+    # Another family's sample is none of this one's.
+    for subject in first:
+        parts = subject.records["absorption"].parts[1:]
+        subject.records["absorption"] = subject.records["absorption"]._replace(parts=parts)
+        subject.records["core"] = record_of([eval_sae.Part("text", 0, {"mse": 1.0})])
+    found = eval_sae.table(first, ("core", "absorption"), "alpha 0")
+    assert "With one seed a setting there is no ±" in found
+    first = [subject for subject in subjects if subject.seed == 0]
     # The seed of a run that lacks a sample does not count in any.
     parts = subjects[0].records["absorption"].parts
     subjects[0].records["absorption"] = subjects[0].records["absorption"]._replace(parts=parts[1:])
