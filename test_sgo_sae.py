@@ -4912,7 +4912,7 @@ def test_the_whole_model_is_read_up_to_a_layer(model, reader):
     assert reader.has_head and not reader.layer._forward_hooks
 
 
-def test_no_code_of_a_models_folder_is_run(model, run, texts, tmp_path, capsys):
+def test_no_code_of_a_models_folder_is_run(model, run, texts, tmp_path, monkeypatch, capsys):
     """Nor is anybody asked: a stranger's cfg.json may name the folder."""
     shutil.copytree(model[0], tmp_path / "lm")
     config = json.loads((tmp_path / "lm" / "config.json").read_text())
@@ -4920,9 +4920,10 @@ def test_no_code_of_a_models_folder_is_run(model, run, texts, tmp_path, capsys):
     config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
     (tmp_path / "lm" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
     argv = [run / "s0", "--text", texts, "--metrics", "core", "--model", tmp_path / "lm"]
     assert evaluated(argv) == 2
-    assert "trust_remote_code" in last_line(capsys) and not (tmp_path / "ran").exists()
+    assert "custom code" in last_line(capsys) and not (tmp_path / "ran").exists()
 
 
 def test_a_model_whose_files_lack_tensors_is_refused(model, run, tmp_path, texts, capsys):
