@@ -2367,6 +2367,7 @@ def work(argv):
     if cfgs[0].demo and rank() == 0:
         print(f"to see what the penalty did:  python eval_sae.py {folder} --html page.html")
     if torchrun():
+        dist.barrier()  # A process that left while the first one saves was seen to abort at exit.
         dist.destroy_process_group()
 
 
