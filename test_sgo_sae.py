@@ -2,8 +2,6 @@
 
     python -m pytest              all of them; -n auto on all cores
     python -m pytest -k scr       those whose names have a word
-    python test_sgo_sae.py        no test: milliseconds of a training step; --help lists its flags
-                                  and --planted trains on features that are known
 
 The sections, in this order:
 
@@ -25,8 +23,7 @@ The sections, in this order:
     other people's trainers           training with the penalty in three of them
     what stands in for a GPU          a pretended GPU, and the memory that a run takes
     where there is a GPU              what is skipped without one
-    planted features                  `python test_sgo_sae.py --planted`, and what it computes
-    benchmark                         `python test_sgo_sae.py`
+    study                             the scripts of the folder study
 """
 
 import argparse
@@ -50,11 +47,10 @@ import sys
 import threading
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial, reduce
 from itertools import combinations, count, islice, product
-from multiprocessing import get_context
 from pathlib import Path
 
 # As main() sets them, but earlier.
@@ -90,6 +86,7 @@ from sgo_sae import (
     total_loss,
     update,
 )
+from study import planted
 
 # What starts the tests may ignore signals, as nohup does SIGHUP.
 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -3943,12 +3940,6 @@ def test_help_shows_every_setting_with_its_default():
     )
 
 
-def test_benchmark_prints_milliseconds(capsys):
-    benchmark(["--dict", "256", "--k", "8", "--batch", "64", "--width", "16", "--peers"])
-    for line in capsys.readouterr().out.splitlines()[1:]:
-        assert float(line.split()[-2].replace(",", "")) > 0
-
-
 # ------------------------------------------------------------------------------------------ figures
 
 
@@ -7517,164 +7508,12 @@ def test_gpu_memory_of_run_4_is_that_of_the_account(monkeypatch, real_gpu):
     assert measured < 1.1 * counted
 
 
-# --------------------------------------------------------------------------------- planted features
-# `python test_sgo_sae.py --planted` asks whether autoencoders find features that are known, and
-# what Eq. 3 adds to that. F = 256 features lie in D = 64 dimensions. All of this is ours: that
-# their rates lie evenly, by their logarithms, from 1 in 250 tokens to 1 in 10, that their sizes are
-# 1 ± 0.25, and how it is trained.
-KINDS = {
-    "independent": "each feature is active by itself",
-    "pairs": "of two features of one rate, on half of the tokens one is active where the other is",
-    "parents": "one feature of four is active wherever one of the three others is, and by itself",
-}
-RATES = (1 / 250, 1 / 10)
-PLANTED = {"d_sae": 256, "lr": 1e-2, "normalize": True}
-PLANTED_STEPS = 500
-PLANTED_BATCH = 2048  # tokens, as in the paper; with fewer, more pairs weigh by chance
-PAPER_STRENGTH = 1600 / 64  # α where E‖x‖² is D
-# What has the EV of SGO at a quarter of the paper's strength, and at that strength: with w = 1 an
-# α, whose αΩ/rec is about SGO's, too; with α 0, in the second case, how many latents a token fewer.
-# Found with seed 10, which is not among those that are reported.
-UNIFORM = {"independent": (0.8, 2.5), "pairs": (1.1, 3.6), "parents": (0.8, 2.8)}
-FEWER = {"independent": 1, "pairs": 2, "parents": 5}
-
-
-def planted_arms(kind, k):
-    """The settings that are compared, by name."""
-    weak, strong = UNIFORM[kind]
-    return {
-        "α 0": {"k": k, "alpha": 0.0},
-        "SGO, 1/4": {"k": k, "alpha": PAPER_STRENGTH / 4},
-        "w = 1, EV of SGO, 1/4": {"k": k, "alpha": weak, "pair_weights": "uniform"},
-        "SGO, 1": {"k": k, "alpha": PAPER_STRENGTH},
-        "w = 1, EV of SGO, 1": {"k": k, "alpha": strong, "pair_weights": "uniform"},
-        f"α 0, k - {FEWER[kind]}": {"k": k - FEWER[kind], "alpha": 0.0},
-        "SGO, 4": {"k": k, "alpha": PAPER_STRENGTH * 4},
-    }
-
-
-def has_child(active_TF):
-    """On which tokens each parent, the first feature of four, has a child that is active (T, P)."""
-    return active_TF[:, 1::4] | active_TF[:, 2::4] | active_TF[:, 3::4]
-
-
-def planted_tokens(kind, direction_FD, rate_F, B, generator):
-    """Which features are active on B tokens, (B, F), and the activations x (B, D) of these."""
-    shape = (B, len(rate_F))
-    draw_BF = torch.rand(shape, generator=generator)
-    if kind == "pairs":
-        first_BP, second_BP = draw_BF[:, ::2], draw_BF[:, 1::2]
-        is_copied_BP = torch.rand(second_BP.shape, generator=generator) < 0.5
-        draw_BF[:, 1::2] = torch.where(is_copied_BP, first_BP, second_BP)
-    active_BF = draw_BF < rate_F
-    if kind == "parents":
-        active_BF[:, ::4] |= has_child(active_BF)
-    size_BF = 1 + 0.25 * torch.randn(shape, generator=generator)
-    return active_BF, (active_BF * size_BF) @ direction_FD
-
-
-@torch.no_grad()
-def planted_figures(sae, direction_FD, active_TF, x_TD, kind):
-    """MCC and F1 as SAELens defines them, EV, and how often a parent's latent is silent.
-
-    MCC: the mean |cosine| of features and latents, matched one to one. F1: that of each latent as a
-    detector of the feature nearest to it, the mean over latents. A parent is silent where a child
-    of it is active, and its matched latent is not.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    f_TN = sae.encode(x_TD)
-    fires_TN = f_TN > 0
-    cosine_FN = (direction_FD @ F.normalize(sae.W_dec, dim=1).T).abs()
-    feature_M, latent_M = linear_sum_assignment(cosine_FN.numpy(), maximize=True)
-    nearest_TN = active_TF[:, cosine_FN.argmax(0)]
-    both_N = (fires_TN & nearest_TN).sum(0)
-    sizes_N = fires_TN.sum(0) + nearest_TN.sum(0)
-    error_TD = x_TD - sae.decode(f_TN)
-    figures = {
-        "MCC": cosine_FN[feature_M, latent_M].mean(),
-        "F1": (2 * both_N / sizes_N.clamp(min=1)).mean(),
-        "EV": 1 - error_TD.square().sum() / (x_TD - x_TD.mean(0)).square().sum(),
-    }
-    if kind == "parents":
-        latent_of = dict(zip(feature_M, latent_M, strict=True))
-        fires_TP = fires_TN[:, [latent_of[parent] for parent in range(0, len(direction_FD), 4)]]
-        figures["parent silent"] = 1 - fires_TP[has_child(active_TF)].float().mean()
-    return {name: figure.item() for name, figure in figures.items()}
-
-
-def planted_trial(kind, seed):
-    """The figures of each arm, trained on the same batches."""
-    torch.set_num_threads(1)
-    # `Run` draws the first weights from the same seed; from it alone, these would be the same, too.
-    generator = torch.Generator().manual_seed(1000 + seed)
-    direction_FD = F.normalize(torch.randn(256, 64, generator=generator), dim=1)
-    n_of_a_rate = 2 if kind == "pairs" else 1
-    rates = torch.from_numpy(numpy.geomspace(*RATES, 256 // n_of_a_rate)).float()
-    order = torch.randperm(len(rates), generator=generator)
-    rate_F = rates[order].repeat_interleave(n_of_a_rate)
-    tokens = partial(planted_tokens, kind, direction_FD, rate_F, generator=generator)
-    active_TF, x_TD = tokens(B=20_000)
-    k = round(active_TF.sum(1).float().mean().item())
-    runs = {}
-    for name, settings in planted_arms(kind, k).items():
-        cfg = sgo_sae.Config(**PLANTED, **settings, batch=PLANTED_BATCH, seed=seed)
-        runs[name] = sgo_sae.Run(cfg, 64, CPU)
-    data = (tokens(B=PLANTED_BATCH)[1] for _ in range(PLANTED_STEPS))
-    scale, data = sgo_sae.begin(list(runs.values()), data, PLANTED_STEPS)
-    for step, x_BD in enumerate(data):
-        for run in runs.values():
-            run.step(x_BD * scale, step, PLANTED_STEPS)
-    found = {}
-    for name, run in runs.items():
-        assert run.failure is None, run.failure
-        last = sgo_sae.figures_of(run.sae, x_BD * scale, run.lam, run.alpha, scale, run.penalty)
-        found[name] = planted_figures(run.sae, direction_FD, active_TF, x_TD * scale, kind)
-        found[name]["αΩ/rec"] = last["penalty_share"]
-    return found
-
-
-def planted_lines(trials):
-    """A table of the arms. A figure is the mean over the trials, one for each seed. What follows it
-    is the mean of its difference to α 0, ± half of that mean's 95 % interval. Arms with w = 1 have
-    a second line, of their difference to SGO.
-    """
-    from scipy import stats
-
-    half_width = stats.t.ppf(0.975, len(trials) - 1) / math.sqrt(len(trials))
-
-    def line(name, arm, other):
-        text = f"{name:<22}"
-        for figure in trials[0][arm]:
-            values = numpy.array([trial[arm][figure] for trial in trials])
-            change = values - [trial[other][figure] for trial in trials]
-            cell = f"{values.mean():.3f}"
-            if arm != other:
-                cell += f" ({change.mean():+.3f} ± {half_width * change.std(ddof=1):.3f})"
-            text += f"{cell:<24}"
-        return text
-
-    yield f"{'':<22}" + "".join(f"{figure:<24}" for figure in trials[0]["α 0"])
-    for arm in trials[0]:
-        yield line(arm, arm, "α 0")
-        if " EV of " in arm:
-            other = arm.split(" EV of ")[1]
-            yield line(f"    less {other}", arm, other)
-
-
-def planted(n_seeds=10):
-    """Prints a table for each kind of planted features."""
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        for kind, what in KINDS.items():
-            trials = list(pool.map(partial(planted_trial, kind), range(n_seeds)))
-            print(f"\n{kind}: {what}", *planted_lines(trials), sep="\n", flush=True)
-
-
+# ------------------------------------------------------------------------------------------- study
 def planted_of(kind, T=200_000):
     """Which features are active on T tokens, and their rates."""
     generator = torch.Generator().manual_seed(0)
     rate_F = torch.tensor([0.02, 0.02, 0.05, 0.05, 0.1, 0.1, 0.03, 0.03])
-    active_TF, x_TD = planted_tokens(kind, torch.eye(8), rate_F, T, generator)
+    active_TF, x_TD = planted.tokens_of(kind, torch.eye(8), rate_F, T, generator)
     assert torch.equal(x_TD != 0, active_TF)
     size_E = x_TD[active_TF]
     assert (size_E.mean().item(), size_E.std().item()) == pytest.approx((1, 0.25), abs=0.01)
@@ -7716,12 +7555,12 @@ def test_figures_of_planted_features_by_hand():
     x_TD = active_TF.float()
     order = torch.tensor([3, 0, 7, 1, 2, 4, 5, 6])
     sae = planted_sae(torch.eye(8)[order])
-    found = planted_figures(sae, torch.eye(8), active_TF, x_TD, "parents")
+    found = planted.figures_of(sae, torch.eye(8), active_TF, x_TD, "parents")
     # The latents of the features 3, 5 and 6 are never active, and their F1 is 0.
     assert found == pytest.approx({"MCC": 1, "F1": 5 / 8, "EV": 1, "parent silent": 0}, abs=1e-6)
     sae.W_enc.data[2, 1] = -1  # latent 1 is feature 0; its other child is feature 2
     sae.b_enc.data[2] = 1  # latent 2 is feature 7
-    found = planted_figures(sae, torch.eye(8), active_TF, x_TD, "parents")
+    found = planted.figures_of(sae, torch.eye(8), active_TF, x_TD, "parents")
     f1_of_parent = 2 * 14 / (14 + 20)
     f1_of_child = 2 * 5 / (40 + 5)
     error = 6 * 1 + 40 * 1  # the parent's 1 on 6 tokens, and 1 too much on all
@@ -7729,9 +7568,9 @@ def test_figures_of_planted_features_by_hand():
     assert found["F1"] == pytest.approx((f1_of_parent + f1_of_child + 3) / 8)
     assert found["EV"] == pytest.approx(1 - error / variance)
     assert found["parent silent"] == pytest.approx(6 / 21)
-    assert "parent silent" not in planted_figures(sae, torch.eye(8), active_TF, x_TD, "pairs")
+    assert "parent silent" not in planted.figures_of(sae, torch.eye(8), active_TF, x_TD, "pairs")
     sae.W_dec.data[0] = torch.eye(8)[0] + torch.eye(8)[3]  # of features 3 and 0; matched with 3
-    found = planted_figures(sae, torch.eye(8), active_TF, x_TD, "pairs")
+    found = planted.figures_of(sae, torch.eye(8), active_TF, x_TD, "pairs")
     assert found["MCC"] == pytest.approx((7 + math.sqrt(0.5)) / 8)
 
 
@@ -7743,10 +7582,10 @@ def test_figures_of_planted_features_are_saelens_s():
     torch.manual_seed(1)
     direction_FD = F.normalize(torch.randn(48, 16), dim=1)
     generator = torch.Generator().manual_seed(0)
-    tokens = planted_tokens("parents", direction_FD, torch.full((48,), 0.06), 3000, generator)
+    tokens = planted.tokens_of("parents", direction_FD, torch.full((48,), 0.06), 3000, generator)
     active_TF, x_TD = tokens
     sae = SAE(16, 40, 5)  # fewer latents than features, and some of them near to the same feature
-    found = planted_figures(sae, direction_FD, active_TF, x_TD, "pairs")
+    found = planted.figures_of(sae, direction_FD, active_TF, x_TD, "pairs")
     with torch.no_grad():
         f_TN = sae.encode(x_TD)
         xhat_TD = sae.decode(f_TN)
@@ -7763,18 +7602,18 @@ def test_figures_of_planted_features_are_saelens_s():
 
 def test_a_planted_trial_starts_far_from_the_features_and_moves_towards_them(monkeypatch):
     pytest.importorskip("scipy")
-    arms = {"α 0": {"k": 8, "alpha": 0.0}, "SGO": {"k": 8, "alpha": PAPER_STRENGTH}}
-    monkeypatch.setattr(sys.modules[__name__], "planted_arms", lambda kind, k: arms)
-    monkeypatch.setattr(sys.modules[__name__], "PLANTED_BATCH", 512)
+    arms = {"α 0": {"k": 8, "alpha": 0.0}, "SGO": {"k": 8, "alpha": planted.PAPER_STRENGTH}}
+    monkeypatch.setattr(planted, "arms_of", lambda kind, k: arms)
+    monkeypatch.setattr(planted, "BATCH", 512)
     found = []
     for steps in (1, 25):
-        monkeypatch.setattr(sys.modules[__name__], "PLANTED_STEPS", steps)
-        found.append(planted_trial("independent", 0))
+        monkeypatch.setattr(planted, "STEPS", steps)
+        found.append(planted.trial("independent", 0))
     first, then = found
     assert first["α 0"]["MCC"] < 0.5
     assert then["α 0"]["MCC"] > first["α 0"]["MCC"] + 0.05
     assert then["α 0"]["αΩ/rec"] == 0 < then["SGO"]["αΩ/rec"]
-    assert then == planted_trial("independent", 0)  # a seed fixes everything
+    assert then == planted.trial("independent", 0)  # a seed fixes everything
 
 
 def test_the_table_of_planted_features_by_hand():
@@ -7782,121 +7621,32 @@ def test_the_table_of_planted_features_by_hand():
     trials = []
     for plain, penalised, uniform in ((0.5, 0.6, 0.7), (0.7, 0.75, 0.65), (0.6, 0.9, 0.9)):
         arms = {"α 0": plain, "SGO, 1": penalised, "w = 1, EV of SGO, 1": uniform}
+        arms["α 0, k - 2"] = plain + 0.1
         trials.append({arm: {"MCC": value} for arm, value in arms.items()})
-    _, first, second, third, last = planted_lines(trials)
+    _, first, second, third, last, control, less = planted.lines_of(trials)
     # Differences 0.1, 0.05 and 0.3: their deviation is 0.1323, t(2) at 97.5 % is 4.303.
     assert first.split() == ["α", "0", "0.600"]
     assert second.split() == ["SGO,", "1", "0.750", "(+0.150", "±", "0.329)"]
     assert third.startswith("w = 1, EV of SGO, 1   0.750 (+0.150 ± ")
     # To SGO 0.1, -0.1 and 0, of deviation 0.1.
     assert last.split() == ["less", "SGO,", "1", "0.750", "(+0.000", "±", "0.248)"]
+    # The control is always 0.1 better than α 0.
+    assert control.split()[-5:] == ["2", "0.700", "(+0.100", "±", "0.000)"]
+    assert less.split() == ["SGO,", "1", "less", "it", "0.750", "(+0.050", "±", "0.329)"]
 
 
-# ---------------------------------------------------------------------------------------- benchmark
-
-
-def median_ms(works, times=7):
-    """Median milliseconds of each of the works by name, called in turn; the first round is not
-    counted.
-    """
-    seconds = {name: [] for name in works}
-    for _ in range(times + 1):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(measured[1:]) for name, measured in seconds.items()}
-
-
-def saelens_step(x_BD, N, k):
-    from sae_lens.saes.sae import TrainStepInput
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-
-    cfg = TopKTrainingSAEConfig(d_in=x_BD.shape[1], d_sae=N, k=k, device=str(x_BD.device))
-    sae = TopKTrainingSAE(cfg)
-    adam = torch.optim.Adam(sae.parameters(), lr=0.0)
-    dead_N = torch.zeros(N, dtype=torch.bool, device=x_BD.device)
-    data = TrainStepInput(x_BD, {}, dead_N, n_training_steps=0, is_logging_step=False)
-
-    def step():
-        adam.zero_grad()
-        sae.training_forward_pass(data).loss.backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        adam.step()
-
-    return step
-
-
-def sparsify_step(x_BD, N, k):
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    cfg = SparseCoderConfig(num_latents=N, k=k)
-    coder = SparseCoder(x_BD.shape[1], cfg, device=x_BD.device, dtype=torch.float32)
-    adam = torch.optim.Adam(coder.parameters(), lr=0.0)
-
-    def step():
-        adam.zero_grad()
-        coder(x_BD).fvu.backward()
-        coder.remove_gradient_parallel_to_decoder_directions()
-        adam.step()
-        coder.set_decoder_norm_to_unit_norm()
-
-    return step
-
-
-def dictionary_learning_step(x_BD, N, k):
-    from dictionary_learning.trainers.top_k import TopKTrainer
-
-    sizes = {"activation_dim": x_BD.shape[1], "dict_size": N, "k": k, "device": str(x_BD.device)}
-    trainer = TopKTrainer(steps=10**9, layer=0, lm_name="", **sizes)
-    return partial(trainer.update, 1, x_BD)
-
-
-PEERS = {  # by the name of the package
-    "sae_lens": saelens_step,
-    "sparsify": sparsify_step,
-    "dictionary_learning": dictionary_learning_step,
-}
-
-
-def benchmark(argv):
-    """Times training steps on Gaussian activations, with and without the penalty, and with --peers
-    the plain TopK step of the other trainers that are installed.
-    """
-    parser = argparse.ArgumentParser(description=benchmark.__doc__)
-    for name, value in {"dict": 18432, "k": 320, "batch": 2048, "width": 2304}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--planted", action="store_true", help="train on planted features")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args(argv)
-    if args.planted:
-        return planted()
-    device, _ = sgo_sae.find_device("auto", "auto")
-    mixed = args.dtype == "bfloat16"
-    torch.backends.cuda.matmul.allow_tf32 = True  # as in training
-    x_BD = torch.randn(args.batch, args.width, device=device)
-    works = {}
-    for name, settings in {
-        "without the penalty": {"alpha": 0.0},
-        "with the penalty": {},
-        "with w = 1": {"pair_weights": "uniform"},
-    }.items():
-        # Without a learning rate every step is the same work.
-        cfg = sgo_sae.Config(d_sae=args.dict, k=args.k, lr=0.0, **settings)
-        run = sgo_sae.Run(cfg, args.width, device, mixed)
-        works[name] = partial(run.step, x_BD, 0, 100)
-    if args.peers:
-        for package, step_of_peer in PEERS.items():
-            if importlib.util.find_spec(package):
-                step = step_of_peer(x_BD, args.dict, args.k)
-                works[package] = torch.autocast(device.type, torch.bfloat16, enabled=mixed)(step)
-    print(f"batch {args.batch}, D {args.width}, N {args.dict}, k {args.k}, {args.dtype}, {device}")
-    for name, milliseconds in median_ms(works).items():
-        print(f"step {name:<20}{milliseconds:>12,.1f} ms")
-
-
-if __name__ == "__main__":
-    benchmark(sys.argv[1:])
+def test_the_studies_run_as_their_first_lines_say():
+    """At a small size; what one needs beyond requirements.txt is said where it lacks."""
+    sizes = ["--dict", "256", "--k", "8", "--batch", "128", "--width", "32"]
+    result = python(HERE / "study" / "benchmark.py", *sizes, "--peers")
+    assert result.returncode == 0, result.stderr
+    milliseconds = {}
+    for line in result.stdout.splitlines()[1:]:
+        name, _, number = line.removeprefix("step ").removesuffix(" ms").strip().rpartition(" ")
+        milliseconds[name.strip()] = float(number.replace(",", ""))
+    assert {"without the penalty", "with the penalty", "with w = 1"} <= set(milliseconds)
+    assert min(milliseconds.values()) > 0
+    code = "import importlib.util; importlib.util.find_spec = lambda name: None; import sys; "
+    code += "sys.path.insert(0, 'study'); import planted; planted.main()"
+    result = python("-c", code, cwd=HERE)
+    assert result.returncode == 1 and "needs scipy" in result.stderr
