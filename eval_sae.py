@@ -727,6 +727,7 @@ def read_texts(model, saes, texts, folder, desc):
     ids = model.tokenizer(texts, add_special_tokens=False).input_ids
     ids = [model.bos_ids + i[: TASK_LENGTH - len(model.bos_ids)] for i in ids]
     ids = [i or [0] for i in ids]  # of no token: any, since the first one does not count
+    # Batches come in the order of the texts' lengths, and all that is kept has that order.
     order = []
     parts = []
     files = [Path(folder, str(n)) for n in range(len(saes))]
@@ -1018,6 +1019,7 @@ def probing_figures(inputs, saes, latents):
         of_x[f"x_{k}"] = score
     of_x["x_all"] = full_probing(inputs.x_TD, splits, inputs.seed)
     found = []
+    # Each is read from its file as it is asked for.
     for _, f_TN in zip(sgo_sae.each(saes, "probes"), latents):
         f_TN = f_TN.to(inputs.x_TD.device)
         figures = {}
