@@ -1474,10 +1474,9 @@ def absorption(sae, words, seed=0):
 
 def is_causal(model):
     """Whether a token changes nothing before it."""
-    n_tokens = model.lm.get_input_embeddings().num_embeddings
-    first_1L = torch.arange(8, device=model.lm.device)[None] % n_tokens
+    first_1L = torch.arange(8, device=model.lm.device)[None] % model.n_ids
     second_1L = first_1L.clone()
-    second_1L[0, -1] = (first_1L[0, -1] + 1) % n_tokens
+    second_1L[0, -1] = (first_1L[0, -1] + 1) % model.n_ids
     x_1LD = model.read(first_1L)[:, :-1]
     other_1LD = model.read(second_1L)[:, :-1]
     return torch.allclose(x_1LD, other_1LD, rtol=1e-3, atol=1e-3)
@@ -1627,9 +1626,10 @@ class Subject:
 
     def is_trained_on(self, config):
         """Whether the text of a Config is, or is among, what it was trained on."""
-        if self.text() is None:
+        text = self.text()
+        if text is None:
             return False
-        dataset, subset, _ = self.text()
+        dataset, subset, _ = text
         if not sgo_sae.is_here(dataset):
             split = self.training.get("split", "train")
             return (dataset, subset, split) == (config.dataset, config.subset, config.split)
@@ -1916,9 +1916,10 @@ def paired_cells(rows, settings, sign):
     half = math.hypot(*halves) if halves else None
     means = by_seed.mean()
     changes = means - means[baseline]
-    digits = (
-        significant(half, 2) if half else significant(means[baseline] or changes.abs().max(), 4)
-    )
+    if half:
+        digits = significant(half, 2)
+    else:
+        digits = significant(means[baseline] or changes.abs().max(), 4)
     cells = [f"{means[baseline]:,.{digits}f}"]
     for setting in settings[1:]:
         if setting not in changes:
@@ -2363,21 +2364,22 @@ def stored_families(file):
     return content
 
 
-def seal_of(content):
-    """A digest of a Record's content, which stands beside it in eval.json. Where it does not fit,
-    the Record is of another version, or was edited by hand."""
-    return digest_of([content.get(name) for name in Record._fields])
+def digest_of(content):
+    """16 digits that hang on all of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stored_record(file, family, settings):
-    """The Record of eval.json that has those settings, or None."""
+    """The Record of eval.json that has those settings, or None.
+
+    Its seal is its digest. Where that does not fit, it is of another version, or was edited.
+    """
     content = stored_families(file).get(family)
     if not isinstance(content, dict) or not content.keys() >= set(Record._fields):
         return None
-    if content.get("seal") != seal_of(content):
-        return None
     record = Record(*[content[name] for name in Record._fields])
-    return record if record.settings == settings else None
+    is_ours = content.get("seal") == digest_of(record)
+    return record if is_ours and record.settings == settings else None
 
 
 def keep(subject, family, record):
@@ -2399,7 +2401,7 @@ def keep(subject, family, record):
         with filelock.FileLock(file.with_name(".eval.lock"), timeout=LOCK_WAIT):
             known = stored_record(file, family, record.settings)
             if known is None or len(record.parts) >= len(known.parts):
-                entry = {**record._asdict(), "seal": seal_of(record._asdict())}
+                entry = {**record._asdict(), "seal": digest_of(record)}
                 content = {**stored_families(file), family: entry}
                 text = json.dumps(content, indent=2, allow_nan=False)
                 sgo_sae.write_whole(file, lambda path: path.write_text(text))
@@ -2412,11 +2414,6 @@ def keep_failure(subject, family, reason):
     """Keeps that there are no figures of a family."""
     found = Found([], {}, [f"not measured, {reason}"], is_whole=False)
     keep(subject, family, record_of(found, [], {}))
-
-
-def digest_of(content):
-    """16 digits that hang on all of what JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stamp_of(name):
@@ -2436,15 +2433,12 @@ def stamp_of(name):
     return digest_of(sorted(files))
 
 
-def settings_of(evaluation, family, subject):
-    """What the figures of a family depend on, to compare with eval.json."""
+def settings_of(evaluation, family):
+    """What the figures of a family depend on beside the autoencoder, to compare with eval.json."""
     args = evaluation.args
-    settings = {
-        "definitions": DEFINITIONS,
-        "model": evaluation.model_name,
-        "layer": evaluation.layer,
-    }
-    settings.update(dtype=str(evaluation.dtype), model_files=stamp_of(evaluation.model_name))
+    model = evaluation.model_name
+    settings = {"definitions": DEFINITIONS, "model": model, "model_files": stamp_of(model)}
+    settings.update(layer=evaluation.layer, dtype=str(evaluation.dtype))
     if family in TEXT_FAMILIES:
         config = evaluation.text_config()
         for name in ("dataset", "subset", "split", "text_column", "ctx", "data_seed"):
@@ -2452,16 +2446,20 @@ def settings_of(evaluation, family, subject):
         settings.update(contexts=args.contexts, text=stamp_of(config.dataset))
     elif family in TASK_FAMILIES:
         settings.update(train=args.train, test=args.test, seed=args.seed)
-        settings["probe"] = {path: stamp_of(path) for path in args.probe or ()}
+        settings["probe"] = {path: stamp_of(path) for path in args.probe}
         settings["demo"] = evaluation.demo
     else:
         settings.update(words=args.words, seed=args.seed)
-    files = [Path(subject.path)]
-    if files[0].is_dir():
-        names = ("sae_weights.safetensors", "cfg.json", "params.npz")
-        files = [files[0] / name for name in names]
-    settings["files"] = [stamp_of(str(file)) for file in files]
     return settings
+
+
+def stamps_of(subject):
+    """The stamps of an autoencoder's own files, whatever else its folder has."""
+    path = Path(subject.path)
+    if not path.is_dir():
+        return [stamp_of(subject.path)]
+    names = ("sae_weights.safetensors", "cfg.json", "params.npz")
+    return [stamp_of(str(path / name)) for name in names]
 
 
 def reason_of(error):
@@ -2492,13 +2490,15 @@ def measure(evaluation, family):
     """
     for subject, reason in evaluation.refused.items():
         keep_failure(subject, family, reason)
+    try:
+        common = settings_of(evaluation, family)
+    except InputError as error:
+        for subject in evaluation.subjects:
+            keep_failure(subject, family, str(error))
+        return
     settings = {}  # of those that are to be measured
     for subject in evaluation.subjects:
-        try:
-            own = settings_of(evaluation, family, subject)
-        except InputError as error:
-            keep_failure(subject, family, str(error))
-            continue
+        own = {**common, "files": stamps_of(subject)}
         stored = None
         with suppress(OSError):  # what can't be read is measured again
             if evaluation.args.resume:
@@ -2623,8 +2623,8 @@ def check(args):
         raise InputError(f"--html {args.html} is a folder, and a file is needed")
     if not args.text and (args.split or args.text_column):
         raise InputError("--split and --text-column are of --text, which is not given")
-    for name in [args.text, *(args.probe or ())]:
-        sgo_sae.check_name(name or "")
+    for name in filter(None, [args.text, *args.probe]):
+        sgo_sae.check_name(name)
 
 
 def write_page(evaluation, printed):

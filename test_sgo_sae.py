@@ -5202,8 +5202,7 @@ def test_loaded_autoencoder_has_the_interface_of_saebench(tmp_path):
 def record(figures, **changes):
     settings = changes.pop("settings", {"contexts": 9})
     part = eval_sae.Part("text", 0, figures)
-    found = eval_sae.Found([], {}, [], is_whole=True)
-    made = eval_sae.record_of(found, [part] if figures else [], settings)
+    made = record_of([part] if figures else [], settings=settings)
     return made._replace(**changes)
 
 
@@ -5287,7 +5286,7 @@ def test_eval_json_is_json(run, tmp_path):
         lambda text: text.replace('"notes": []', '"notes": "good"'),
         lambda text: text.replace('"is_whole": true,', ""),
         lambda text: '{"core": null, "probe": null}',
-        lambda text: f'{{"core": {{"seal": "{eval_sae.seal_of({})}"}}}}',
+        lambda text: f'{{"core": {{"seal": "{eval_sae.digest_of([None] * 6)}"}}}}',
         lambda text: "[" * 100_000,
         lambda text: text.replace('"mse": 1.0', '"mse": 1e999', 1),
         lambda text: "[1, 2]",
@@ -5442,8 +5441,7 @@ def test_a_file_of_gemma_scope_is_known(tmp_path):
     gemma_scope(tmp_path / "layer_1")
 
     def stamp():
-        evaluation = evaluation_of([path], "--metrics", "absorption")
-        return eval_sae.settings_of(evaluation, "absorption", evaluation.subjects[0])["files"]
+        return eval_sae.stamps_of(eval_sae.Subject(str(path), CPU))
 
     for path in (tmp_path / "layer_1", tmp_path / "layer_1" / "params.npz"):
         first = eval_sae.Subject(str(path), CPU)
@@ -6388,7 +6386,7 @@ def test_what_the_user_names_is_compared_with(run, tmp_path, texts, capsys):
 
 def test_a_run_that_is_left_out_is_no_baseline(run, tmp_path, texts, capsys):
     other = copy_of(run, tmp_path / "runs" / "a", hook_name="blocks.2.hook_resid_post")
-    assert trained_copy(run, other, alpha=0.0)
+    trained_copy(run, other, alpha=0.0)
     copy_of(run, tmp_path / "runs" / "b")
     argv = [tmp_path / "runs", "--layer", "1", "--text", texts, "--contexts", "9"]
     assert evaluated([*argv, "--metrics", "core", "--paired"]) == 1
