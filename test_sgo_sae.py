@@ -3,27 +3,23 @@
     python -m pytest              all of them; -n auto on all cores
     python -m pytest -k scr       those whose names have a word
 
-The sections, in this order:
+The test of a line stands in the section of the same name as the line's:
 
-    helpers                           planted data, models, runs, stand-ins that several tests use
+    helpers             planted data, models, runs, stand-ins that several sections use
 
-    method, fast                      the penalty, the autoencoder, and what makes them fast
-    texts and activations             files, tokenizers and models of all kinds
-    training                          a run, its figures, outliers
-    grids and processes               several autoencoders, several processes
-    interruption, and what is lost    signals, kills, full disks, resuming
-    errors                            what is refused, in one line
-    other people's autoencoders       SAELens's formats
-    demo and command line
+    method, fast, activations, training, baselines, processes, texts, language model, files, demo,
+    main                those of sgo_sae.py
 
-    figures, core and behaviour, competition, probes, scr, absorption, tasks, model, autoencoders,
-    results, evaluation, table, page  the sections of eval_sae.py
-    SAEBench's recorded outputs       the same inputs measured by it
+    figures, core, behaviour, competition, model, tasks, probe, scr, absorption, autoencoders,
+    table, page, evaluation, results
+                        those of eval_sae.py
 
-    other people's trainers           training with the penalty in three of them
-    what stands in for a GPU          a pretended GPU, and the memory that a run takes
-    where there is a GPU              what is skipped without one
-    study                             the scripts of the folder study
+    refusals            command lines of both, and what they are told
+    SAEBench's recorded outputs, other people's trainers
+                        the same inputs measured by it; training with the penalty in three of them
+    what stands in for a GPU, where there is a GPU
+                        a pretended GPU, and what is skipped without one
+    study               the scripts of the folder study
 """
 
 import argparse
@@ -32,6 +28,7 @@ import html
 import html.parser
 import http.server
 import importlib.util
+import io
 import json
 import math
 import os
@@ -44,6 +41,9 @@ import socket
 import statistics
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import tempfile
 import threading
 import time
 import warnings
@@ -52,6 +52,7 @@ from contextlib import contextmanager
 from functools import partial, reduce
 from itertools import combinations, count, islice, product
 from pathlib import Path
+from typing import NamedTuple
 
 # As main() sets them, but earlier.
 os.environ.update(TRANSFORMERS_VERBOSITY="critical", HF_HUB_VERBOSITY="critical")
@@ -86,7 +87,7 @@ from sgo_sae import (
     total_loss,
     update,
 )
-from study import planted
+from study import benchmark, planted, tasks
 
 # What starts the tests may ignore signals, as nohup does SIGHUP.
 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -100,8 +101,14 @@ HAS_GPU = torch.cuda.is_available()
 
 
 # ------------------------------------------------------------------------------------------ helpers
+
+
 TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps near a stone by the river . "
+
+
 CUDA = torch.device("cuda", 0)
+
+
 SHAPES = [(7, 5, 1), (16, 12, 12), (40, 30, 6), (1, 9, 3), (33, 64, 2), (64, 100, 8), (3, 200, 200)]
 
 
@@ -110,15 +117,6 @@ def seeded(monkeypatch):
     """Each test starts with the same random numbers, and sees no GPU unless it asks for it."""
     torch.manual_seed(0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture
-def real_gpu(seeded, monkeypatch):
-    """The GPU, which other tests hide, with float32 products in TF32, as in training."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = False  # PyTorch's default
 
 
 def python(*argv, **environment):
@@ -138,6 +136,23 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@contextmanager
+def contexts_noted():
+    """A list of the contexts that a language model reads within, as its embedding gets them: a
+    tensor ids_BL for each pass."""
+    passes = []
+
+    def note(module, args):
+        if isinstance(module, torch.nn.Embedding):
+            passes.append(args[0])
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
 def metrics_of(folder):
     """The lines of metrics.jsonl, without what depends on the machine."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -145,11 +160,6 @@ def metrics_of(folder):
         for name in ("seconds", "peak_memory_gb"):
             row.pop(name, None)
     return rows
-
-
-def last_line(capsys):
-    """The last line that was printed as an error."""
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def sparse_latents(B, N, K, seed=0, skew=2.0, dtype=torch.float64):
@@ -209,27 +219,6 @@ def take(way, monkeypatch, **sizes):
     elif sizes:
         name = f"gradient_by_{way}"
         monkeypatch.setattr(sgo_sae, name, partial(getattr(sgo_sae, name), **sizes))
-
-
-def adam_of(sae, lr=1e-3):
-    return torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999))
-
-
-def step_of(sae, adam, x_BD, alpha, lr, lam=0.04, penalty=sgo_penalty):
-    """One step as a CPU takes it; its loss."""
-    loss = total_loss(topk_loss_terms(sae, x_BD, penalty), lam, alpha)
-    assert 0 < update(sae, adam, loss, lr) < math.inf
-    return loss.item()
-
-
-def plain_topk(sae, x_BD):
-    """Dense top-k latents, written independently: everything under the k-th largest pre-activation
-    is 0.
-    """
-    pre_BN = ((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
-    return torch.where(
-        pre_BN >= pre_BN.sort(dim=1, descending=True).values[:, sae.k - 1 : sae.k], pre_BN, 0
-    )
 
 
 def make_model(folder, bos=True, layers=4, vocab=80):
@@ -381,59 +370,6 @@ def weights_of(folder):
     return (Path(folder) / "sae_weights.safetensors").read_bytes()
 
 
-def held_bytes(cfgs, monkeypatch, d_in=2304):
-    """Bytes at the peak of two training steps of a GPU, counted on tensors that have sizes and no
-    content. Every latent counts as active.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    def all_places(t):
-        return torch.arange(t.numel())[:, None]
-
-    def product(a, b):  # with sums in float32, as CUDA has it
-        return torch.empty(a.shape[0], b.shape[1])
-
-    monkeypatch.setattr(torch.Tensor, "nonzero", all_places)
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: 1.0)
-    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args: self)
-    monkeypatch.setattr(sgo_sae, "PAIRS_PAY", {"cpu": sgo_sae.PAIRS_PAY["cuda"]})
-    monkeypatch.setattr(sgo_sae, "product", product)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        runs = [sgo_sae.Run(cfg, d_in, CPU, mixed_precision=True) for cfg in cfgs]
-        x_BD = torch.empty(cfgs[0].batch, d_in)
-        tracker = MemTracker()
-        tracker.track_external(*[run.sae for run in runs], *[run.adam for run in runs], x_BD)
-        with tracker:
-            for step in range(2):
-                for run in runs:
-                    run.step(x_BD, step, 10)
-    (peak,) = tracker.get_tracker_snapshot("peak").values()
-    return peak["Total"]
-
-
-def gemma_bytes(layer=12, buffer=2048, ctx=128, batch=2048):
-    """Gemma-2-2B up to the layer in bfloat16, the activations of a round, and the first batches,
-    which are kept.
-    """
-    import transformers
-
-    config = transformers.Gemma2Config(
-        num_hidden_layers=layer + 1
-    )  # its defaults are those of the 2B model
-    assert (config.hidden_size, config.vocab_size) == (2304, 256000)
-    with torch.device("meta"):
-        lm = transformers.Gemma2Model(config)
-    first = math.ceil(sgo_sae.SAMPLE / batch) * batch
-    return 2 * sum(p.numel() for p in lm.parameters()) + 2 * (buffer * (ctx - 1) + first) * 2304
-
-
-def config_of(arch, d_sae):
-    return sgo_sae.Config(arch=arch, d_sae=d_sae, alpha=0.075 if arch == "topk" else 0.0)
-
-
 class OnGPU(torch.Tensor):
     """A tensor that says it is on cuda:0, and is computed on the CPU."""
 
@@ -515,12 +451,6 @@ def patch_gpu(monkeypatch):
     return pretending
 
 
-@pytest.fixture
-def pretended_gpu(patch_gpu):
-    with patch_gpu() as mode:
-        yield mode
-
-
 def last_of_each(argv):
     """A command line in which the last values of a flag are its values, so that tests can change
     some: a list's are added up."""
@@ -544,28 +474,52 @@ def evaluated(argv):
     return sgo_sae.main(argv, eval_sae.work, "eval_sae.py", eval_sae.MEMORY_ADVICE)
 
 
-def refused(argv, capsys):
-    """The one line with which a command line is refused."""
-    assert trained(argv) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("sgo_sae.py: error: "), lines
-    return lines[0]
+class Result(NamedTuple):
+    """What a command line came to: the exit code, what it printed, and the eval.json of its RUN."""
+
+    code: int
+    out: str
+    err: str
+    stored: dict
+
+    @property
+    def last(self):
+        """The last line of the errors."""
+        return self.err.splitlines()[-1]
+
+    @property
+    def refusal(self):
+        """The one line with which it is refused."""
+        assert self.code == 2
+        (line,) = self.err.splitlines()
+        assert ": error: " in line
+        return line
+
+    def row(self, label):
+        """The cells of a row of the printed table."""
+        rows = [row for row in cells_in(self.out) if row[0].startswith(label)]
+        assert len(rows) == 1, self.out
+        return rows[0][1:]
 
 
-def poisoned(monkeypatch, when):
-    """From the step `when`(cfg, number of its steps so far) says, a run's activations are not
-    finite.
-    """
-    real = sgo_sae.Run.step
-    calls = {}
+@pytest.fixture
+def result(capsys):
+    """The Result of a command line: one of eval_sae.py, where it begins with a RUN."""
 
-    def step(self, x_BD, *rest):
-        calls[self.cfg.out] = calls.get(self.cfg.out, 0) + 1
-        return real(
-            self, x_BD * (float("nan") if when(self.cfg, calls[self.cfg.out]) else 1), *rest
-        )
+    def run(argv):
+        capsys.readouterr()
+        stored = {}
+        if str(argv[0]).startswith("--"):
+            code = trained(argv)
+        else:
+            code = evaluated(argv)
+            file = Path(argv[0], "eval.json")
+            if file.exists():
+                stored = json.loads(file.read_text())
+        out, err = capsys.readouterr()
+        return Result(code, out, err, stored)
 
-    monkeypatch.setattr(sgo_sae.Run, "step", step)
+    return run
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -587,14 +541,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Sends this process a signal during a step of the next run."""
     real = sgo_sae.Run.step
@@ -614,29 +560,6 @@ def whole(model, texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     assert trained(flags(model[0], texts, out, **LONG)) == 0
     return out
-
-
-def texts_of(path, **settings):
-    """The texts that training reads of a path, in the order of reading."""
-    cfg = sgo_sae.Config(dataset=str(path), **settings)
-    with sgo_sae.loading(str(path)):
-        rows = sgo_sae.open_dataset(cfg, (cfg.text_column,))
-        return list(sgo_sae.texts_in(rows, cfg.text_column))
-
-
-def little_tokenizer(kind):
-    """A tokenizer that knows the words "some" and "text", or the letters of them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    unknown = {}
-    if kind == "words":
-        unknown = {"unk_token": "[UNK]"}
-        tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "some": 1, "text": 2}, **unknown))
-    else:
-        tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("sometx")}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **unknown)
 
 
 def tiny(kind):
@@ -709,20 +632,6 @@ def saved(kind, model, folder):
     return lm
 
 
-def signal_in_pass(monkeypatch, n, number):
-    """Sends this process a signal during the n-th pass of the language model from now on."""
-    real = sgo_sae.layer_output
-    passes = []
-
-    def read_and_signal(*args):
-        passes.append(1)
-        if len(passes) == n:
-            os.kill(os.getpid(), number)
-        return real(*args)
-
-    monkeypatch.setattr(sgo_sae, "layer_output", read_and_signal)
-
-
 def skewed_latents(B=2048, N=300, K=12, dtype=torch.float32):
     """Latents of unequal rates without ties; many are never active."""
     pre_BN = torch.randn(B, N, dtype=dtype) - 3 * torch.linspace(0, 1, N, dtype=dtype)
@@ -742,39 +651,6 @@ def relative_error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-class Squares(sgo_sae.ThresholdSAE):
-    """An architecture of one's own."""
-
-    def activate(self, pre):
-        return pre.relu().square()
-
-    def adjust(self, lam, f_BN, l0, lr):
-        return lam
-
-
-class Halves(SAE):
-    """Top-k with formulas of its own, and no name by which SAELens knows it."""
-
-    def pre_activations(self, x):
-        return super().pre_activations(x) * 0.5
-
-    def sparsity(self, pre_BN, f_BN):
-        return f_BN.square().sum(1).mean()
-
-
-def with_outliers(monkeypatch, share=0.01, times=100):
-    """Lets some tokens within the texts have a norm of many times the others'."""
-    real = sgo_sae.layer_output
-
-    def output(lm, layer, ids_BL):
-        x_BLD = real(lm, layer, ids_BL).clone()
-        generator = torch.Generator().manual_seed(int(ids_BL.sum()))
-        x_BLD[torch.rand(ids_BL.shape, generator=generator) < share] *= times
-        return x_BLD
-
-    monkeypatch.setattr(sgo_sae, "layer_output", output)
-
-
 def planted_sae(W_dec_ND, k=None):
     """An autoencoder with a given dictionary, whose encoder reads each direction's coefficient."""
     N, D = W_dec_ND.shape
@@ -790,12 +666,6 @@ def independent_latents(T, N, seed=0):
     rate_N = (torch.randn(N, generator=generator) * 1.5).exp()
     rate_N = (rate_N / rate_N.mean() / 80).clamp(max=0.9)
     return (torch.rand(T, N, generator=generator) < rate_N).float()
-
-
-def competition_of(f_TN):
-    sae = planted_sae(torch.eye(f_TN.shape[1]))
-    sae.encode = lambda x: x
-    return eval_sae.competition(sae, f_TN)
 
 
 def frame_of(cells):
@@ -820,15 +690,6 @@ def fit(adam, loss_of, batches):
         adam.zero_grad()
         loss_of(rows).backward()
         adam.step()
-
-
-def mean_latents(reader, sae, texts, folder):
-    """Mean activations and mean latents of texts, in their order."""
-    folder.mkdir(exist_ok=True)
-    found = eval_sae.read_texts(reader, [sae], texts, folder, "texts")
-    rows = [found.row_of[text] for text in texts]
-    (f_TN,) = found.latents(rows)
-    return found.x_TD[rows], f_TN
 
 
 @pytest.fixture(scope="session")
@@ -879,23 +740,6 @@ def probe_file(tmp_path_factory):
     return str(path)
 
 
-def small_evaluation(run, texts, probe_file):
-    sizes = ["--contexts", "40", "--train", "200", "--test", "100", "--words", "200"]
-    return [run / "s0", run / "s1", "--text", texts, "--probe", probe_file, *sizes]
-
-
-def planted_attributes(T=4800):
-    """Activations in which one direction has the label, weakly, and another the attribute,
-    strongly; labels and attributes."""
-    torch.manual_seed(0)
-    label_T = torch.arange(T) % 2
-    attribute_T = torch.arange(T) // 2 % 2
-    f_TN = torch.rand(T, 8) * 0.05
-    strong_T = 2.0 * attribute_T
-    f_TN[:, :4] += torch.stack([label_T, 1 - label_T, strong_T, 2.0 - strong_T], 1)
-    return f_TN, label_T, attribute_T
-
-
 def planted_words(sae):
     """Words of random activations, twenty of each letter."""
     D = len(sae.b_dec)
@@ -903,80 +747,6 @@ def planted_words(sae):
     x_TD = torch.randn(520, D) + F.one_hot(letter_T % D, D)
     new_x_PD = torch.randn(104, D)
     return eval_sae.Words(x_TD, letter_T, 416, new_x_PD, letter_T[416:], torch.randn(26, D))
-
-
-def planted_letters(absorbing):
-    """An autoencoder of 53 latents, the first 26 of which are letters, and Words that it spells.
-
-    Where it is absorbing, one A word in 25 has latent 52, whose decoder row has a cosine of 0.71
-    with the letter's, in the place of the letter's own.
-    """
-    nth_T, letter_T = torch.cartesian_prod(torch.arange(100), torch.arange(26)).T
-    f_TN = 4.0 * F.one_hot(letter_T, 53) + 0.5 * F.one_hot(torch.randint(26, 52, (2600,)), 53)
-    W_ND = torch.eye(60)[:53]
-    W_ND[52] = F.normalize(torch.eye(60)[0] + torch.eye(60)[58], dim=0)
-    if absorbing:
-        f_TN[(letter_T == 0) & (nth_T % 25 == 0)] = 6.0 * F.one_hot(torch.tensor(52), 53)
-    x_TD = f_TN @ W_ND
-    decode = torch.linalg.pinv(W_ND)
-    sae = planted_sae(W_ND)
-    sae.encode = lambda x: (x @ decode).clamp(min=0)
-    n_train = 75 * 26
-    words = eval_sae.Words(
-        x_TD, letter_T, n_train, x_TD[n_train:], letter_T[n_train:], 20 * torch.eye(60)[:26]
-    )
-    return sae, words
-
-
-def trained_copy(run, folder, **changes):
-    """Gives a copy of a run the settings of its training, with changes."""
-    settings = json.loads((run / "s0" / "cfg.json").read_text())["metadata"]["settings"]
-    config = json.loads((folder / "cfg.json").read_text())
-    config["metadata"]["settings"] = {**settings, **changes}
-    (folder / "cfg.json").write_text(json.dumps(config))
-    return folder
-
-
-class TokenizerThatDrops:
-    """A tokenizer that makes no token of one text, as some do of characters that they lack."""
-
-    def __init__(self, tokenizer, text):
-        self.tokenizer = tokenizer
-        self.text = text
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, texts, **options):
-        texts = ["" if text == self.text else text for text in texts]
-        return self.tokenizer(texts, **options)
-
-
-def little_pieces(kind):
-    """A tokenizer of bytes as GPT-2's has them, or one that marks words as Llama's does."""
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    if kind == "byte level":
-        bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator([TEXT], 300, show_progress=False)
-        return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
-    known = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-    known += [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocab = {token: i for i, token in enumerate(known)}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 class Speller:
@@ -1077,90 +847,45 @@ def speller(tmp_path_factory):
     return Speller(tmp_path_factory.mktemp("speller") / "lm")
 
 
-def evaluation_of(paths, *argv):
-    _, args = eval_sae.parse_args([*map(str, paths), *argv])
-    subjects = [eval_sae.Subject(str(path), "cpu") for path in paths]
-    return eval_sae.Evaluation(args, subjects, CPU, torch.float32)
-
-
 def record_of(parts, notes=(), is_whole=True, settings=None):
     found = eval_sae.Found([], {}, list(notes), is_whole)
     return eval_sae.record_of(found, parts, settings or {})
 
 
 class Measured:
-    """As much of a Subject as a table needs."""
+    """As much of a Subject as a table needs: figures of one family, part by part."""
 
-    def __init__(self, path, settings, seed, figures, family="core"):
+    def __init__(self, path, settings, seed, parts, family="core"):
         self.path = path
         self.settings = settings
         self.seed = seed
-        part = eval_sae.Part("text", 0, figures)
-        self.records = {family: record_of([part])}
+        parts = [eval_sae.Part(*part) for part in parts]
+        self.records = {family: record_of(parts)}
 
 
-def table_of(subjects, families=("core",), **options):
-    eval_sae.name_subjects(subjects)
-    return eval_sae.table(subjects, families, **options)
+def measured(values, family="core", figure="mse"):
+    """Subjects with the values of a figure, or with dicts of figures, by (α, seed), or by (α, seed,
+    sample), where a sample is a number, or the name of a task.
+    """
+    parts = {}
+    for (alpha, seed, *sample), value in values.items():
+        figures = value if isinstance(value, dict) else {figure: value}
+        task, number = ("text", *sample, 0)[:2]
+        if isinstance(number, str):
+            task, number = number, 0
+        parts.setdefault((alpha, seed), []).append((task, number, figures))
+    subjects = []
+    for (alpha, seed), own in parts.items():
+        settings = {"arch": "topk", "alpha": alpha}
+        subjects.append(Measured(f"{alpha}-{seed}", settings, seed, own, family))
+    return subjects
 
 
 def cells_in(text):
     lines = text.splitlines()
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
-
-
-def cells_of(subjects, families=("core",), **options):
-    return cells_in(table_of(subjects, families, **options))
-
-
-def paired_subjects(n_settings, n_seeds):
-    """Subjects with figures of setting + seed + a residual, and one that is the same for all; and
-    the values (seeds, settings)."""
-    generator = torch.Generator().manual_seed(0)
-    residual_SR = torch.randn(n_seeds, n_settings, generator=generator).double() / 100
-    values_SR = 5 * torch.arange(n_seeds)[:, None] + 0.3 * torch.arange(n_settings) + residual_SR
-    subjects = []
-    for setting, alpha in zip(range(n_settings), (20, 0, 2.5, 3, 4)):
-        for seed in range(n_seeds):
-            settings = {"arch": "topk", "alpha": alpha}
-            value = values_SR[seed, setting].item()
-            figures = {"mse": value, "cosine": value, "l0": 0.7}
-            subjects.append(Measured(f"{alpha}-{seed}", settings, seed, figures))
-    return subjects, values_SR
-
-
-@pytest.fixture
-def planted_page(monkeypatch):
-    """An evaluation of six latents on 40 contexts of 32 tokens, whose token n is the text <n>.
-
-    A token whose number is a multiple of 5 is one piece of text with the next one.
-    """
-
-    def pieces(tokenizer, ids):
-        found = []
-        n = 0
-        while n < len(ids):
-            size = 2 if ids[n] % 5 == 0 else 1
-            found.append((f"<{ids[n]}>", size))
-            n += size
-        return found
-
-    rate_N = torch.tensor([0.09, 0.09, 0.08, 0.08, 0.08, 0.0])
-    f_RLN = torch.rand(40, 32, 6) * (torch.rand(40, 32, 6) < rate_N)
-    f_RLN[..., 1] = torch.where(torch.rand(40, 32) < 0.8, f_RLN[..., 0] / 2, 0)
-    kept_RL = torch.ones(40, 32, dtype=torch.bool)
-    kept_RL[:, 0] = False
-    head = torch.nn.Linear(6, 50)  # a bias, as Phi's has, raises the same for all latents
-    torch.nn.init.normal_(head.bias, std=9)
-    monkeypatch.setattr(eval_sae, "pieces", pieces)
-    monkeypatch.setattr(eval_sae, "text_of", lambda tokenizer, token: f"<{token}>")
-    lm = argparse.Namespace(get_output_embeddings=lambda: head)
-    ids_RL = torch.arange(40 * 32).view(40, 32)
-    return argparse.Namespace(
-        activations=f_RLN,
-        contexts=eval_sae.Contexts(ids_RL, kept_RL, {}, []),
-        model=argparse.Namespace(has_head=True, lm=lm, tokenizer=None),
-    )
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")
+    ]
 
 
 # ------------------------------------------------------------------------------------------- method
@@ -1188,6 +913,208 @@ def test_weights_of_a_case_worked_by_hand():
 
 
 WAYS = ["tiles", "pairs", "blocks"]
+
+
+def plain_topk(sae, x_BD):
+    """Dense top-k latents, written independently: everything under the k-th largest pre-activation
+    is 0.
+    """
+    pre_BN = ((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+    return torch.where(
+        pre_BN >= pre_BN.sort(dim=1, descending=True).values[:, sae.k - 1 : sae.k], pre_BN, 0
+    )
+
+
+@pytest.mark.parametrize("bias", [0.0, -1.0])
+def test_sae_and_its_gradients_match_a_dense_one(bias):
+    """Also where a token has fewer active latents than k."""
+    sae = SAE(6, 20, 4).double()
+    for p in sae.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    sae.b_enc.data += bias
+    x_BD = torch.randn(50, 6, dtype=torch.float64)
+    f_BN = plain_topk(sae, x_BD)
+    assert ((f_BN > 0).sum(1) < 4).any() == (bias < 0)
+    assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-14)
+    assert torch.allclose(sae(x_BD), f_BN @ sae.W_dec + sae.b_dec, atol=1e-12)
+    inputs = list(sae.parameters())
+    expected = (f_BN @ sae.W_dec + sae.b_dec - x_BD).square().sum(1).mean() + f_BN.sum(1).mean()
+    expected = [expected, *torch.autograd.grad(expected, inputs)]
+    for terms in (loss_terms(sae, x_BD), topk_loss_terms(sae, x_BD, sgo_penalty)):
+        loss = total_loss(terms, 1.0, 0.0)
+        found = [loss, *torch.autograd.grad(loss, inputs)]
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(terms.fired_N, (f_BN > 0).any(0))
+
+
+def test_a_latent_that_is_selected_with_value_0_has_not_fired():
+    sae = SAE(6, 20, 4)
+    sae.b_enc.data.fill_(-100.0)
+    sae.b_enc.data[7] = 100.0
+    for terms in (loss_terms(sae, torch.randn(50, 6)), topk_loss_terms(sae, torch.randn(50, 6))):
+        assert terms.fired_N.nonzero().tolist() == [[7]]
+
+
+ARCHS = ("topk", "batchtopk", "relu", "jumprelu")
+
+
+def test_schedules_at_their_corners():
+    assert sgo_sae.alpha_at(0) == pytest.approx(0.01)
+    assert sgo_sae.alpha_at(999) == pytest.approx(0.01 + 0.065 * 0.999)
+    assert sgo_sae.alpha_at(1000) == sgo_sae.alpha_at(4881) == pytest.approx(0.075)
+    assert sgo_sae.alpha_at(0, alpha=0) == sgo_sae.alpha_at(500, alpha=0) == 0
+    assert (
+        sgo_sae.alpha_at(0, alpha=0.004) == sgo_sae.alpha_at(500, alpha=0.004) == 0.004
+    )  # it never falls
+    assert sgo_sae.lr_at(0) == sgo_sae.lr_at(4270) == sgo_sae.lr_at(4271) == pytest.approx(3e-4)
+    assert sgo_sae.lr_at(4272) == pytest.approx(3e-4 * 610 / 611)
+    assert sgo_sae.lr_at(4881) == pytest.approx(3e-4 / 611)
+
+
+def test_geometric_median_meets_its_optimality_condition():
+    x_BD = torch.randn(501, 8, dtype=torch.float64).exp()
+    median_D = sgo_sae.geometric_median(x_BD, iterations=1000)
+    assert (
+        F.normalize(x_BD - median_D, dim=1).sum(0).norm() < 1e-6
+    )  # the unit vectors to the points cancel
+    assert torch.equal(
+        sgo_sae.geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).round(), torch.zeros(1)
+    )
+
+
+def adam_of(sae, lr=1e-3):
+    return torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999))
+
+
+def step_of(sae, adam, x_BD, alpha, lr, lam=0.04, penalty=sgo_penalty):
+    """One step as a CPU takes it; its loss."""
+    loss = total_loss(topk_loss_terms(sae, x_BD, penalty), lam, alpha)
+    assert 0 < update(sae, adam, loss, lr) < math.inf
+    return loss.item()
+
+
+def test_alpha_zero_is_a_separate_plain_topk_step():
+    x_BD = torch.randn(256, 16) * 3
+    sae = SAE(16, 64, 4)
+    plain = SAE(16, 64, 4)
+    plain.load_state_dict(sae.state_dict())
+    ours = adam_of(sae, 1e-3)
+    theirs = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    for _ in range(10):
+        step_of(sae, ours, x_BD, 0.0, 1e-3)
+        f_BN = plain_topk(plain, x_BD)
+        loss = (x_BD - plain.decode(f_BN)).square().sum(1).mean() + 0.04 * f_BN.sum(1).mean()
+        theirs.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            W_ND = plain.W_dec
+            g_ND = plain.W_dec.grad
+            g_ND -= (g_ND * W_ND).sum(1, keepdim=True) * W_ND
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            theirs.step()
+            W_ND /= W_ND.norm(dim=1, keepdim=True)
+    for a, b in zip(sae.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_planted_features_are_recovered():
+    D = 32
+    N = 48
+    active = 3
+    true_ND = F.normalize(torch.randn(N, D), dim=1)
+    sae = SAE(D, 2 * N, active)
+    adam = adam_of(sae)
+    for step in range(500):
+        slots_BK = torch.rand(256, N).topk(active, dim=1).indices
+        f_BN = torch.zeros(256, N).scatter(1, slots_BK, torch.rand(256, active) + 0.5)
+        alpha = sgo_sae.alpha_at(step, 0.075, warmup=150)
+        step_of(sae, adam, f_BN @ true_ND, alpha, sgo_sae.lr_at(step, 500, 5e-3, 0.8), 0.0)
+    matched_N = (true_ND @ sae.W_dec.T).amax(1)
+    assert (matched_N > 0.9).float().mean() > 0.95
+
+
+def test_penalty_lowers_competition_in_training():
+    shares = {}
+    for alpha in (0.0, 0.5):
+        torch.manual_seed(0)
+        sae = SAE(16, 64, 8)
+        adam = adam_of(sae)
+        for _ in range(200):
+            x_BD = torch.randn(512, 16) * 2
+            step_of(sae, adam, x_BD, alpha, 3e-3)
+        shares[alpha] = orthogonality(sae.encode(x_BD).detach()).item()
+    assert shares[0.5] < 0.8 * shares[0.0]
+
+
+def test_method_section_stands_alone():
+    """The method, under the imports of torch and with no other package, trains; it names no
+    process, file or other architecture.
+    """
+    section = re.search(r"# -+ method\n(.*?)# -+ fast\n", SCRIPT.read_text(), re.DOTALL).group(1)
+    assert not re.search(r"\b(dist|rank|Path|Config|arch|device)\b", section)
+    use = """
+import sys
+for name in ("transformers", "datasets", "numpy", "tqdm", "safetensors", "tokenizers", "resource"):
+    sys.modules[name] = None  # Windows has no resource
+from typing import NamedTuple
+import torch
+import torch.nn.functional as F
+from torch import nn
+METHOD
+torch.manual_seed(0)
+sae = SAE(8, 32, 4)
+x_BD = torch.randn(64, 8)
+sae.b_dec.data = geometric_median(x_BD)
+adam = torch.optim.Adam(sae.parameters())
+losses = []
+for step in range(50):
+    loss = total_loss(loss_terms(sae, x_BD), alpha=alpha_at(step))
+    assert 0 < update(sae, adam, loss, lr_at(step, 50, 1e-2)) < float('inf')
+    losses.append(loss.item())
+assert losses[-1] < 0.7 * losses[0]
+import sgo_sae
+sgo_sae.total_loss(sgo_sae.topk_loss_terms(sae, x_BD)).backward()
+"""
+    result = python("-W", "ignore", "-c", use.replace("METHOD", section))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("clip, most", [(1.0, 1.0), (0.25, 0.25), (0.0, math.inf)])
+def test_gradients_are_clipped_to_the_norm_that_is_set(clip, most):
+    sae = SAE(6, 20, 4)
+    x_BD = torch.randn(50, 6) * 10
+    norms = []
+
+    class Adam:
+        param_groups = ({},)
+
+        def step(self):
+            assert self.param_groups[0]["lr"] == 0.1
+            norms.append(math.sqrt(sum(p.grad.square().sum() for p in sae.parameters())))
+
+        def zero_grad(self):
+            pass
+
+    norm = update(sae, Adam(), total_loss(topk_loss_terms(sae, x_BD)), 0.1, clip)
+    assert norm > 1 and norms == [pytest.approx(min(norm, most), rel=1e-4)]
+    run = sgo_sae.Run(sgo_sae.Config(d_sae=20, k=4, clip=clip), 6, CPU)
+    run.step(x_BD, 0, 10)
+    # After its first step Adam's mean of gradients is a tenth of that step's.
+    means = [run.adam.state[p]["exp_avg"] for p in run.sae.parameters()]
+    taken = 10 * math.sqrt(sum(mean.square().sum() for mean in means))
+    assert taken == pytest.approx(min(run.gradient_norm, most), rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_update_whose_gradient_is_not_finite_changes_nothing(bad):
+    sae = SAE(6, 20, 4)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    loss = total_loss(topk_loss_terms(sae, torch.randn(50, 6)))
+    assert not math.isfinite(update(sae, adam_of(sae), loss * bad, 0.1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------- fast
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
@@ -1331,311 +1258,6 @@ def test_penalty_of_no_active_latent_and_without_gradients():
     assert torch.get_num_threads() > 0 and not torch.is_inference_mode_enabled()
 
 
-@pytest.mark.parametrize("bias", [0.0, -1.0])
-def test_sae_and_its_gradients_match_a_dense_one(bias):
-    """Also where a token has fewer active latents than k."""
-    sae = SAE(6, 20, 4).double()
-    for p in sae.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    sae.b_enc.data += bias
-    x_BD = torch.randn(50, 6, dtype=torch.float64)
-    f_BN = plain_topk(sae, x_BD)
-    assert ((f_BN > 0).sum(1) < 4).any() == (bias < 0)
-    assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-14)
-    assert torch.allclose(sae(x_BD), f_BN @ sae.W_dec + sae.b_dec, atol=1e-12)
-    inputs = list(sae.parameters())
-    expected = (f_BN @ sae.W_dec + sae.b_dec - x_BD).square().sum(1).mean() + f_BN.sum(1).mean()
-    expected = [expected, *torch.autograd.grad(expected, inputs)]
-    for terms in (loss_terms(sae, x_BD), topk_loss_terms(sae, x_BD, sgo_penalty)):
-        loss = total_loss(terms, 1.0, 0.0)
-        found = [loss, *torch.autograd.grad(loss, inputs)]
-        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
-        assert torch.equal(terms.fired_N, (f_BN > 0).any(0))
-
-
-def test_a_latent_that_is_selected_with_value_0_has_not_fired():
-    sae = SAE(6, 20, 4)
-    sae.b_enc.data.fill_(-100.0)
-    sae.b_enc.data[7] = 100.0
-    for terms in (loss_terms(sae, torch.randn(50, 6)), topk_loss_terms(sae, torch.randn(50, 6))):
-        assert terms.fired_N.nonzero().tolist() == [[7]]
-
-
-ARCHS = ("topk", "batchtopk", "relu", "jumprelu")
-
-
-@pytest.mark.parametrize("arch", ARCHS[1:])
-def test_other_architectures_and_their_gradients_match_the_formulas(arch):
-    """jumprelu's threshold by the formulas of Rajamanoharan et al. 2024: (θ/ε) and
-    (1/ε) times a rectangle of width ε,
-    which is θ here; the derivative in log θ is θ times that in θ."""
-    sae = ARCHITECTURES[arch](6, 20, 4).double()
-    x_BD = torch.randn(50, 6, dtype=torch.float64)
-    sae.start(torch.randn(1000, 6, dtype=torch.float64), 0.04)
-    weights = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
-    for p in weights:
-        p.data += 0.1 * torch.randn_like(p)
-    terms = loss_terms(sae, x_BD, lambda f_BN: 0.0)
-    loss = terms.reconstruction + 0.3 * terms.sparsity
-
-    theta_N = sae.threshold().detach()
-    pre_BN = (x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc
-    if arch == "batchtopk":
-        f_BN = torch.where(
-            pre_BN >= pre_BN.flatten().sort(descending=True).values[50 * 4 - 1], pre_BN, 0
-        )
-        assert (terms.f_BN > 0).sum() == 50 * 4
-        sae.adjust(0.04, terms.f_BN, 1e-3)
-        assert sae.threshold().unique() == pytest.approx(f_BN[f_BN > 0].min().item())
-    else:
-        f_BN = torch.where(pre_BN > theta_N, pre_BN, 0)
-    assert torch.allclose(terms.f_BN, f_BN, atol=1e-14)
-    f_BN.retain_grad()
-    expected = (sae.decode(f_BN) - x_BD).square().sum(1).mean()
-    if arch == "relu":  # batchtopk has no sparsity term
-        expected = expected + 0.3 * f_BN.sum(1).mean()
-    grads = torch.autograd.grad(expected, [*weights, f_BN])
-    ours = torch.autograd.grad(loss, weights + ([sae.theta_raw] if arch == "jumprelu" else []))
-    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(ours[:4], grads[:4], strict=True))
-    if arch == "jumprelu":
-        assert terms.sparsity == (f_BN > 0).sum(1).double().mean()
-        near_BN = ((pre_BN - theta_N).abs() < theta_N / 2).double() / theta_N
-        assert 10 < (near_BN > 0).sum() < 400
-        expected_N = (
-            -(near_BN * (theta_N * grads[-1] + 0.3 / 50)).sum(0) * 30 * theta_N
-        )  # θ is exp(30 theta_raw)
-        assert torch.allclose(ours[-1], expected_N, atol=1e-10)
-
-
-def test_batchtopks_threshold_is_a_running_mean_over_some_20_batches():
-    sae = sgo_sae.BatchTopK(6, 3, 1)
-    sae.adjust(0.04, torch.tensor([[0.0, 3, 1]]), 1e-3)
-    assert sae.threshold().tolist() == [1, 1, 1]  # the first one counts whole
-    sae.adjust(0.04, torch.tensor([[2.0, 0, 5]]), 1e-3)
-    assert sae.threshold().tolist() == pytest.approx([1.05] * 3)
-
-
-def test_batchtopk_takes_exactly_k_a_token_where_many_tie():
-    sae = sgo_sae.BatchTopK(8, 40, 5)
-    pre_BN = (torch.randn(64, 40) * 2).round() / 2  # as coarse as bfloat16, and coarser
-    f_BN = sae.activate(pre_BN)
-    assert (f_BN > 0).sum() == 64 * 5
-    assert (
-        torch.equal(f_BN, pre_BN.where(f_BN > 0, 0))
-        and f_BN[f_BN > 0].min() >= pre_BN[f_BN == 0].max()
-    )
-
-
-@pytest.mark.parametrize(
-    "steps, sparsity, rel",
-    [(200, 0.04, 0.2), (200, 1.0, 0.2), (1500, 0.001, 0.05), (1500, 1.0, 0.05)],
-)
-@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
-def test_sparsity_is_steered_to_k(arch, steps, sparsity, rel):
-    """From a λ that is far off, and in a run so short that L0 has not settled when λ first meets
-    it.
-    """
-    mix_DD = torch.randn(32, 32) * torch.linspace(2, 0.2, 32)[:, None]
-    cfg = sgo_sae.Config(arch=arch, d_sae=96, k=5, lr=1e-3, alpha=0.0, lam=sparsity)
-    run = sgo_sae.Run(cfg, 32, CPU)
-    run.sae.start(torch.randn(512, 32) @ mix_DD, cfg.lam)
-    l0 = []
-    for step in range(steps):
-        x_BD = torch.randn(512, 32) @ mix_DD
-        run.step(x_BD, step, steps)
-        l0.append((run.sae.encode(x_BD) > 0).sum(1).float().mean().item())
-    assert statistics.mean(l0[-50:]) == pytest.approx(5, rel=rel)
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("weights", ["coactivation", "uniform"])
-def test_logged_figures_are_those_of_the_definitions(arch, plain, weights, tmp_path, monkeypatch):
-    """Of the autoencoder as it is saved: in batchtopk by θ. With --plain Ω is that of `method`."""
-    x_BD = torch.randn(128, 16)
-    settings = {"alpha": 0.5, "alpha_warmup": 0, "plain": plain, "out": str(tmp_path)}
-    settings["pair_weights"] = weights
-    run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=64, k=4, **settings), 16, CPU)
-    if arch != "topk":
-        run.sae.start(x_BD, 0.1)
-    run.step(x_BD, 0, 10)
-    if plain:
-        for name in ("gradient_by_tiles", "gradient_by_pairs", "gradient_by_blocks"):
-            monkeypatch.setattr(sgo_sae, name, None)
-    run.log(x_BD, 1, 0.5)
-    (found,) = metrics_of(tmp_path)
-    sgo_sae.save_sae(run.sae, run.cfg, tmp_path / "saved")
-    saved = sgo_sae.load_sae(tmp_path / "saved")
-    f_BN = saved.encode(x_BD).detach()
-    in_training_BN = run.sae.activate(run.sae.pre_activations(x_BD)).detach()
-    assert torch.equal(f_BN, in_training_BN) == (arch != "batchtopk")
-    error_BD = (x_BD - saved(x_BD)).detach()
-    omega = {"coactivation": definition, "uniform": uniform_definition}[weights](f_BN)[0]
-    l0 = (f_BN > 0).sum(1).float().mean().item()
-    sparsity = {"jumprelu": l0, "batchtopk": 0}.get(arch, f_BN.sum(1).mean().item())
-    reconstruction = error_BD.square().sum(1).mean().item()
-    variance = (x_BD - x_BD.mean(0)).square().sum(1).mean().item()
-    expected = {
-        "omega": omega,
-        "sparsity": sparsity,
-        "reconstruction": reconstruction,
-        "loss": reconstruction + found["lambda"] * sparsity + 0.5 * omega,
-        "penalty_share": 0.5 * omega / reconstruction,
-        "mse": reconstruction / 16 / 0.25,  # in the model's units
-        "explained_variance": 1 - reconstruction / variance,
-        "cosine": F.cosine_similarity(x_BD, x_BD - error_BD, dim=1).mean().item(),
-        "l0": l0,
-        "step": 1,
-        "tokens": 2048,
-    }
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_a_run_begins_at_the_geometric_median_of_its_first_activations(normalize):
-    """Scaled to a mean squared norm of D where --normalize asks for it; no batch is lost."""
-    parts = [3 * torch.randn(64, 8).exp() for _ in range(3)]
-    run = sgo_sae.Run(sgo_sae.Config(d_sae=32, k=4, batch=64, normalize=normalize), 8, CPU)
-    scale, rest = sgo_sae.begin([run], iter(parts), 3)
-    x_TD = scale * torch.cat(parts)
-    if normalize:
-        assert x_TD.square().sum(1).mean().item() == pytest.approx(8, rel=1e-4)
-    else:
-        assert scale == 1
-    b_dec_D = run.sae.b_dec.detach()
-    assert F.normalize(x_TD - b_dec_D, dim=1).sum(0).norm() < 0.1
-    assert (x_TD.mean(0) - b_dec_D).norm() > 0.1 * b_dec_D.norm()
-    assert all(torch.equal(batch_BD, x_BD) for batch_BD, x_BD in zip(rest, parts, strict=True))
-
-
-def test_schedules_at_their_corners():
-    assert sgo_sae.alpha_at(0) == pytest.approx(0.01)
-    assert sgo_sae.alpha_at(999) == pytest.approx(0.01 + 0.065 * 0.999)
-    assert sgo_sae.alpha_at(1000) == sgo_sae.alpha_at(4881) == pytest.approx(0.075)
-    assert sgo_sae.alpha_at(0, alpha=0) == sgo_sae.alpha_at(500, alpha=0) == 0
-    assert (
-        sgo_sae.alpha_at(0, alpha=0.004) == sgo_sae.alpha_at(500, alpha=0.004) == 0.004
-    )  # it never falls
-    assert sgo_sae.lr_at(0) == sgo_sae.lr_at(4270) == sgo_sae.lr_at(4271) == pytest.approx(3e-4)
-    assert sgo_sae.lr_at(4272) == pytest.approx(3e-4 * 610 / 611)
-    assert sgo_sae.lr_at(4881) == pytest.approx(3e-4 / 611)
-
-
-def test_defaults_are_the_papers_run_4():
-    (cfg,) = sgo_sae.parse_args([])
-    assert (cfg.d_sae, cfg.k, cfg.alpha, cfg.lam, cfg.lr) == (18432, 320, 0.075, 0.04, 3e-4)
-    steps = cfg.tokens // cfg.batch
-    assert steps == 4882 and int(cfg.decay_start * steps) == 4271
-
-
-def test_geometric_median_meets_its_optimality_condition():
-    x_BD = torch.randn(501, 8, dtype=torch.float64).exp()
-    median_D = sgo_sae.geometric_median(x_BD, iterations=1000)
-    assert (
-        F.normalize(x_BD - median_D, dim=1).sum(0).norm() < 1e-6
-    )  # the unit vectors to the points cancel
-    assert torch.equal(
-        sgo_sae.geometric_median(torch.tensor([[0.0], [0.0], [9.0]])).round(), torch.zeros(1)
-    )
-
-
-def test_alpha_zero_is_a_separate_plain_topk_step():
-    x_BD = torch.randn(256, 16) * 3
-    sae = SAE(16, 64, 4)
-    plain = SAE(16, 64, 4)
-    plain.load_state_dict(sae.state_dict())
-    ours = adam_of(sae, 1e-3)
-    theirs = torch.optim.Adam(plain.parameters(), lr=1e-3)
-    for _ in range(10):
-        step_of(sae, ours, x_BD, 0.0, 1e-3)
-        f_BN = plain_topk(plain, x_BD)
-        loss = (x_BD - plain.decode(f_BN)).square().sum(1).mean() + 0.04 * f_BN.sum(1).mean()
-        theirs.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            W_ND = plain.W_dec
-            g_ND = plain.W_dec.grad
-            g_ND -= (g_ND * W_ND).sum(1, keepdim=True) * W_ND
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-            theirs.step()
-            W_ND /= W_ND.norm(dim=1, keepdim=True)
-    for a, b in zip(sae.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_planted_features_are_recovered():
-    D = 32
-    N = 48
-    active = 3
-    true_ND = F.normalize(torch.randn(N, D), dim=1)
-    sae = SAE(D, 2 * N, active)
-    adam = adam_of(sae)
-    for step in range(500):
-        slots_BK = torch.rand(256, N).topk(active, dim=1).indices
-        f_BN = torch.zeros(256, N).scatter(1, slots_BK, torch.rand(256, active) + 0.5)
-        alpha = sgo_sae.alpha_at(step, 0.075, warmup=150)
-        step_of(sae, adam, f_BN @ true_ND, alpha, sgo_sae.lr_at(step, 500, 5e-3, 0.8), 0.0)
-    matched_N = (true_ND @ sae.W_dec.T).amax(1)
-    assert (matched_N > 0.9).float().mean() > 0.95
-
-
-def test_a_threshold_of_nearly_0_has_a_finite_gradient():
-    sae = sgo_sae.JumpReLU(6, 20, 4)
-    sae.theta_raw.data.fill_(-5.0)  # e^-150 is 0 in float32
-    sae.sparsity(sae.pre_activations(torch.randn(50, 6)), None).backward()
-    assert all(p.grad.isfinite().all() for p in sae.parameters() if p.grad is not None)
-    assert (sae.threshold() > 0).all()
-
-
-def test_penalty_lowers_competition_in_training():
-    shares = {}
-    for alpha in (0.0, 0.5):
-        torch.manual_seed(0)
-        sae = SAE(16, 64, 8)
-        adam = adam_of(sae)
-        for _ in range(200):
-            x_BD = torch.randn(512, 16) * 2
-            step_of(sae, adam, x_BD, alpha, 3e-3)
-        shares[alpha] = orthogonality(sae.encode(x_BD).detach()).item()
-    assert shares[0.5] < 0.8 * shares[0.0]
-
-
-def test_method_section_stands_alone(tmp_path):
-    """The method, under the imports of torch and with no other package, trains; it names no
-    process, file or other architecture.
-    """
-    section = re.search(r"# -+ method\n(.*?)# -+ fast\n", SCRIPT.read_text(), re.DOTALL).group(1)
-    assert not re.search(r"\b(dist|rank|Path|Config|arch|device)\b", section)
-    use = """
-import sys
-for name in ("transformers", "datasets", "numpy", "tqdm", "safetensors", "tokenizers", "resource"):
-    sys.modules[name] = None  # Windows has no resource
-from typing import NamedTuple
-import torch
-import torch.nn.functional as F
-from torch import nn
-METHOD
-torch.manual_seed(0)
-sae = SAE(8, 32, 4)
-x_BD = torch.randn(64, 8)
-sae.b_dec.data = geometric_median(x_BD)
-adam = torch.optim.Adam(sae.parameters())
-losses = []
-for step in range(50):
-    loss = total_loss(loss_terms(sae, x_BD), alpha=alpha_at(step))
-    assert 0 < update(sae, adam, loss, lr_at(step, 50, 1e-2)) < float('inf')
-    losses.append(loss.item())
-assert losses[-1] < 0.7 * losses[0]
-import sgo_sae
-sgo_sae.total_loss(sgo_sae.topk_loss_terms(sae, x_BD)).backward()
-"""
-    result = python("-W", "ignore", "-c", use.replace("METHOD", section))
-    assert result.returncode == 0, result.stderr
-
-
-# --------------------------------------------------------------------------------------------- fast
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "dtype, most", [(torch.bfloat16, 1e-3), (torch.float16, 2e-4), (torch.float32, 1e-6)]
@@ -1777,6 +1399,671 @@ def test_what_a_cpu_trains_is_what_select_says(monkeypatch):
     assert torch.allclose(after.sparsity, sae.encode(x_BD).sum(1).mean())
 
 
+# -------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_hook_reads_the_hidden_states_of_the_full_model(model, layer):
+    _, full, tokenizer = model
+    ids_BL = torch.randint(3, len(tokenizer), (3, 20))
+    lm, module = loaded(model, layer)
+    assert len(lm.layers) == layer + 1 and not hasattr(lm, "lm_head")
+    with torch.inference_mode():
+        x_BLD = sgo_sae.layer_output(lm, module, ids_BL)
+        assert torch.equal(x_BLD, full(ids_BL, output_hidden_states=True).hidden_states[layer + 1])
+        assert torch.equal(x_BLD, sgo_sae.layer_output(full, full.model.layers[layer], ids_BL))
+    assert not module._forward_hooks
+
+
+def test_a_tokenizer_may_know_more_than_the_model_reads(train_argv, tmp_path, result):
+    """As Gemma 3's, whose one entry more than the model has rows no text produces; an id that is
+    produced is refused.
+    """
+    from transformers import AutoTokenizer
+
+    make_model(tmp_path / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path / "lm")
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    assert len(tokenizer) == config["vocab_size"] + 1
+    assert result(train_argv(model=tmp_path / "lm")).code == 0
+    tokenizer.add_tokens(["fox"])
+    tokenizer.save_pretrained(tmp_path / "lm")
+    found = result(train_argv(model=tmp_path / "lm", out=tmp_path / "other"))
+    assert found.code == 2 and f"the id {len(tokenizer) - 1}" in found.last
+
+
+def test_packing_loses_and_repeats_no_token(model):
+    _, _, tokenizer = model
+    documents = [f"{TEXT[: 7 * i]} {i}" for i in range(1, 30)]
+    ids_TL = torch.tensor(list(sgo_sae.token_contexts(documents, tokenizer, 12)))
+    assert (ids_TL[:, 0] == tokenizer.bos_token_id).all()
+    stream = ids_TL[:, 1:].flatten().tolist()
+    whole = []
+    for ids in tokenizer(documents, add_special_tokens=False).input_ids:
+        whole += [*ids, tokenizer.eos_token_id]
+    assert stream == whole[: len(stream)]
+    assert len(whole) - len(stream) < 11
+
+
+def test_packing_without_bos(tmp_path):
+    _, tokenizer = make_model(tmp_path, bos=False)
+    contexts = list(sgo_sae.token_contexts([TEXT] * 4, tokenizer, 8))
+    assert (
+        reduce(operator.iadd, contexts, [])
+        == (tokenizer(TEXT)["input_ids"] * 4)[: 8 * len(contexts)]
+    )
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_special_tokens_and_the_first_one_never_reach_the_autoencoder(tmp_path, bos):
+    """A text that spells special tokens gives ordinary ones. Position 0 is left out also where it
+    is no BOS.
+    """
+    make_model(tmp_path, bos=bos)
+    text = "a <bos> b <eos><pad> c"
+    write_rows(tmp_path / "t.jsonl", [{"text": text}] * 20)
+    settings = {"model": str(tmp_path), "dataset": str(tmp_path / "t.jsonl"), "layer": 1}
+    cfg = sgo_sae.Config(**settings, ctx=8, batch=4, buffer=10, lm_batch=3)
+    lm, layer, tokenizer, _ = sgo_sae.load_lm(cfg.model, 1, CPU, torch.float32)
+    contexts = list(islice(sgo_sae.token_contexts([text] * 20, tokenizer, 8), 10))
+    ids_TL = torch.tensor(contexts)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id] if bos else []
+    kept_TL = ~torch.isin(ids_TL, torch.tensor(special))
+    kept_TL[:, 0] = False
+    assert kept_TL.sum() < 70 if bos else kept_TL.sum() == 70
+    with torch.inference_mode():
+        kept = sgo_sae.layer_output(lm, layer, ids_TL)[kept_TL]
+    # The first round has ten contexts.
+    harvested = torch.cat(list(islice(data_of(cfg), len(kept) // 4)))
+    distance = (harvested[:, None] - kept).abs().amax(2)
+    # Each is one of them, and, less than a batch aside, each of them is there.
+    assert distance.amin(1).max() < 1e-4
+    assert (distance.amin(0) < 1e-4).sum() > len(kept) - 4
+
+
+class Counting(torch.nn.Module):
+    """A language model of one layer, whose activations number the tokens as it reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Identity()
+        self.n_read = 0
+        self.device = CPU
+        self.dtype = torch.float32
+        self.config = argparse.Namespace(hidden_size=16)
+        self.embedding = torch.nn.Embedding(10_000, 16)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, **inputs):
+        numbers = torch.arange(self.n_read, self.n_read + input_ids.numel()).float()
+        self.n_read += input_ids.numel()
+        return self.layer(numbers.view(*input_ids.shape, 1).expand(-1, -1, 16))
+
+
+@pytest.mark.parametrize("lm_batch, batch", [(3, 8), (64, 16), (5, 31)])
+def test_rounds_serve_each_activation_once_and_in_another_order(model, texts, lm_batch, batch):
+    """With numbers in place of activations: a round is all of its contexts', shuffled; the next one
+    follows on it.
+    """
+    settings = {"model": model[0], "dataset": texts, "layer": 1, "ctx": 16, "buffer": 16}
+    cfg = sgo_sae.Config(**settings, batch=batch, lm_batch=lm_batch)
+    lm = Counting()
+    reader = sgo_sae.load_lm(cfg.model, cfg.layer, CPU, torch.float32)
+    reader = reader._replace(lm=lm, layer=lm.layer)
+    contexts = max(16, 2 * math.ceil(batch / 15))
+    rounds = {}
+    for x_BD in islice(sgo_sae.batches(cfg, reader), 150):
+        for number in x_BD[:, 0].tolist():
+            rounds.setdefault(number // (contexts * 16), []).append(number)
+    assert list(rounds) == sorted(rounds)  # one after another
+    assert len(rounds) > 3
+    for numbers in list(rounds.values())[:-1]:
+        assert len(set(numbers)) == len(numbers)
+        assert numbers != sorted(numbers)
+        # BOS, EOS and less than a batch are left out.
+        assert contexts * 15 - len(numbers) < batch + contexts * 2
+
+
+def little_tokenizer(kind):
+    """A tokenizer that knows the words "some" and "text", or the letters of them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = {}
+    if kind == "words":
+        unknown = {"unk_token": "[UNK]"}
+        tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "some": 1, "text": 2}, **unknown))
+    else:
+        tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("sometx")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **unknown)
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("words", "too few for a batch of 64"),
+        ("letters", "no token of 10,000 texts"),
+    ],
+)
+def test_text_that_gives_no_batch_ends_the_run(train_argv, tmp_path, result, kind, words):
+    make_model(tmp_path / "lm")
+    little_tokenizer(kind).save_pretrained(tmp_path / "lm")
+    write_rows(tmp_path / "t.jsonl", [{"text": "\u044f \u0436 \u0436\u044f" * 9}] * 30)
+    found = result(train_argv(model=tmp_path / "lm", dataset=tmp_path / "t.jsonl"))
+    assert found.code == 2 and words in found.last
+
+
+def with_outliers(monkeypatch, share=0.01, times=100):
+    """Lets some tokens within the texts have a norm of many times the others'."""
+    real = sgo_sae.layer_output
+
+    def output(lm, layer, ids_BL):
+        x_BLD = real(lm, layer, ids_BL).clone()
+        generator = torch.Generator().manual_seed(int(ids_BL.sum()))
+        x_BLD[torch.rand(ids_BL.shape, generator=generator) < share] *= times
+        return x_BLD
+
+    monkeypatch.setattr(sgo_sae, "layer_output", output)
+
+
+def test_outliers_give_their_places_to_other_tokens(model, texts, monkeypatch):
+    settings = {"model": model[0], "dataset": texts, "layer": 1, "ctx": 16, "buffer": 200}
+    cfg = sgo_sae.Config(**settings, batch=16)
+    usual = torch.cat(list(islice(data_of(cfg), 300)))
+    with_outliers(monkeypatch, share=0.1)  # so many that they raise the mean norm tenfold
+    cfg.max_norm = 0.0
+    all_of_them = torch.cat(list(islice(data_of(cfg), 300)))
+    cfg.max_norm = 5.0
+    without = torch.cat(list(islice(data_of(cfg), 300)))
+    norm_T = all_of_them.norm(dim=1)
+    is_outlier_T = norm_T > 5 * norm_T.median()
+    assert 300 < is_outlier_T.sum() < 700
+    # The others stay where they are, and each outlier becomes one of them.
+    assert torch.equal(without[~is_outlier_T], usual[~is_outlier_T])
+    assert without.norm(dim=1).max() < 5 * norm_T.median()
+    places = without[is_outlier_T][:, None] == usual
+    is_there = places.all(2).any(1)  # or it is one of the few that fill no batch of the round
+    assert is_there.float().mean() > 0.97
+
+
+def test_an_outlier_is_one_beside_the_median_norm():
+    """Of many of them, the mean norm would hide all."""
+    x_CD = F.normalize(torch.randn(100, 8), dim=1)
+    x_CD[::3] *= 6
+    assert sgo_sae.replace_outliers(x_CD, 5.0, torch.Generator().manual_seed(0)) == 34
+    assert x_CD.norm(dim=1).max() < 1.01
+
+
+def test_outliers_are_told_once_and_leave_resuming_exact(train_argv, tmp_path, monkeypatch, result):
+    with_outliers(monkeypatch)
+    argv = train_argv(**LONG)
+    found = result(train_argv(out=tmp_path / "whole", **LONG))
+    assert found.code == 0 and found.err.count("over 5 times the median norm") == 1
+    with monkeypatch.context() as patch:
+        stop_at(patch, 333)
+        assert trained(argv) == 143
+    assert trained([*argv, "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+def test_a_short_run_reads_no_more_than_it_needs(train_argv, tmp_path, result):
+    """12 steps of 64 tokens; a context has 15 tokens beside its BOS, of which some are EOS."""
+    argv = train_argv(buffer=2048, lm_batch=1)
+    tokenizer = sgo_sae.load_lm(argv[1], 0, CPU, torch.float32).tokenizer
+    with contexts_noted() as passes:
+        found = result(argv)
+    n_kept = sum(sgo_sae.kept_tokens(ids_BL, tokenizer).sum().item() for ids_BL in passes)
+    assert found.code == 0 and 12 * 64 <= n_kept < 12 * 64 + 15
+    # Nor of the text: it has some 1,900 tokens, and is said to be used up where it is.
+    assert "has been read once" not in found.err
+    long = result(train_argv(**LONG | {"out": tmp_path / "long"}))
+    assert long.code == 0 and long.err.count("has been read once") == 1
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("weights", ["coactivation", "uniform"])
+def test_logged_figures_are_those_of_the_definitions(arch, plain, weights, tmp_path, monkeypatch):
+    """Of the autoencoder as it is saved: in batchtopk by θ. With --plain Ω is that of `method`."""
+    x_BD = torch.randn(128, 16)
+    settings = {"alpha": 0.5, "alpha_warmup": 0, "plain": plain, "out": str(tmp_path)}
+    settings["pair_weights"] = weights
+    run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=64, k=4, **settings), 16, CPU)
+    if arch != "topk":
+        run.sae.start(x_BD, 0.1)
+    run.step(x_BD, 0, 10)
+    if plain:
+        for name in ("gradient_by_tiles", "gradient_by_pairs", "gradient_by_blocks"):
+            monkeypatch.setattr(sgo_sae, name, None)
+    run.log(x_BD, 1, 0.5)
+    (found,) = metrics_of(tmp_path)
+    sgo_sae.save_sae(run.sae, run.cfg, tmp_path / "saved")
+    saved = sgo_sae.load_sae(tmp_path / "saved")
+    f_BN = saved.encode(x_BD).detach()
+    in_training_BN = run.sae.activate(run.sae.pre_activations(x_BD)).detach()
+    assert torch.equal(f_BN, in_training_BN) == (arch != "batchtopk")
+    error_BD = (x_BD - saved(x_BD)).detach()
+    omega = {"coactivation": definition, "uniform": uniform_definition}[weights](f_BN)[0]
+    l0 = (f_BN > 0).sum(1).float().mean().item()
+    sparsity = {"jumprelu": l0, "batchtopk": 0}.get(arch, f_BN.sum(1).mean().item())
+    reconstruction = error_BD.square().sum(1).mean().item()
+    variance = (x_BD - x_BD.mean(0)).square().sum(1).mean().item()
+    expected = {
+        "omega": omega,
+        "sparsity": sparsity,
+        "reconstruction": reconstruction,
+        "loss": reconstruction + found["lambda"] * sparsity + 0.5 * omega,
+        "penalty_share": 0.5 * omega / reconstruction,
+        "mse": reconstruction / 16 / 0.25,  # in the model's units
+        "explained_variance": 1 - reconstruction / variance,
+        "cosine": F.cosine_similarity(x_BD, x_BD - error_BD, dim=1).mean().item(),
+        "l0": l0,
+        "step": 1,
+        "tokens": 2048,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_run_begins_at_the_geometric_median_of_its_first_activations(normalize):
+    """Scaled to a mean squared norm of D where --normalize asks for it; no batch is lost."""
+    parts = [3 * torch.randn(64, 8).exp() for _ in range(3)]
+    run = sgo_sae.Run(sgo_sae.Config(d_sae=32, k=4, batch=64, normalize=normalize), 8, CPU)
+    scale, rest = sgo_sae.begin([run], iter(parts), 3)
+    x_TD = scale * torch.cat(parts)
+    if normalize:
+        assert x_TD.square().sum(1).mean().item() == pytest.approx(8, rel=1e-4)
+    else:
+        assert scale == 1
+    b_dec_D = run.sae.b_dec.detach()
+    assert F.normalize(x_TD - b_dec_D, dim=1).sum(0).norm() < 0.1
+    assert (x_TD.mean(0) - b_dec_D).norm() > 0.1 * b_dec_D.norm()
+    assert all(torch.equal(batch_BD, x_BD) for batch_BD, x_BD in zip(rest, parts, strict=True))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_an_auxiliary_loss_has_what_it_needs(on_gpu, patch_gpu):
+    """AuxK as the comment in `Run.step` has it, against a dense one by autograd."""
+    sae = SAE(6, 40, 4).double()
+    x_BD = torch.randn(50, 6, dtype=torch.float64)
+    dead_N = torch.arange(40) % 2 == 0
+
+    def select(pre_BN):
+        vals_BK, idx_BK = pre_BN.masked_fill(~dead_N.to(pre_BN.device), -math.inf).topk(3)
+        return vals_BK.relu(), idx_BK
+
+    pre_BN = sae.pre_activations(x_BD)
+    rest_BD = (x_BD - sae(x_BD)).detach()
+    f_BN = sae.activate(pre_BN)
+    vals_BK, idx_BK = pre_BN[:, dead_N].topk(3)
+    aux_BD = (dense(vals_BK.relu(), 2 * idx_BK, 40)) @ sae.W_dec
+    expected = (x_BD - sae.decode(f_BN)).square().sum(1).mean()
+    expected = expected + (rest_BD - aux_BD).square().sum(1).mean() / 32
+    weights = list(sae.parameters())
+    expected = torch.autograd.grad(expected, weights)
+
+    def found():
+        x = x_BD.to("cuda") if on_gpu else x_BD
+        module = sae.to("cuda") if on_gpu else sae
+        terms = topk_loss_terms(module, x, lambda *latents: 0.0)
+        aux = sgo_sae.decode_selected(module, *sgo_sae.encode_selected(module, x, select))
+        loss = terms.reconstruction + (x - terms.xhat_BD - aux).square().sum(1).mean() / 32
+        return torch.autograd.grad(loss, list(module.parameters()))
+
+    if on_gpu:
+        with patch_gpu():
+            gradients = [gradient.cpu() for gradient in found()]
+    else:
+        gradients = found()
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("batch", [2048, 4096])
+def test_dead_is_one_thing(batch, tmp_path):
+    """A latent that was active on no token of the last 409,600, never-active ones among them."""
+    cfg = sgo_sae.Config(d_sae=3, k=1, alpha=0.0, lr=0.0, batch=batch, out=str(tmp_path))
+    run = sgo_sae.Run(cfg, 2, CPU)
+    run.sae.W_enc.data = torch.tensor([[1.0, 0, -1], [0, 1, 0]])
+    first, second = torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 1]])
+    found = {}
+    for step in range(300):
+        run.step(second if step == 50 else first, step, 300)
+        run.log(first, step + 1, 1.0)
+        found[step + 1] = run.history[-1]["dead"]
+    many = 409_600 // batch
+    assert found[many - 1] is None and "(409,600 tokens)" in run.figures()
+    # The third one is never active, and the second one last in step 50, after which 51 are done.
+    assert (found[many], found[50 + many], found[51 + many], found[300]) == (1, 1, 2, 2)
+
+
+def test_run_is_complete_and_repeatable(train_argv, tmp_path, capsys):
+    for name in ("a", "b"):
+        assert trained(train_argv(out=tmp_path / name)) == 0
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+    captured = capsys.readouterr()
+    assert "steps 0 to 12" in captured.err
+    for word in ("EV 0.", "MSE", "L0 4.0", "dead", "Ω ", "αΩ/rec", "saved in"):
+        assert word in captured.out
+    rows = metrics_of(tmp_path / "a")
+    assert [row["step"] for row in rows] == [5, 10, 12]
+    assert rows[0].pop("dead") is None  # as none can be before 200 steps
+    assert all(math.isfinite(value) for value in rows[0].values())
+    keys = [
+        "gradient_norm",
+        "loss",
+        "sparsity",
+        "omega",
+        "explained_variance",
+        "cosine",
+        "l0",
+        "lr",
+        "lambda",
+        "tokens",
+        "mse",
+    ]
+    assert {*keys, "activation_scale"} <= set(rows[0])
+    assert rows[-1]["alpha"] == 0.075  # since the warm-up is a fifth of 12 steps
+    weighed = rows[0]["alpha"] * rows[0]["omega"]
+    assert rows[0]["penalty_share"] == pytest.approx(weighed / rows[0]["reconstruction"])
+    metadata = json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]
+    assert metadata["settings"]["k"] == 4
+    assert metadata["torch_version"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "option", [["--plain"], ["--normalize"], ["--alpha", "0"], ["--dtype", "bfloat16"]]
+)
+def test_options_train(train_argv, tmp_path, option):
+    assert trained(train_argv() + option) == 0
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["omega"] > 0 and (last["penalty_share"] == 0) == (
+        option == ["--alpha", "0"]
+    )  # what α 0 would weigh
+
+
+def test_grid_trains_each_as_if_alone(train_argv, tmp_path, result):
+    """And the language model reads as much for all as for one."""
+    grid = ["--arch", "topk", "relu", "--alpha", 0, 0.05, "--dict", 64, 32, "--k", 4, 6]
+    grid += ["--seed", 0, 1]
+    with contexts_noted() as read_by_grid:
+        table = result(train_argv() + grid).out
+    folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert len(folders) == 32
+    assert all(name in table for name in folders)
+    for arch, n, k, alpha, seed in (("topk", 64, 4, "0", 0), ("relu", 32, 6, "0.05", 1)):
+        name = f"{arch}-n{n}-k{k}-a{alpha}-s{seed}"
+        one = {"arch": arch, "dict": n, "k": k, "alpha": alpha, "seed": seed}
+        with contexts_noted() as read_by_one:
+            assert trained(train_argv(out=tmp_path / name, **one)) == 0
+        assert weights_of(tmp_path / name) == weights_of(tmp_path / "run" / name)
+        assert len(read_by_one) == len(read_by_grid)
+
+
+def test_the_ablation_of_the_weights_in_a_grid(train_argv, texts, tmp_path, result):
+    """It has a name of its own, and the weights that it gets alone, which are not SGO's."""
+    argv = [*train_argv(), "--alpha", "0", "5", "--pair-weights", "coactivation", "uniform"]
+    table = result(argv).out
+    names = ["topk-n64-k4-a0-s0", "topk-n64-k4-a5-s0", "topk-n64-k4-a5-uniform-s0"]
+    folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert sorted(folders) == names
+    assert all(name in table for name in names)
+    _, sgo, uniform = (weights_of(tmp_path / "run" / name) for name in names)
+    assert sgo != uniform
+    assert trained(train_argv(out=tmp_path / "alone", alpha=5, pair_weights="uniform")) == 0
+    assert weights_of(tmp_path / "alone") == uniform
+    argv = [tmp_path / "run", "--metrics", "core", "--text", texts, "--contexts", 4]
+    heads = " ".join(cells_in(result(argv).out)[0])
+    assert "coactivation" in heads and "uniform" in heads, heads
+
+
+with warnings.catch_warnings():  # one file, so nowhere to register a mark
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+    slow = pytest.mark.slow
+
+
+LONG = {"tokens": 64 * 400, "save_every": 7}  # the data is used more than twice
+
+
+def test_activations_that_are_not_finite_end_the_run(train_argv, monkeypatch, result):
+    real = sgo_sae.layer_output
+    calls = []
+
+    def infinite(*args):
+        x_BLD = real(*args).clone()
+        calls.append(1)
+        if len(calls) == 6:
+            x_BLD[0, 3:5, 0] = float("inf")
+        return x_BLD
+
+    monkeypatch.setattr(sgo_sae, "layer_output", infinite)
+    found = result(train_argv())
+    assert found.code == 2 and "not finite; try --dtype float32" in found.last
+
+
+@slow
+def test_memory_is_flat(tmp_path):
+    """Resident memory of a run in steps 200 to 400 and 1,000 to 1,200.
+
+    A copy of a batch that were kept at each step would add 0.25 MB times 800, a third. It varies
+    by 5 % from run to run, as the allocator finds its blocks.
+    """
+    documents = [text for _, text in sgo_sae.library_texts()][:300]
+    sgo_sae.train_demo_lm(documents, tmp_path / "lm", steps=1)
+    write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in documents])
+    sizes = {"layer": 0, "dict": 256, "k": 8, "ctx": 128, "batch": 512, "tokens": 512 * 1200}
+    often = {"lm_batch": 32, "log_every": 200, "save_every": 200, "alpha": 0.075}
+    files = (tmp_path / "lm", tmp_path / "texts.jsonl", tmp_path / "run")
+    argv = [sys.executable, SCRIPT, *flags(*files, **sizes, **often)]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    resident = {}
+    while process.poll() is None:
+        part = metrics.read_text().count("\n") if metrics.exists() else 0
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        resident.setdefault(part, []).append(pages)
+        time.sleep(0.05)
+    assert process.returncode == 0, process.stderr.read()
+    middle = {part: statistics.median(pages) for part, pages in resident.items()}
+    assert middle[5] == pytest.approx(middle[1], rel=0.12), middle
+
+
+def test_metrics_are_appended(tmp_path):
+    """What stands in the file is not written again, but for the first time."""
+    run = sgo_sae.Run(sgo_sae.Config(d_sae=20, k=4, out=str(tmp_path)), 6, CPU)
+    sgo_sae.write_log(run)
+    x_BD = torch.randn(50, 6)
+    run.log(x_BD, 1, 1.0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    run.log(x_BD, 2, 1.0)
+    assert [row["step"] for row in metrics_of(tmp_path)] == [0, 2]
+    again = sgo_sae.Run(run.cfg, 6, CPU)
+    again.history = run.history  # after a resume
+    sgo_sae.write_log(again)
+    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2]
+
+
+def test_the_schedule_belongs_to_the_run(train_argv, tmp_path):
+    """α is reached in a run of any length, and starts at the share of it that the paper's does."""
+    cfg = sgo_sae.Config()
+    steps = cfg.tokens // cfg.batch
+    for step in (0, 1, 500, 999, 1000, 4881):
+        assert sgo_sae.scheduled_alpha(cfg, step, steps) == sgo_sae.alpha_at(step)
+    assert sgo_sae.scheduled_alpha(dataclasses.replace(cfg, alpha_start=0.0), 0, steps) == 0
+    assert trained(train_argv(alpha=3, tokens=64 * 50, log_every=1)) == 0
+    alphas = [row["alpha"] for row in metrics_of(tmp_path / "run")]
+    rise = [3 * (2 / 15 + 13 / 15 * min(1, step / 10)) for step in range(50)]
+    assert alphas == pytest.approx(rise)
+    assert trained(train_argv(alpha=3, alpha_start=1, log_every=1, out=tmp_path / "c")) == 0
+    assert metrics_of(tmp_path / "c")[0]["alpha"] == 1
+
+
+def poisoned(monkeypatch, when):
+    """From the step `when`(cfg, number of its steps so far) says, a run's activations are not
+    finite.
+    """
+    real = sgo_sae.Run.step
+    calls = {}
+
+    def step(self, x_BD, *rest):
+        calls[self.cfg.out] = calls.get(self.cfg.out, 0) + 1
+        return real(
+            self, x_BD * (float("nan") if when(self.cfg, calls[self.cfg.out]) else 1), *rest
+        )
+
+    monkeypatch.setattr(sgo_sae.Run, "step", step)
+
+
+def test_one_bad_member_ends_alone(train_argv, tmp_path, result, monkeypatch):
+    """Also where the grid is stopped and resumed after that."""
+    bad = "topk-n64-k4-a0.05-s0"
+    grid = ["--alpha", "0", "0.05", "--seed", "0", "1"]
+    assert trained(train_argv(out=tmp_path / "whole") + grid) == 0
+    with monkeypatch.context() as patch:
+        poisoned(patch, lambda cfg, calls: bad in cfg.out and calls == 3)
+        stop_at(patch, 17)
+        assert trained(train_argv() + grid) in (2, 143)
+    found = result([*train_argv(), *grid, "--resume"])
+    assert found.code == 2 and f"{bad}: gradient not finite at step 2" in found.last
+    assert bad not in found.out
+    names = [path.parent.name for path in (tmp_path / "run").glob("*/cfg.json")]
+    assert len(names) == 3
+    assert bad not in names
+    for name in names:
+        assert weights_of(tmp_path / "whole" / name) == weights_of(tmp_path / "run" / name)
+
+
+def test_a_penalty_that_outweighs_the_reconstruction_is_said_once(train_argv, tmp_path, result):
+    err = result(train_argv(alpha=50, alpha_warmup=0, log_every=1)).err
+    shares = [row["penalty_share"] for row in metrics_of(tmp_path / "run")]
+    first = next(share for share in shares if share > 1)
+    assert sum(share > 1 for share in shares) > 1
+    assert err.count(f"αΩ is {first:.3g} times the reconstruction error") == 1
+    assert err.count("times the reconstruction error") == 1
+
+
+# ---------------------------------------------------------------------------------------- baselines
+
+
+class Squares(sgo_sae.ThresholdSAE):
+    """An architecture of one's own."""
+
+    def activate(self, pre):
+        return pre.relu().square()
+
+    def adjust(self, lam, f_BN, l0, lr):
+        return lam
+
+
+class Halves(SAE):
+    """Top-k with formulas of its own, and no name by which SAELens knows it."""
+
+    def pre_activations(self, x):
+        return super().pre_activations(x) * 0.5
+
+    def sparsity(self, pre_BN, f_BN):
+        return f_BN.square().sum(1).mean()
+
+
+@pytest.mark.parametrize("arch", ARCHS[1:])
+def test_other_architectures_and_their_gradients_match_the_formulas(arch):
+    """jumprelu's threshold by the formulas of Rajamanoharan et al. 2024: (θ/ε) and
+    (1/ε) times a rectangle of width ε,
+    which is θ here; the derivative in log θ is θ times that in θ."""
+    sae = ARCHITECTURES[arch](6, 20, 4).double()
+    x_BD = torch.randn(50, 6, dtype=torch.float64)
+    sae.start(torch.randn(1000, 6, dtype=torch.float64), 0.04)
+    weights = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
+    for p in weights:
+        p.data += 0.1 * torch.randn_like(p)
+    terms = loss_terms(sae, x_BD, lambda f_BN: 0.0)
+    loss = terms.reconstruction + 0.3 * terms.sparsity
+
+    theta_N = sae.threshold().detach()
+    pre_BN = (x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc
+    if arch == "batchtopk":
+        f_BN = torch.where(
+            pre_BN >= pre_BN.flatten().sort(descending=True).values[50 * 4 - 1], pre_BN, 0
+        )
+        assert (terms.f_BN > 0).sum() == 50 * 4
+        sae.adjust(0.04, terms.f_BN, 1e-3)
+        assert sae.threshold().unique() == pytest.approx(f_BN[f_BN > 0].min().item())
+    else:
+        f_BN = torch.where(pre_BN > theta_N, pre_BN, 0)
+    assert torch.allclose(terms.f_BN, f_BN, atol=1e-14)
+    f_BN.retain_grad()
+    expected = (sae.decode(f_BN) - x_BD).square().sum(1).mean()
+    if arch == "relu":  # batchtopk has no sparsity term
+        expected = expected + 0.3 * f_BN.sum(1).mean()
+    grads = torch.autograd.grad(expected, [*weights, f_BN])
+    ours = torch.autograd.grad(loss, weights + ([sae.theta_raw] if arch == "jumprelu" else []))
+    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(ours[:4], grads[:4], strict=True))
+    if arch == "jumprelu":
+        assert terms.sparsity == (f_BN > 0).sum(1).double().mean()
+        near_BN = ((pre_BN - theta_N).abs() < theta_N / 2).double() / theta_N
+        assert 10 < (near_BN > 0).sum() < 400
+        expected_N = (
+            -(near_BN * (theta_N * grads[-1] + 0.3 / 50)).sum(0) * 30 * theta_N
+        )  # θ is exp(30 theta_raw)
+        assert torch.allclose(ours[-1], expected_N, atol=1e-10)
+
+
+def test_batchtopks_threshold_is_a_running_mean_over_some_20_batches():
+    sae = sgo_sae.BatchTopK(6, 3, 1)
+    sae.adjust(0.04, torch.tensor([[0.0, 3, 1]]), 1e-3)
+    assert sae.threshold().tolist() == [1, 1, 1]  # the first one counts whole
+    sae.adjust(0.04, torch.tensor([[2.0, 0, 5]]), 1e-3)
+    assert sae.threshold().tolist() == pytest.approx([1.05] * 3)
+
+
+def test_batchtopk_takes_exactly_k_a_token_where_many_tie():
+    sae = sgo_sae.BatchTopK(8, 40, 5)
+    pre_BN = (torch.randn(64, 40) * 2).round() / 2  # as coarse as bfloat16, and coarser
+    f_BN = sae.activate(pre_BN)
+    assert (f_BN > 0).sum() == 64 * 5
+    assert (
+        torch.equal(f_BN, pre_BN.where(f_BN > 0, 0))
+        and f_BN[f_BN > 0].min() >= pre_BN[f_BN == 0].max()
+    )
+
+
+@pytest.mark.parametrize(
+    "steps, sparsity, rel",
+    [(200, 0.04, 0.2), (200, 1.0, 0.2), (1500, 0.001, 0.05), (1500, 1.0, 0.05)],
+)
+@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
+def test_sparsity_is_steered_to_k(arch, steps, sparsity, rel):
+    """From a λ that is far off, and in a run so short that L0 has not settled when λ first meets
+    it.
+    """
+    mix_DD = torch.randn(32, 32) * torch.linspace(2, 0.2, 32)[:, None]
+    cfg = sgo_sae.Config(arch=arch, d_sae=96, k=5, lr=1e-3, alpha=0.0, lam=sparsity)
+    run = sgo_sae.Run(cfg, 32, CPU)
+    run.sae.start(torch.randn(512, 32) @ mix_DD, cfg.lam)
+    l0 = []
+    for step in range(steps):
+        x_BD = torch.randn(512, 32) @ mix_DD
+        run.step(x_BD, step, steps)
+        l0.append((run.sae.encode(x_BD) > 0).sum(1).float().mean().item())
+    assert statistics.mean(l0[-50:]) == pytest.approx(5, rel=rel)
+
+
+def test_a_threshold_of_nearly_0_has_a_finite_gradient():
+    sae = sgo_sae.JumpReLU(6, 20, 4)
+    sae.theta_raw.data.fill_(-5.0)  # e^-150 is 0 in float32
+    sae.sparsity(sae.pre_activations(torch.randn(50, 6)), None).backward()
+    assert all(p.grad.isfinite().all() for p in sae.parameters() if p.grad is not None)
+    assert (sae.threshold() > 0).all()
+
+
 class Twice(sgo_sae.ThresholdSAE):
     """A ReLU by other formulas: its values are halved and its encoder is twice what it says."""
 
@@ -1831,14 +2118,12 @@ def test_an_architecture_of_ones_own_is_one_class_and_one_name(train_argv, tmp_p
 
 @pytest.mark.parametrize("own", [Squares, Halves, Named, NoThreshold, OtherDecoder, LearnedGain])
 def test_a_class_that_is_saved_as_another_is_refused_before_the_first_step(
-    train_argv, tmp_path, monkeypatch, capsys, own
+    train_argv, tmp_path, monkeypatch, result, own
 ):
     monkeypatch.setitem(ARCHITECTURES, "own", own)
     monkeypatch.setitem(sgo_sae.CHOICES, "arch", tuple(ARCHITECTURES))
     monkeypatch.setattr(sgo_sae.Run, "step", None)
-    assert trained(train_argv(arch="own")) == 2
-    line = last_line(capsys)
-    assert "--arch own would be saved as" in line
+    assert "--arch own would be saved as" in result(train_argv(arch="own")).refusal
     assert not (tmp_path / "run").exists()
 
 
@@ -1854,902 +2139,47 @@ def test_a_class_of_ones_own_trains_by_its_formulas(monkeypatch):
     assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_finished_demo_is_finished(tmp_path, monkeypatch, capsys):
-    """Its model is a folder of the cache, which --resume compares."""
-    monkeypatch.setenv("SGO_CACHE", str(tmp_path / "cache"))
-
-    def files(folder):
-        make_model(folder)
-        write_rows(folder / "train.jsonl", [{"text": TEXT * 3}] * 99)
-
-    monkeypatch.setattr(sgo_sae, "demo_files", files)
-    small = ["--tokens", "4096", "--dict", "32", "--k", "4", "--layer", "1", "--buffer", "9"]
-    argv = ["--demo", *small, "--out", str(tmp_path / "run"), "--device", "cpu"]
-    assert trained(argv) == 0
-    assert trained([*argv, "--resume"]) == 0
-    assert "it has ended: there is nothing to resume" in last_line(capsys)
-    settings = json.loads(next((tmp_path / "run").glob("*/cfg.json")).read_text())["metadata"]
-    assert (
-        settings["settings"]["dtype"] == "float32"
-    )  # and not auto, which another machine resolves
+def test_the_logged_l0_is_that_of_the_autoencoder_as_it_is_saved():
+    """After training, θ decides in batchtopk, which lags behind that of the last batch."""
+    sae = sgo_sae.BatchTopK(16, 64, 4)
+    x_BD = torch.randn(500, 16)
+    for theta in (0.5, 1.0):
+        sae.theta.fill_(theta)
+        expected = (((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc) > theta).sum(1).float().mean()
+        figures = sgo_sae.figures_of(sae, x_BD, torch.tensor(0.0), 0.0, 1.0)
+        assert figures["l0"] == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_an_auxiliary_loss_has_what_it_needs(on_gpu, patch_gpu):
-    """AuxK as the comment in `Run.step` has it, against a dense one by autograd."""
-    sae = SAE(6, 40, 4).double()
-    x_BD = torch.randn(50, 6, dtype=torch.float64)
-    dead_N = torch.arange(40) % 2 == 0
-
-    def select(pre_BN):
-        vals_BK, idx_BK = pre_BN.masked_fill(~dead_N.to(pre_BN.device), -math.inf).topk(3)
-        return vals_BK.relu(), idx_BK
-
-    pre_BN = sae.pre_activations(x_BD)
-    rest_BD = (x_BD - sae(x_BD)).detach()
-    f_BN = sae.activate(pre_BN)
-    vals_BK, idx_BK = pre_BN[:, dead_N].topk(3)
-    aux_BD = (dense(vals_BK.relu(), 2 * idx_BK, 40)) @ sae.W_dec
-    expected = (x_BD - sae.decode(f_BN)).square().sum(1).mean()
-    expected = expected + (rest_BD - aux_BD).square().sum(1).mean() / 32
-    weights = list(sae.parameters())
-    expected = torch.autograd.grad(expected, weights)
-
-    def found():
-        x = x_BD.to("cuda") if on_gpu else x_BD
-        module = sae.to("cuda") if on_gpu else sae
-        terms = topk_loss_terms(module, x, lambda *latents: 0.0)
-        aux = sgo_sae.decode_selected(module, *sgo_sae.encode_selected(module, x, select))
-        loss = terms.reconstruction + (x - terms.xhat_BD - aux).square().sum(1).mean() / 32
-        return torch.autograd.grad(loss, list(module.parameters()))
-
-    if on_gpu:
-        with patch_gpu():
-            gradients = [gradient.cpu() for gradient in found()]
-    else:
-        gradients = found()
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, expected, strict=True))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_run_of_any_architecture_ends_by_itself_where_activations_are_not_finite(arch):
+    run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=20, k=4), 6, torch.device("cpu"))
+    run.step(torch.full((50, 6), math.nan), 0, 10)
+    assert "gradient not finite at step 0" in run.failure
+    if arch == "batchtopk":  # nor does a batch in which nothing is active end it
+        assert (
+            run.sae.adjust(0.04, torch.zeros(5, 20), 0.1) == 0.04 and run.sae.theta.isfinite().all()
+        )
 
 
-@pytest.mark.parametrize("batch", [2048, 4096])
-def test_dead_is_one_thing(batch):
-    """A latent that was active on no token of the last 409,600, never-active ones among them."""
-    cfg = sgo_sae.Config(d_sae=3, k=1, alpha=0.0, lr=0.0, batch=batch)
-    run = sgo_sae.Run(cfg, 2, CPU)
-    run.sae.W_enc.data = torch.tensor([[1.0, 0, -1], [0, 1, 0]])
-    first, second = torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 1]])
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sgo_sae, "write_log", lambda run: None)
-        for step in range(300):
-            run.step(second if step == 50 else first, step, 300)
-            run.log(first, step + 1, 1.0)
-            found[step + 1] = run.history[-1]["dead"]
-    many = 409_600 // batch
-    assert found[many - 1] is None and "(409,600 tokens)" in run.figures()
-    # The third one is never active, and the second one last in step 50, after which 51 are done.
-    assert (found[many], found[50 + many], found[51 + many], found[300]) == (1, 1, 2, 2)
-
-
-@pytest.mark.parametrize("clip, most", [(1.0, 1.0), (0.25, 0.25), (0.0, math.inf)])
-def test_gradients_are_clipped_to_the_norm_that_is_set(clip, most, monkeypatch):
-    sae = SAE(6, 20, 4)
-    x_BD = torch.randn(50, 6) * 10
-    norms = []
-
-    class Adam:
-        param_groups = ({},)
-
-        def step(self):
-            assert self.param_groups[0]["lr"] == 0.1
-            norms.append(math.sqrt(sum(p.grad.square().sum() for p in sae.parameters())))
-
-        def zero_grad(self):
-            pass
-
-    norm = update(sae, Adam(), total_loss(topk_loss_terms(sae, x_BD)), 0.1, clip)
-    assert norm > 1 and norms == [pytest.approx(min(norm, most), rel=1e-4)]
-    clips = []
-    monkeypatch.setattr(sgo_sae, "update", lambda *args: clips.append(args[-1]) or 1.0)
-    run = sgo_sae.Run(sgo_sae.Config(d_sae=20, k=4, clip=clip), 6, CPU)
-    run.step(x_BD, 0, 10)
-    assert clips == [clip] and run.gradient_norm == 1.0
-
-
-# ---------------------------------------------------------------------------- texts and activations
-
-
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_hook_reads_the_hidden_states_of_the_full_model(model, layer):
-    _, full, tokenizer = model
-    ids_BL = torch.randint(3, len(tokenizer), (3, 20))
-    lm, module = loaded(model, layer)
-    assert len(lm.layers) == layer + 1 and not hasattr(lm, "lm_head")
-    with torch.inference_mode():
-        x_BLD = sgo_sae.layer_output(lm, module, ids_BL)
-        assert torch.equal(x_BLD, full(ids_BL, output_hidden_states=True).hidden_states[layer + 1])
-        assert torch.equal(x_BLD, sgo_sae.layer_output(full, full.model.layers[layer], ids_BL))
-    assert not module._forward_hooks
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "multimodal gemma3"])
-def test_other_models_load(model, tmp_path, kind):
-    import transformers as t
-
-    model[2].save_pretrained(tmp_path)
-    sizes = {"vocab_size": len(model[2]), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    heads = {"intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    if kind == "gpt2":
-        full = t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=3, n_head=2, **sizes))
-    elif kind == "bert":
-        full = t.BertForMaskedLM(t.BertConfig(hidden_size=16, **heads, **sizes))
-    else:  # 3 layers in the vision tower too, and wider ones: the text model's are wanted
-        attention = {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8}
-        text = t.Gemma3TextConfig(hidden_size=16, **attention, **heads, **sizes)
-        vision = t.SiglipVisionConfig(hidden_size=64, image_size=28, patch_size=14, **heads)
-        cfg = t.Gemma3Config(text_config=text, vision_config=vision)
-        full = t.Gemma3ForConditionalGeneration(cfg)
-    full.eval().save_pretrained(tmp_path)
-    lm, module = loaded((tmp_path,), 1)
-    ids_BL = torch.randint(3, 40, (2, 9))
-    with torch.inference_mode():
-        expected = full(ids_BL, output_hidden_states=True).hidden_states[2]
-        assert torch.equal(sgo_sae.layer_output(lm, module, ids_BL), expected)
-
-
-def test_a_tokenizer_may_know_more_than_the_model_reads(train_argv, tmp_path, capsys):
-    """As Gemma 3's, whose one entry more than the model has rows no text produces; an id that is
-    produced is refused.
-    """
-    from transformers import AutoTokenizer
-
-    make_model(tmp_path / "lm")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.save_pretrained(tmp_path / "lm")
-    assert (
-        len(tokenizer)
-        == json.loads((tmp_path / "lm" / "config.json").read_text())["vocab_size"] + 1
-    )
-    assert trained(train_argv(model=tmp_path / "lm")) == 0
-    tokenizer.add_tokens(["fox"])
-    tokenizer.save_pretrained(tmp_path / "lm")
-    capsys.readouterr()
-    assert trained(train_argv(model=tmp_path / "lm", out=tmp_path / "other")) == 2
-    assert "the tokenizer gives the id" in last_line(capsys)
-
-
-def test_packing_loses_and_repeats_no_token(model):
-    _, _, tokenizer = model
-    documents = [f"{TEXT[: 7 * i]} {i}" for i in range(1, 30)]
-    ids_TL = torch.tensor(list(sgo_sae.token_contexts(documents, tokenizer, 12)))
-    assert (ids_TL[:, 0] == tokenizer.bos_token_id).all()
-    stream = ids_TL[:, 1:].flatten().tolist()
-    whole = []
-    for ids in tokenizer(documents, add_special_tokens=False).input_ids:
-        whole += [*ids, tokenizer.eos_token_id]
-    assert stream == whole[: len(stream)]
-    assert len(whole) - len(stream) < 11
-
-
-def test_packing_without_bos(tmp_path):
-    _, tokenizer = make_model(tmp_path, bos=False)
-    contexts = list(sgo_sae.token_contexts([TEXT] * 4, tokenizer, 8))
-    assert (
-        reduce(operator.iadd, contexts, [])
-        == (tokenizer(TEXT)["input_ids"] * 4)[: 8 * len(contexts)]
-    )
-
-
-@pytest.mark.parametrize("bos", [True, False])
-def test_special_tokens_and_the_first_one_never_reach_the_autoencoder(tmp_path, bos):
-    """A text that spells special tokens gives ordinary ones. Position 0 is left out also where it
-    is no BOS.
-    """
-    make_model(tmp_path, bos=bos)
-    text = "a <bos> b <eos><pad> c"
-    write_rows(tmp_path / "t.jsonl", [{"text": text}] * 20)
-    settings = {"model": str(tmp_path), "dataset": str(tmp_path / "t.jsonl"), "layer": 1}
-    cfg = sgo_sae.Config(**settings, ctx=8, batch=4, buffer=10, lm_batch=3)
-    lm, layer, tokenizer, _ = sgo_sae.load_lm(cfg.model, 1, CPU, torch.float32)
-    contexts = list(islice(sgo_sae.token_contexts([text] * 20, tokenizer, 8), 10))
-    ids_TL = torch.tensor(contexts)
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id] if bos else []
-    kept_TL = ~torch.isin(ids_TL, torch.tensor(special))
-    kept_TL[:, 0] = False
-    assert kept_TL.sum() < 70 if bos else kept_TL.sum() == 70
-    with torch.inference_mode():
-        kept = sgo_sae.layer_output(lm, layer, ids_TL)[kept_TL]
-    # The first round has ten contexts.
-    harvested = torch.cat(list(islice(data_of(cfg), len(kept) // 4)))
-    distance = (harvested[:, None] - kept).abs().amax(2)
-    # Each is one of them, and, less than a batch aside, each of them is there.
-    assert distance.amin(1).max() < 1e-4
-    assert (distance.amin(0) < 1e-4).sum() > len(kept) - 4
-
-
-@pytest.mark.parametrize("lm_batch, batch", [(3, 8), (64, 16), (5, 31)])
-def test_rounds_serve_each_activation_once_and_in_another_order(
-    model, texts, lm_batch, batch, monkeypatch
-):
-    """With numbers in place of activations: a round is all of its contexts', shuffled; the next one
-    follows on it.
-    """
-    served = count()
-
-    def numbered(lm, layer, ids_BL):
-        numbers = torch.tensor([next(served) for _ in range(ids_BL.numel())]).float()
-        return numbers.view(*ids_BL.shape, 1).expand(-1, -1, 16)
-
-    monkeypatch.setattr(sgo_sae, "layer_output", numbered)
-    settings = {"model": model[0], "dataset": texts, "layer": 1, "ctx": 16, "buffer": 16}
-    cfg = sgo_sae.Config(**settings, batch=batch, lm_batch=lm_batch)
-    contexts = max(16, 2 * math.ceil(batch / 15))
-    rounds = {}
-    for number in torch.cat(list(islice(data_of(cfg), 150)))[:, 0].tolist():
-        rounds.setdefault(number // (contexts * 16), []).append(number)
-    assert list(rounds) == sorted(rounds)  # one after another
-    assert len(rounds) > 3
-    for numbers in list(rounds.values())[:-1]:
-        assert len(set(numbers)) == len(numbers)
-        assert numbers != sorted(numbers)
-        # BOS, EOS and less than a batch are left out.
-        assert contexts * 15 - len(numbers) < batch + contexts * 2
+# ---------------------------------------------------------------------------------------- processes
 
 
 def test_processes_take_turns_at_contexts(model, texts, monkeypatch):
     """Two processes read, between them, what one reads; each forward pass is of their own."""
     settings = {"model": model[0], "dataset": texts, "layer": 1, "ctx": 16, "buffer": 16}
     cfg = sgo_sae.Config(**settings, batch=16)
-    real = sgo_sae.layer_output
+    reader = sgo_sae.load_lm(cfg.model, cfg.layer, CPU, torch.float32)
     read = {}
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        ids = read[rank, world] = []
-
-        def noted(lm, layer, ids_BL, ids=ids):
-            ids.extend(ids_BL.tolist() if len(ids_BL[0]) == 16 else [])  # not when it is loaded
-            return real(lm, layer, ids_BL)
-
-        monkeypatch.setattr(sgo_sae, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(sgo_sae, "n_processes", lambda world=world: world)
-        monkeypatch.setattr(sgo_sae, "layer_output", noted)
-        next(data_of(cfg))
+        monkeypatch.setattr(sgo_sae.dist, "is_initialized", lambda world=world: world > 1)
+        monkeypatch.setattr(sgo_sae.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(sgo_sae.dist, "get_world_size", lambda world=world: world)
+        with contexts_noted() as passes:
+            next(sgo_sae.batches(cfg, reader))
+        read[rank, world] = torch.cat(passes).tolist()
     assert len(read[0, 1]) == 16
     assert read[0, 2] == read[0, 1][::2]
     assert read[1, 2] == read[0, 1][1::2]
-
-
-WRITERS = {
-    "txt": lambda frame, path: path.write_text("\n\n".join(frame["text"])),
-    "jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
-    "csv": lambda frame, path: frame.to_csv(path),
-    "parquet": lambda frame, path: frame.to_parquet(path),
-    "jsonl.gz": lambda frame, path: frame.to_json(path, orient="records", lines=True),
-    "jsonl.zst": lambda frame, path: frame.to_json(path, orient="records", lines=True),
-    "csv.xz": lambda frame, path: frame.to_csv(path),
-    "JSONL.bz2": lambda frame, path: frame.to_json(path, orient="records", lines=True),
-}
-
-
-@pytest.mark.parametrize("form", WRITERS)
-@pytest.mark.parametrize("in_folder", [False, True])
-def test_local_texts_are_read(tmp_path, form, in_folder):
-    rows = [f"document {i}: {TEXT.strip()}" for i in range(30)]
-    frame = pandas.DataFrame({"text": rows, "n": 1})
-    WRITERS[form](frame[:15], tmp_path / f"a.{form}")
-    WRITERS[form](frame if not in_folder else frame[15:], tmp_path / f"b.{form}")
-    path = tmp_path if in_folder else tmp_path / f"b.{form}"
-    cfg = sgo_sae.Config(dataset=str(path))
-    read = list(islice(sgo_sae.read_texts(cfg), 60))
-    assert sorted(read[:30]) == sorted(read[30:]) == sorted(rows)
-    assert read[:30] != read[30:]  # the second pass is shuffled anew
-
-
-def test_odd_documents_are_passed_over(tmp_path):
-    path = tmp_path / "odd.jsonl"
-    write_rows(path, [{"text": t} for t in ["", None, "  ", "good one", None, "another"]])
-    cfg = sgo_sae.Config(dataset=str(path))
-    texts = sgo_sae.read_texts(cfg)
-    assert sorted(islice(texts, 2)) == ["another", "good one"]
-
-
-def test_only_the_text_column_matters(tmp_path, capsys):
-    """Columns that come, go or change their type, rows that are none, and bad lines cost nothing
-    else.
-    """
-    rows = [{"text": f"a{i}", "meta": None} for i in range(300)]
-    rows += [{"meta": {"deep": [i]}, "text": f"b{i}", "more": 1.5} for i in range(300)]
-    rows += [{"text": f"c{i}", "meta": "now a string"} for i in range(300)]
-    lines = [json.dumps(row) for row in rows]
-    expected = [row["text"] for row in rows]
-    odd = ['{"text": "half', "17", '["listed"]', "", '{"text": ' + "[" * 10**5, '{"other": 1}']
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:600], *odd, *lines[600:]]))
-    assert texts_of(tmp_path / "a.jsonl") == expected
-    assert capsys.readouterr().err.count("lines that are no JSON object are left out") == 1
-    other = {"text": [f"d{i}" for i in range(9)], "score": range(9)}
-    pandas.DataFrame(other).to_parquet(tmp_path / "1.parquet")
-    other = {"score": [str(i) for i in range(9)], "text": [f"e{i}" for i in range(9)]}
-    pandas.DataFrame(other).to_parquet(tmp_path / "2.parquet")
-    rows = sgo_sae.rows_of([f"{tmp_path}/1.parquet", f"{tmp_path}/2.parquet"], ("text",))
-    assert all(list(row) == ["text"] for row in rows)
-    (tmp_path / "a.jsonl").rename(tmp_path / "a.jsonl.bak")
-    assert texts_of(tmp_path) == [f"{x}{i}" for x in "de" for i in range(9)]
-    long = "many words " * 20_000
-    (tmp_path / "long.csv").write_text(f"text\n{long}\nshort\n")
-    assert texts_of(tmp_path / "long.csv") == [long, "short"]
-    ragged = 'id,text\n1,x\n2\n3,y,z\n"4","a ""b""\nc"\n'
-    (tmp_path / "ragged.csv").write_text(ragged)
-    assert texts_of(tmp_path / "ragged.csv") == ["x", "y", 'a "b"\nc']
-
-
-def test_what_is_written_is_what_is_read(tmp_path):
-    written = [
-        "NA",
-        "None",
-        "null",
-        "nan",
-        "007",
-        "1e5",
-        "true",
-        "#N/A",
-        " n/a ",
-        "-",
-        "2020-01-01",
-    ]
-    lines = ["text,label", *[f"{text},{text}" for text in written]]
-    (tmp_path / "a.csv").write_text("\n".join(lines))
-    (tmp_path / "a.txt").write_text("\n\n".join(written))
-    write_rows(tmp_path / "a.jsonl", [{"text": text, "label": text} for text in written])
-    for name in ("a.csv", "a.txt", "a.jsonl"):
-        assert texts_of(tmp_path / name) == written
-    for name in ("a.csv", "a.jsonl"):
-        frame = eval_sae.file_frame(str(tmp_path / name))
-        assert frame["label"].tolist() == written
-
-
-def test_a_pattern_chooses_files(tmp_path, capsys):
-    """A folder is read if its data files are of one kind; what is hidden is none of them."""
-    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "more/train-2.jsonl", ".a.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write_rows(tmp_path / name, [{"text": name}])
-    for name in ("README.md", "notes", "train.jsonl.bak", "data.zip"):
-        (tmp_path / name).write_text("no data")
-    assert texts_of(tmp_path) == ["test.jsonl", "train-0.jsonl", "train-1.jsonl"]
-    assert "3 files are read" in capsys.readouterr().err
-    assert texts_of(tmp_path / "train-*.jsonl") == ["train-0.jsonl", "train-1.jsonl"]
-    sgo_sae.check_name(f"{tmp_path}/train-*.jsonl")
-    with pytest.raises(InputError, match="no such file"):
-        texts_of(tmp_path / "valid-*.jsonl")
-    deep = texts_of(tmp_path / "**" / "train-*.jsonl")
-    assert sorted(deep) == ["more/train-2.jsonl", "train-0.jsonl", "train-1.jsonl"]
-    assert texts_of(tmp_path / "test.jsonl") == ["test.jsonl"]
-    (tmp_path / "latest.csv").write_text("text\na")
-    for name in ("", "data.zip", "*.zip"):
-        with pytest.raises(InputError, match="a pattern such as"):
-            texts_of(f"{tmp_path}/{name}")
-    for wrong in ({"split": "test"}, {"subset": "en"}):
-        with pytest.raises(InputError, match="name the files"):
-            texts_of(tmp_path / "test.jsonl", **wrong)
-
-
-def test_documents_of_a_txt_are_between_blank_lines(tmp_path):
-    """Lines of spaces are blank; a file without any is read in parts, and loses nothing."""
-    (tmp_path / "a.txt").write_text("one\ntwo\n \t\nthree\r\n\r\n\n\nfour")
-    assert texts_of(tmp_path / "a.txt") == ["one\ntwo", "three", "four"]
-
-
-def test_a_file_that_loses_its_text_ends_the_reading(tmp_path):
-    """Else it would be read for ever."""
-    write_rows(tmp_path / "a.jsonl", [{"text": "one"}])
-    cfg = sgo_sae.Config(dataset=str(tmp_path / "a.jsonl"))
-    texts = sgo_sae.read_texts(cfg)
-    assert [next(texts), next(texts)] == ["one", "one"]
-    (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(InputError, match="holds no text any more"):
-        next(texts)
-
-
-@pytest.mark.parametrize("end", [" ", "\n", ""])
-def test_a_document_of_any_length_is_read_in_parts(tmp_path, monkeypatch, end):
-    """Nothing is lost, and what is held to be shuffled has a bound."""
-    monkeypatch.setattr(sgo_sae, "LONGEST", 1000)
-    monkeypatch.setattr(sgo_sae, "HELD", 4)
-    text = "".join(f"word{i}{end}" for i in range(2000))
-    (tmp_path / "a.txt").write_text(f"first\n\n{text}\n\nlast")
-    write_rows(tmp_path / "a.jsonl", [{"text": "first"}, {"text": text}, {"text": "last"}])
-    longest = []
-    real = sgo_sae.shuffled
-
-    def noted(texts, generator):
-        return real((longest.append(len(text)) or text for text in texts), generator)
-
-    monkeypatch.setattr(sgo_sae, "shuffled", noted)
-    for name in ("a.txt", "a.jsonl"):
-        read = texts_of(tmp_path / name)
-        assert "".join(read).replace("\n", "") == f"first{text}last".replace("\n", "")
-        in_order = list(sgo_sae.texts_of(sgo_sae.Config(dataset=str(tmp_path / name))))
-        assert sorted(in_order) == sorted(read) and in_order != read
-        assert 5 < len(longest) and max(longest) <= 1000
-        longest.clear()
-
-
-def test_what_is_not_utf_8_is_replaced_or_refused(tmp_path, capsys):
-    text = "naïve café → 漢字"
-    row = json.dumps({"text": text}, ensure_ascii=False)
-    (tmp_path / "mark.jsonl").write_bytes(f"{row}\n{row}\n".encode("utf-8-sig"))
-    assert texts_of(tmp_path / "mark.jsonl") == [text, text]
-    (tmp_path / "real.jsonl").write_text(json.dumps({"text": "a � b"}, ensure_ascii=False))
-    assert texts_of(tmp_path / "real.jsonl") == ["a � b"]
-    assert "UTF-8" not in capsys.readouterr().err
-    (tmp_path / "latin.txt").write_bytes("première\n\ndéjà vu\n\nplain".encode("latin-1"))
-    assert texts_of(tmp_path / "latin.txt") == ["premi�re", "d�j� vu", "plain"]
-    assert capsys.readouterr().err.count("are not UTF-8") == 1
-    (tmp_path / "half.jsonl").write_text('{"text": "a \\ud83d b"}\n')  # half of a surrogate pair
-    assert texts_of(tmp_path / "half.jsonl") == ["a � b"]
-    for encoding, name in product(("utf-16", "utf-32"), ("a.txt", "a.jsonl")):
-        (tmp_path / name).write_bytes(f"{row}\n{row}\n".encode(encoding))
-        with pytest.raises(InputError, match="has no text"):
-            sgo_sae.check_texts(sgo_sae.Config(dataset=str(tmp_path / name)))
-
-
-@pytest.mark.parametrize("place", ["here", "hub"])
-def test_the_order_of_texts_is_that_of_datasets(tmp_path, monkeypatch, place):
-    """Of a local file, and of the Hub's files, as `datasets` shuffles them in each epoch."""
-    import datasets
-
-    texts = {n: [f"{n} {i}" if i % 7 else " " for i in range(1300)] for n in "abc"}
-    write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts["a"]])
-
-    def rows_of(names):
-        for name in names:
-            for text in texts[name]:
-                yield {"text": text}
-
-    names = ["a"] if place == "here" else ["a", "b", "c"]
-    rows = datasets.IterableDataset.from_generator(rows_of, gen_kwargs={"names": names})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: rows)
-    expected = rows.filter(lambda row: row["text"] != " ").shuffle(seed=5, buffer_size=1000)
-    path = "some/name" if place == "hub" else str(tmp_path / "a.jsonl")
-    cfg = sgo_sae.Config(dataset=path, data_seed=5)
-    for epoch in (0, 1, 2):
-        expected.set_epoch(epoch)
-        assert list(sgo_sae.texts_of(cfg, epoch)) == [row["text"] for row in expected]
-
-
-def test_several_files_are_read_in_another_order_each_time(tmp_path):
-    for n in range(5):
-        write_rows(tmp_path / f"{n}.jsonl", [{"text": f"{n} {i}"} for i in range(1300)])
-    cfg = sgo_sae.Config(dataset=str(tmp_path))
-    first, again, second = (list(sgo_sae.texts_of(cfg, epoch)) for epoch in (0, 0, 1))
-    assert first == again != second
-    assert sorted(first) == sorted(second) == sorted(texts_of(tmp_path))
-    assert len({text[0] for text in first[:300] + second[:300]}) > 1
-
-
-@pytest.mark.parametrize(
-    "kind, words",
-    [
-        ("words", " are kept, too few for a batch of 64"),
-        ("letters", "the tokenizer makes no token of 10,000 texts in a row"),
-    ],
-)
-def test_text_that_gives_no_batch_ends_the_run(train_argv, tmp_path, capsys, kind, words):
-    make_model(tmp_path / "lm")
-    little_tokenizer(kind).save_pretrained(tmp_path / "lm")
-    write_rows(tmp_path / "t.jsonl", [{"text": "\u044f \u0436 \u0436\u044f" * 9}] * 30)
-    assert trained(train_argv(model=tmp_path / "lm", dataset=tmp_path / "t.jsonl")) == 2
-    assert words in last_line(capsys)
-
-
-@pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize(
-    "kind", ["minicpm3", "gemma4", "esm", "nemotron_h", "gpt1", "ettin", "opt", "qwen3"]
-)
-def test_layers_are_those_of_the_whole_model_bit_for_bit(model, tmp_path, kind, layer):
-    """Also where a model's layers depend on how many there are. The later ones are not loaded."""
-    whole = saved(kind, model, tmp_path)
-    ids_BL = torch.randint(3, 80, (3, 12))
-    outputs = []
-    paths = [
-        p
-        for p, m in whole.named_modules()
-        if re.fullmatch(rf"(\w+\.)*(layers|layer|h)\.{layer}", p)
-    ]
-    path = min(paths, key=len)
-    whole.get_submodule(path).register_forward_hook(lambda m, args, output: outputs.append(output))
-    with torch.inference_mode():
-        whole(ids_BL)
-    expected = outputs[0] if torch.is_tensor(outputs[0]) else outputs[0][0]
-    lm, module = loaded((tmp_path,), layer)
-    assert torch.equal(sgo_sae.layer_output(lm, module, ids_BL), expected)
-    if kind != "esm":  # which has no causal model
-        part, *_ = sgo_sae.load_lm(tmp_path, layer, CPU, torch.float32, whole=True)
-        assert torch.equal(sgo_sae.layer_output(part, part.get_submodule(path), ids_BL), expected)
-    n_layers = 12 if kind == "gemma4" else 4
-    assert not any(
-        re.fullmatch(rf"(\w+\.)*(layers|layer|h)\.{n_layers - 1}", p) for p, _ in lm.named_modules()
-    )
-
-
-@pytest.mark.parametrize(
-    "kind, words",
-    [
-        ("t5", "a decoder of transformers, or an encoder alone, is needed"),
-        ("albert", "its 4 layers are not in one list"),
-        ("xlm", "its 4 layers are not in one list"),
-    ],
-)
-def test_models_that_can_not_be_read_are_refused(train_argv, model, tmp_path, capsys, kind, words):
-    saved(kind, model, tmp_path / "lm")
-    assert words in refused(train_argv(model=tmp_path / "lm"), capsys)
-
-
-@pytest.mark.parametrize("kind, most", [("opt", 40), ("roberta", 39), ("gpt1", 40), ("qwen3", 40)])
-def test_positions_that_a_model_has_not_are_refused(
-    train_argv, model, texts, tmp_path, capsys, kind, most
-):
-    saved(kind, model, tmp_path / "lm")
-    assert trained(train_argv(model=tmp_path / "lm", ctx=most)) == 0
-    capsys.readouterr()
-    words = f"was made for {most} tokens"
-    argv = train_argv(model=tmp_path / "lm", ctx=most + 1, out=tmp_path / "b")
-    assert trained(argv) == 2
-    assert words in last_line(capsys)
-    text = ["--text", texts, "--contexts", 9, "--metrics", "core"]
-    evaluated([tmp_path / "run", *text, "--ctx", most + 1])
-    assert words in capsys.readouterr().err
-
-
-def vision_model():
-    """A small LLaVA: its text part is a Llama."""
-    import transformers as t
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    sizes["num_hidden_layers"] = 4
-    vision = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **sizes}
-    text = {"model_type": "llama", "vocab_size": 300, "num_key_value_heads": 1, **sizes}
-    cfg = t.LlavaConfig(vision_config=vision, text_config=text, image_token_id=299)
-    return t.LlavaForConditionalGeneration(cfg)
-
-
-def base_model():
-    """A GPT-2 that was saved without its head."""
-    import transformers as t
-
-    return t.GPT2Model(t.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=40, vocab_size=300))
-
-
-@pytest.mark.parametrize("made", [vision_model, base_model])
-def test_a_model_is_of_the_class_that_its_configuration_names(
-    train_argv, model, texts, tmp_path, capsys, made
-):
-    """The file names a module of that class, and what can be trained on can be evaluated."""
-    torch.manual_seed(0)
-    whole = made().eval()
-    whole.save_pretrained(tmp_path / "lm")
-    model[2].save_pretrained(tmp_path / "lm")
-    assert trained(train_argv(model=tmp_path / "lm")) == 0
-    assert "are not used" not in capsys.readouterr().err
-    metadata = json.loads((tmp_path / "run" / "cfg.json").read_text())["metadata"]
-    module = whole.get_submodule(metadata["hf_hook_name"])
-    ids_BL = torch.randint(3, 80, (2, 9))
-    reader = sgo_sae.load_lm(str(tmp_path / "lm"), 1, CPU, torch.float32)
-    expected = sgo_sae.layer_output(reader.lm, reader.layer, ids_BL)
-    assert torch.equal(sgo_sae.layer_output(whole, module, ids_BL), expected)
-    text = ["--text", texts, "--contexts", 9]
-    assert evaluated([tmp_path / "run", *text, "--metrics", "core", "competition"]) == 0
-    code = evaluated([tmp_path / "run", *text, "--metrics", "behaviour"])
-    assert code == (2 if made is base_model else 0)  # which has no head
-
-
-def test_tensors_that_a_model_does_not_take_are_said(train_argv, model, tmp_path, capsys):
-    """Such as scales and biases; those of later layers are not missed. An adapter is refused."""
-    shutil.copytree(model[0], tmp_path / "lm")
-    weights = load_file(tmp_path / "lm" / "model.safetensors")
-    for layer in (0, 3):
-        weights[f"model.layers.{layer}.mlp.up_proj.weight_scale"] = torch.ones(1)
-    save_file(weights, tmp_path / "lm" / "model.safetensors", metadata={"format": "pt"})
-    assert trained(train_argv(model=tmp_path / "lm")) == 0
-    said = capsys.readouterr().err
-    assert "1 tensors of its files are not used, model.layers.0.mlp.up_proj.weight_scale" in said
-    torch.manual_seed(0)
-    base_model().save_pretrained(tmp_path / "gpt2")  # its names lack those of the head's class
-    config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
-    config["architectures"] = ["GPT2LMHeadModel"]
-    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
-    model[2].save_pretrained(tmp_path / "gpt2")
-    assert trained(train_argv(model=tmp_path / "gpt2", out=tmp_path / "b")) == 0
-    assert "are not used" not in capsys.readouterr().err
-    (tmp_path / "lm" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    line = refused(train_argv(model=tmp_path / "lm", out=tmp_path / "other"), capsys)
-    assert "has an adapter" in line
-
-
-# ----------------------------------------------------------------------------------------- training
-
-
-def test_run_is_complete_and_repeatable(train_argv, tmp_path, capsys):
-    for name in ("a", "b"):
-        assert trained(train_argv(out=tmp_path / name)) == 0
-    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
-    captured = capsys.readouterr()
-    assert "steps 0 to 12" in captured.err
-    for word in ("EV 0.", "MSE", "L0 4.0", "dead", "Ω ", "αΩ/rec", "saved in"):
-        assert word in captured.out
-    rows = metrics_of(tmp_path / "a")
-    assert [row["step"] for row in rows] == [5, 10, 12]
-    assert rows[0].pop("dead") is None  # as none can be before 200 steps
-    assert all(math.isfinite(value) for value in rows[0].values())
-    keys = [
-        "gradient_norm",
-        "loss",
-        "sparsity",
-        "omega",
-        "explained_variance",
-        "cosine",
-        "l0",
-        "lr",
-        "lambda",
-        "tokens",
-        "mse",
-    ]
-    assert {*keys, "activation_scale"} <= set(rows[0])
-    assert rows[-1]["alpha"] == 0.075  # since the warm-up is a fifth of 12 steps
-    weighed = rows[0]["alpha"] * rows[0]["omega"]
-    assert rows[0]["penalty_share"] == pytest.approx(weighed / rows[0]["reconstruction"])
-    metadata = json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]
-    assert metadata["settings"]["k"] == 4
-    assert metadata["torch_version"] == torch.__version__
-
-
-@pytest.mark.parametrize(
-    "option", [["--plain"], ["--normalize"], ["--alpha", "0"], ["--dtype", "bfloat16"]]
-)
-def test_options_train(train_argv, tmp_path, option):
-    assert trained(train_argv() + option) == 0
-    last = metrics_of(tmp_path / "run")[-1]
-    assert last["omega"] > 0 and (last["penalty_share"] == 0) == (
-        option == ["--alpha", "0"]
-    )  # what α 0 would weigh
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_normalize_folds_back_into_the_saved_weights(tmp_path, arch):
-    (sae, x_BD) = random_sae(arch)
-    scale = 0.37
-    sgo_sae.save_sae(sae, sgo_sae.Config(arch=arch), tmp_path, scale)
-    folded = sgo_sae.load_sae(tmp_path)
-    assert torch.allclose(folded(x_BD), sae(x_BD * scale) / scale, atol=1e-5)
-    assert torch.allclose(folded.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "arch, name", list(zip(ARCHS, ["topk", "jumprelu", "standard", "jumprelu"]))
-)
-def test_saved_and_loaded_outputs_are_identical(tmp_path, arch, name):
-    sae, x_BD = random_sae(arch)
-    sgo_sae.save_sae(sae, sgo_sae.Config(k=4, arch=arch), tmp_path)
-    again = sgo_sae.load_sae(tmp_path)
-    assert torch.equal(again(x_BD), sae(x_BD))
-    assert torch.equal(again.encode(x_BD), sae.encode(x_BD))
-    modes = {(tmp_path / file).stat().st_mode for file in ("cfg.json", "sae_weights.safetensors")}
-    assert len(modes) == 1  # whoever may read the one may read the other
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
-    assert cfg["architecture"] == name
-    assert cfg["metadata"]["hook_name"] == "blocks.12.hook_resid_post"
-    assert cfg["metadata"]["sae_lens_version"] == "6.0.0"  # without it SAELens drops the metadata
-    tensors = load_file(tmp_path / "sae_weights.safetensors")
-    shapes = {"W_enc": (8, 32), "b_enc": (32,), "W_dec": (32, 8), "b_dec": (8,)}
-    if name == "jumprelu":
-        shapes["threshold"] = (32,)
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_saelens_loads_the_folder(tmp_path, arch):
-    sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
-    sae, x_BD = random_sae(arch)
-    sgo_sae.save_sae(sae, sgo_sae.Config(k=4, arch=arch), tmp_path)
-    theirs = sae_lens.SAE.load_from_disk(tmp_path)
-    metadata = theirs.cfg.metadata
-    assert metadata.model_name == sgo_sae.Config.model and metadata.context_size == 128
-    assert metadata.hook_name == "blocks.12.hook_resid_post" and metadata.settings["k"] == 4
-    assert torch.allclose(theirs.encode(x_BD), sae.encode(x_BD), atol=1e-4)
-    assert torch.allclose(theirs(x_BD), sae(x_BD), atol=1e-4)
-
-
-def test_folders_of_saelenss_trainer_load_with_its_latents(tmp_path):
-    """rescale_acts_by_decoder_norm selects by the product of latents and decoder norms, which here
-    differ.
-    """
-    weights, x_BD = foreign_weights()
-    write_foreign(tmp_path, weights, architecture="topk", k=4, rescale_acts_by_decoder_norm=True)
-    norm_N = weights["W_dec"].norm(dim=1)
-    pre_BN = ((x_BD - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]).relu() * norm_N
-    f_BN = torch.where(pre_BN >= pre_BN.sort(descending=True).values[:, 3:4], pre_BN, 0)
-    for sae in (sgo_sae.load_sae(tmp_path), eval_sae.open_sae(tmp_path, "cpu")):
-        assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-4)
-        assert torch.allclose(
-            sae(x_BD), f_BN @ (weights["W_dec"] / norm_N[:, None]) + weights["b_dec"], atol=1e-4
-        )
-    assert eval_sae.open_sae(tmp_path, "cpu").cfg.model_from_pretrained_kwargs == {}
-
-
-@pytest.mark.parametrize(
-    "cfg",
-    [
-        {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}},
-        {"architecture": "gated"},
-        {"architecture": "topk", "k": 4, "normalize_activations": "expected_average_only_in"},
-    ],
-)
-def test_folders_whose_latents_would_be_others_are_refused(tmp_path, cfg):
-    write_foreign(tmp_path, foreign_weights()[0], **cfg)
-    with pytest.raises(InputError, match="and known are"):
-        sgo_sae.load_sae(tmp_path)
-
-
-@pytest.mark.parametrize("arch", ["topk", "standard", "jumprelu", "batchtopk"])
-def test_autoencoders_that_saelens_trained_load(arch, model, texts, tmp_path):
-    """Trained by its own runner, where it is installed."""
-    sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
-    kinds = {
-        "topk": sae_lens.TopKTrainingSAEConfig,
-        "standard": sae_lens.StandardTrainingSAEConfig,
-        "jumprelu": sae_lens.JumpReLUTrainingSAEConfig,
-        "batchtopk": sae_lens.BatchTopKTrainingSAEConfig,
-    }
-    sae_cfg = kinds[arch](d_in=16, d_sae=64, **({"k": 4} if "topk" in arch else {}))
-    train_by_saelens(sae_cfg, model, texts, tmp_path / "out", training_tokens=2000)
-    theirs = sae_lens.SAE.load_from_disk(tmp_path / "out")
-    ours = sgo_sae.load_sae(tmp_path / "out")
-    x_BD = torch.randn(200, 16)
-    assert (ours.encode(x_BD) > 0).any() and torch.allclose(
-        ours.encode(x_BD), theirs.encode(x_BD), atol=1e-5
-    )
-    assert torch.allclose(ours(x_BD), theirs(x_BD), atol=1e-5)
-
-
-def test_outliers_give_their_places_to_other_tokens(model, texts, monkeypatch):
-    settings = {"model": model[0], "dataset": texts, "layer": 1, "ctx": 16, "buffer": 200}
-    cfg = sgo_sae.Config(**settings, batch=16)
-    usual = torch.cat(list(islice(data_of(cfg), 300)))
-    with_outliers(monkeypatch, share=0.1)  # so many that they raise the mean norm tenfold
-    cfg.max_norm = 0.0
-    all_of_them = torch.cat(list(islice(data_of(cfg), 300)))
-    cfg.max_norm = 5.0
-    without = torch.cat(list(islice(data_of(cfg), 300)))
-    norm_T = all_of_them.norm(dim=1)
-    is_outlier_T = norm_T > 5 * norm_T.median()
-    assert 300 < is_outlier_T.sum() < 700
-    # The others stay where they are, and each outlier becomes one of them.
-    assert torch.equal(without[~is_outlier_T], usual[~is_outlier_T])
-    assert without.norm(dim=1).max() < 5 * norm_T.median()
-    places = without[is_outlier_T][:, None] == usual
-    is_there = places.all(2).any(1)  # or it is one of the few that fill no batch of the round
-    assert is_there.float().mean() > 0.97
-
-
-def test_an_outlier_is_one_beside_the_median_norm():
-    """Of many of them, the mean norm would hide all."""
-    x_CD = F.normalize(torch.randn(100, 8), dim=1)
-    x_CD[::3] *= 6
-    assert sgo_sae.replace_outliers(x_CD, 5.0, torch.Generator().manual_seed(0)) == 34
-    assert x_CD.norm(dim=1).max() < 1.01
-
-
-def test_outliers_are_told_once_and_leave_resuming_exact(train_argv, tmp_path, monkeypatch, capsys):
-    with_outliers(monkeypatch)
-    argv = train_argv(**LONG)
-    assert trained(train_argv(out=tmp_path / "whole", **LONG)) == 0
-    assert capsys.readouterr().err.count("tokens have over 5 times the median norm") == 1
-    with monkeypatch.context() as patch:
-        stop_at(patch, 333)
-        assert trained(argv) == 143
-    assert trained([*argv, "--resume"]) == 0
-    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
-    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "opt", "gpt1", "qwen3"])
-def test_cfg_names_the_module_in_the_model_with_its_head(train_argv, model, tmp_path, kind):
-    import transformers
-
-    folder = model[0]
-    if kind != "gemma2":
-        folder = tmp_path / "lm"
-        saved(kind, model, folder)
-    assert trained(train_argv(model=folder)) == 0
-    metadata = json.loads((tmp_path / "run" / "cfg.json").read_text())["metadata"]
-    whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    module = whole.get_submodule(metadata["hf_hook_name"])
-    last = metrics_of(tmp_path / "run")[-1]
-    assert metadata["l0"] == last["l0"] and metadata["dead_latents"] == last["dead"]
-    ids_BL = torch.randint(3, 80, (2, 9))
-    reader = sgo_sae.load_lm(folder, 1, CPU, torch.float32)
-    expected = sgo_sae.layer_output(reader.lm, reader.layer, ids_BL)
-    assert torch.equal(sgo_sae.layer_output(whole.eval(), module, ids_BL), expected)
-
-
-# ------------------------------------------------------------------------------ grids and processes
-
-
-def test_grid_trains_each_as_if_alone(train_argv, tmp_path, monkeypatch, capsys):
-    passes = []
-    real = sgo_sae.layer_output
-    monkeypatch.setattr(sgo_sae, "layer_output", lambda *args: passes.append(1) or real(*args))
-    grid = [
-        "--arch",
-        "topk",
-        "relu",
-        "--alpha",
-        "0",
-        "0.05",
-        "--dict",
-        "64",
-        "32",
-        "--k",
-        "4",
-        "6",
-        "--seed",
-        "0",
-        "1",
-    ]
-    assert trained(train_argv() + grid) == 0
-    in_grid = len(passes)
-    table = capsys.readouterr().out
-    folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
-    assert len(folders) == 32
-    assert all(name in table for name in folders)
-    for arch, n, k, alpha, seed in (("topk", 64, 4, "0", 0), ("relu", 32, 6, "0.05", 1)):
-        passes.clear()
-        name = f"{arch}-n{n}-k{k}-a{alpha}-s{seed}"
-        one = {"arch": arch, "dict": n, "k": k, "alpha": alpha, "seed": seed}
-        assert trained(train_argv(out=tmp_path / name, **one)) == 0
-        assert weights_of(tmp_path / name) == weights_of(tmp_path / "run" / name)
-        assert len(passes) == in_grid
-
-
-def test_the_ablation_of_the_weights_in_a_grid(train_argv, texts, tmp_path, capsys):
-    """It has a name of its own, and the weights that it gets alone, which are not SGO's."""
-    argv = [*train_argv(), "--alpha", "0", "5", "--pair-weights", "coactivation", "uniform"]
-    assert trained(argv) == 0
-    names = ["topk-n64-k4-a0-s0", "topk-n64-k4-a5-s0", "topk-n64-k4-a5-uniform-s0"]
-    folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
-    assert sorted(folders) == names
-    table = capsys.readouterr().out
-    assert all(name in table for name in names)
-    _, sgo, uniform = (weights_of(tmp_path / "run" / name) for name in names)
-    assert sgo != uniform
-    assert trained(train_argv(out=tmp_path / "alone", alpha=5, pair_weights="uniform")) == 0
-    assert weights_of(tmp_path / "alone") == uniform
-    text = ["--text", texts, "--contexts", 4]
-    assert evaluated([tmp_path / "run", "--metrics", "core", *text]) == 0
-    table = capsys.readouterr().out
-    heads = " ".join(table.split("core: explained")[0].replace("|", " ").split())
-    assert "coactivation" in heads and "uniform" in heads, heads
-
-
-def test_runs_from_before_there_were_pair_weights(train_argv, texts, tmp_path, capsys):
-    """They are resumed and have one column with new runs, as if they had the default."""
-    for seed in (0, 1):
-        assert trained(train_argv(out=tmp_path / f"s{seed}", seed=seed, save_every=10)) == 0
-    file = tmp_path / "s0" / "cfg.json"
-    content = json.loads(file.read_text())
-    assert content["metadata"]["settings"].pop("pair_weights") == "coactivation"
-    file.write_text(json.dumps(content))
-    uniform = train_argv(out=tmp_path / "u", pair_weights="uniform")
-    assert trained(uniform) == trained([*uniform, "--resume"]) == 0
-    assert "has ended" in capsys.readouterr().err
-    runs = [tmp_path / name for name in ("s0", "s1", "u")]
-    assert evaluated([*runs, "--metrics", "core", "--text", texts, "--contexts", 4]) == 0
-    row = next(line for line in capsys.readouterr().out.splitlines() if "core: mse ↓" in line)
-    assert len(row.strip("|").split("|")) == 3 and row.count("±") == 1  # a name and two columns
-    argv = train_argv(out=tmp_path / "s0", seed=0, save_every=10)
-    assert trained([*argv, "--resume"]) == 0
-    assert "has ended" in capsys.readouterr().err
-    assert trained([*argv, "--resume", "--pair-weights", "uniform"]) == 2
-    assert "--pair-weights coactivation, not uniform" in last_line(capsys)
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -2817,52 +2247,6 @@ def test_two_processes_train_as_one_does_under_the_rule_of_nccl(tmp_path, way):
     assert len(differences) == 10
     exact = [differences[key] for key in differences if key[0] != "batchtopk"]
     assert max(exact) < 1e-5, result.stdout
-
-
-# ------------------------------------------------------------------- interruption, and what is lost
-
-
-with warnings.catch_warnings():  # one file, so nowhere to register a mark
-    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
-    slow = pytest.mark.slow
-
-
-LONG = {"tokens": 64 * 400, "save_every": 7}  # the data is used more than twice
-
-
-@pytest.mark.parametrize(
-    "options, steps, number",
-    [
-        ([], [1], signal.SIGHUP),
-        ([], [113], signal.SIGINT),
-        ([], [250], signal.SIGUSR1),
-        ([], [140, 7, 1, 200], signal.SIGTERM),
-        (["--arch", *ARCHS, "--seed", "0", "1", "--tokens", "2560"], [64], signal.SIGTERM),
-        (["--normalize", "--plain", "--dtype", "bfloat16"], [9], signal.SIGTERM),
-    ],
-)
-def test_stopped_and_resumed_is_the_run_that_never_stopped(
-    train_argv, tmp_path, monkeypatch, capsys, options, steps, number
-):
-    assert trained(train_argv(out=tmp_path / "whole", **LONG) + options) == 0
-    argv = train_argv(**LONG) + options
-    for n, step in enumerate(steps):
-        with monkeypatch.context() as patch:
-            stop_at(patch, step, number)
-            assert trained(argv + ["--resume"] * (n > 0)) == 128 + number
-        assert "the same command with --resume goes on" in capsys.readouterr().err
-    assert not list((tmp_path / "run").rglob("sae_weights.safetensors"))
-    assert "holds a run: --resume continues it" in refused(argv, capsys)
-    assert trained([*argv, "--resume"]) == 0
-    assert not list((tmp_path / "run").rglob("checkpoint*"))
-    files = [p for p in (tmp_path / "whole").rglob("*") if p.suffix in (".safetensors", ".jsonl")]
-    assert len(files) == (16 if "--arch" in options else 2)
-    for file in files:
-        same = tmp_path / "run" / file.relative_to(tmp_path / "whole")
-        if file.suffix == ".jsonl":
-            assert metrics_of(same.parent) == metrics_of(file.parent)
-        else:
-            assert same.read_bytes() == file.read_bytes()
 
 
 TWO = LONG | {"tokens": 64 * 300}  # the run of two processes
@@ -2980,20 +2364,749 @@ def test_a_process_that_waits_for_others_gives_up_in_a_line_and_can_be_stopped(t
     assert process.wait(timeout=10) == -signal.SIGTERM
 
 
-def test_resume_of_another_run_is_refused_by_name(train_argv, tmp_path, monkeypatch, capsys):
+SLOW_STEP = """
+import signal, sys, time, sgo_sae
+def step(*args):
+    print("in a step", flush=True)
+    for _ in range(600):
+        time.sleep(0.1)
+sgo_sae.Run.step = step
+if sys.argv[1] == "ignored":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.exit(sgo_sae.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("how", ["taken", "ignored"])
+def test_a_second_signal_ends_a_run_at_once_and_one_that_is_ignored_none(train_argv, how):
+    """As nohup ignores SIGHUP."""
+    command = [sys.executable, "-c", SLOW_STEP, how, *train_argv()]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGHUP)  # as torchrun hands on what a scheduler has sent to all
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    if how == "ignored":
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    ended_by = {"taken": signal.SIGHUP, "ignored": signal.SIGINT}[how]
+    assert process.wait(timeout=10) == -ended_by
+
+
+def signal_in_pass(monkeypatch, n, number):
+    """Sends this process a signal during the n-th pass of the language model from now on."""
+    real = sgo_sae.layer_output
+    passes = []
+
+    def read_and_signal(*args):
+        passes.append(1)
+        if len(passes) == n:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(sgo_sae, "layer_output", read_and_signal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_the_run_in_a_line(
+    train_argv, tmp_path, monkeypatch, result, number
+):
+    signal_in_pass(monkeypatch, 3, number)
+    found = result(train_argv())
+    assert found.code == 128 + number and found.last == "sgo_sae.py: stopped"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_a_batch_is_read_stops_before_the_next_pass(
+    train_argv, tmp_path, monkeypatch, result, whole
+):
+    """A round has four passes, and 86 rounds are read before the first step."""
+    argv = train_argv(**LONG)
+    with monkeypatch.context() as patch, contexts_noted() as passes:
+        signal_in_pass(patch, 4 * 100 + 2, signal.SIGTERM)
+        found = result(argv)
+    assert found.code == 143 and "stopped after step" in found.err
+    assert len(passes) == 4 * 100 + 2  # the pass in which the signal came is the last
+    assert trained([*argv, "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == weights_of(whole)
+
+
+@pytest.mark.parametrize(
+    "environment, code, words",
+    [
+        ({"WORLD_SIZE": "1"}, 0, "saved in"),
+        ({"WORLD_SIZE": "2"}, 2, "several processes are started by torchrun"),
+        ({"WORLD_SIZE": "many"}, 2, "several processes are started by torchrun"),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, 2, "several processes are started by torchrun"),
+    ],
+)
+def test_what_a_cluster_sets_is_understood_or_told(train_argv, environment, code, words):
+    result = python(SCRIPT, *train_argv(), **environment)
+    assert result.returncode == code and words in result.stdout + result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_device_of_several_processes(monkeypatch):
+    """torchrun's number of a process chooses its GPU, where it is to use one."""
+    chosen = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(sgo_sae.dist, "rendezvous", lambda *args, **more: iter([(None, 1, 2)]))
+    monkeypatch.setattr(sgo_sae.dist, "init_process_group", lambda **group: None)
+    sgo_sae.start_processes("cpu")
+    assert chosen == []
+    sgo_sae.start_processes("auto")
+    sgo_sae.start_processes("cuda")
+    assert chosen == [1, 1]
+    with pytest.raises(InputError, match="--device cuda:1: torchrun gives each process a GPU"):
+        sgo_sae.start_processes("cuda:1")
+
+
+def test_what_nccl_says_is_told(monkeypatch, capsys):
+    def work(argv):
+        raise RuntimeError("NCCL error: Duplicate GPU detected")
+
+    monkeypatch.setattr(sgo_sae, "torchrun", lambda: True)
+    assert sgo_sae.main([], work) == 2
+    assert "Duplicate GPU detected" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- texts
+
+
+WRITERS = {
+    "txt": lambda frame, path: path.write_text("\n\n".join(frame["text"])),
+    "jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "csv": lambda frame, path: frame.to_csv(path),
+    "parquet": lambda frame, path: frame.to_parquet(path),
+    "jsonl.gz": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "jsonl.zst": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "csv.xz": lambda frame, path: frame.to_csv(path),
+    "JSONL.bz2": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+}
+
+
+@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_local_texts_are_read(tmp_path, form, in_folder):
+    rows = [f"document {i}: {TEXT.strip()}" for i in range(30)]
+    frame = pandas.DataFrame({"text": rows, "n": 1})
+    WRITERS[form](frame[:15], tmp_path / f"a.{form}")
+    WRITERS[form](frame if not in_folder else frame[15:], tmp_path / f"b.{form}")
+    path = tmp_path if in_folder else tmp_path / f"b.{form}"
+    cfg = sgo_sae.Config(dataset=str(path))
+    read = list(islice(sgo_sae.read_texts(cfg), 60))
+    assert sorted(read[:30]) == sorted(read[30:]) == sorted(rows)
+    assert read[:30] != read[30:]  # the second pass is shuffled anew
+
+
+def test_odd_documents_are_passed_over(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    write_rows(path, [{"text": t} for t in ["", None, "  ", "good one", None, "another"]])
+    cfg = sgo_sae.Config(dataset=str(path))
+    texts = sgo_sae.read_texts(cfg)
+    assert sorted(islice(texts, 2)) == ["another", "good one"]
+
+
+def texts_of(path, **settings):
+    """The texts that training reads of a path, in the order of reading."""
+    cfg = sgo_sae.Config(dataset=str(path), **settings)
+    with sgo_sae.loading(str(path)):
+        rows = sgo_sae.open_dataset(cfg, (cfg.text_column,))
+        return list(sgo_sae.texts_in(rows, cfg.text_column))
+
+
+def test_only_the_text_column_matters(tmp_path, capsys):
+    """Columns that come, go or change their type, rows that are none, and bad lines cost nothing
+    else.
+    """
+    rows = [{"text": f"a{i}", "meta": None} for i in range(300)]
+    rows += [{"meta": {"deep": [i]}, "text": f"b{i}", "more": 1.5} for i in range(300)]
+    rows += [{"text": f"c{i}", "meta": "now a string"} for i in range(300)]
+    lines = [json.dumps(row) for row in rows]
+    expected = [row["text"] for row in rows]
+    odd = ['{"text": "half', "17", '["listed"]', "", '{"text": ' + "[" * 10**5, '{"other": 1}']
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:600], *odd, *lines[600:]]))
+    assert texts_of(tmp_path / "a.jsonl") == expected
+    assert capsys.readouterr().err.count("lines that are no JSON object are left out") == 1
+    other = {"text": [f"d{i}" for i in range(9)], "score": range(9)}
+    pandas.DataFrame(other).to_parquet(tmp_path / "1.parquet")
+    other = {"score": [str(i) for i in range(9)], "text": [f"e{i}" for i in range(9)]}
+    pandas.DataFrame(other).to_parquet(tmp_path / "2.parquet")
+    rows = sgo_sae.rows_of([f"{tmp_path}/1.parquet", f"{tmp_path}/2.parquet"], ("text",))
+    assert all(list(row) == ["text"] for row in rows)
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.jsonl.bak")
+    assert texts_of(tmp_path) == [f"{x}{i}" for x in "de" for i in range(9)]
+    long = "many words " * 20_000
+    (tmp_path / "long.csv").write_text(f"text\n{long}\nshort\n")
+    assert texts_of(tmp_path / "long.csv") == [long, "short"]
+    ragged = 'id,text\n1,x\n2\n3,y,z\n"4","a ""b""\nc"\n'
+    (tmp_path / "ragged.csv").write_text(ragged)
+    assert texts_of(tmp_path / "ragged.csv") == ["x", "y", 'a "b"\nc']
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    written = [
+        "NA",
+        "None",
+        "null",
+        "nan",
+        "007",
+        "1e5",
+        "true",
+        "#N/A",
+        " n/a ",
+        "-",
+        "2020-01-01",
+    ]
+    lines = ["text,label", *[f"{text},{text}" for text in written]]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    (tmp_path / "a.txt").write_text("\n\n".join(written))
+    write_rows(tmp_path / "a.jsonl", [{"text": text, "label": text} for text in written])
+    for name in ("a.csv", "a.txt", "a.jsonl"):
+        assert texts_of(tmp_path / name) == written
+    for name in ("a.csv", "a.jsonl"):
+        frame = eval_sae.file_frame(str(tmp_path / name))
+        assert frame["label"].tolist() == written
+
+
+def test_a_pattern_chooses_files(tmp_path, capsys):
+    """A folder is read if its data files are of one kind; what is hidden is none of them."""
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "more/train-2.jsonl", ".a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / name, [{"text": name}])
+    for name in ("README.md", "notes", "train.jsonl.bak", "data.zip"):
+        (tmp_path / name).write_text("no data")
+    assert texts_of(tmp_path) == ["test.jsonl", "train-0.jsonl", "train-1.jsonl"]
+    assert "3 files are read" in capsys.readouterr().err
+    assert texts_of(tmp_path / "train-*.jsonl") == ["train-0.jsonl", "train-1.jsonl"]
+    sgo_sae.check_name(f"{tmp_path}/train-*.jsonl")
+    with pytest.raises(InputError, match="no such file"):
+        texts_of(tmp_path / "valid-*.jsonl")
+    deep = texts_of(tmp_path / "**" / "train-*.jsonl")
+    assert sorted(deep) == ["more/train-2.jsonl", "train-0.jsonl", "train-1.jsonl"]
+    assert texts_of(tmp_path / "test.jsonl") == ["test.jsonl"]
+    (tmp_path / "latest.csv").write_text("text\na")
+    for name in ("", "data.zip", "*.zip"):
+        with pytest.raises(InputError, match="a pattern such as"):
+            texts_of(f"{tmp_path}/{name}")
+    for wrong in ({"split": "test"}, {"subset": "en"}):
+        with pytest.raises(InputError, match="name the files"):
+            texts_of(tmp_path / "test.jsonl", **wrong)
+
+
+def test_documents_of_a_txt_are_between_blank_lines(tmp_path):
+    """Lines of spaces are blank; a file without any is read in parts, and loses nothing."""
+    (tmp_path / "a.txt").write_text("one\ntwo\n \t\nthree\r\n\r\n\n\nfour")
+    assert texts_of(tmp_path / "a.txt") == ["one\ntwo", "three", "four"]
+
+
+def test_a_file_that_loses_its_text_ends_the_reading(tmp_path):
+    """Else it would be read for ever."""
+    write_rows(tmp_path / "a.jsonl", [{"text": "one"}])
+    cfg = sgo_sae.Config(dataset=str(tmp_path / "a.jsonl"))
+    texts = sgo_sae.read_texts(cfg)
+    assert [next(texts), next(texts)] == ["one", "one"]
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds no text any more"):
+        next(texts)
+
+
+@pytest.mark.parametrize("end", [" ", "\n", ""])
+def test_a_document_of_any_length_is_read_in_parts(tmp_path, monkeypatch, end):
+    """Nothing is lost, and what is held to be shuffled has a bound."""
+    monkeypatch.setattr(sgo_sae, "LONGEST", 1000)
+    monkeypatch.setattr(sgo_sae, "HELD", 4)
+    text = "".join(f"word{i}{end}" for i in range(2000))
+    (tmp_path / "a.txt").write_text(f"first\n\n{text}\n\nlast")
+    write_rows(tmp_path / "a.jsonl", [{"text": "first"}, {"text": text}, {"text": "last"}])
+    for name in ("a.txt", "a.jsonl"):
+        read = texts_of(tmp_path / name)
+        assert "".join(read).replace("\n", "") == f"first{text}last".replace("\n", "")
+        assert len(read) > 5 and max(map(len, read)) <= 1000
+        shuffled = list(sgo_sae.texts_of(sgo_sae.Config(dataset=str(tmp_path / name))))
+        assert sorted(shuffled) == sorted(read) and shuffled != read
+
+
+def test_what_is_not_utf_8_is_replaced_or_refused(tmp_path, capsys):
+    text = "naïve café → 漢字"
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "mark.jsonl").write_bytes(f"{row}\n{row}\n".encode("utf-8-sig"))
+    assert texts_of(tmp_path / "mark.jsonl") == [text, text]
+    (tmp_path / "real.jsonl").write_text(json.dumps({"text": "a � b"}, ensure_ascii=False))
+    assert texts_of(tmp_path / "real.jsonl") == ["a � b"]
+    assert "UTF-8" not in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes("première\n\ndéjà vu\n\nplain".encode("latin-1"))
+    assert texts_of(tmp_path / "latin.txt") == ["premi�re", "d�j� vu", "plain"]
+    assert capsys.readouterr().err.count("are not UTF-8") == 1
+    (tmp_path / "half.jsonl").write_text('{"text": "a \\ud83d b"}\n')  # half of a surrogate pair
+    assert texts_of(tmp_path / "half.jsonl") == ["a � b"]
+    for encoding, name in product(("utf-16", "utf-32"), ("a.txt", "a.jsonl")):
+        (tmp_path / name).write_bytes(f"{row}\n{row}\n".encode(encoding))
+        with pytest.raises(InputError, match="has no text"):
+            sgo_sae.check_texts(sgo_sae.Config(dataset=str(tmp_path / name)))
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("place", ["here", "hub"])
+def test_the_order_of_texts_is_that_of_datasets(tmp_path, monkeypatch, place):
+    """Of a local file, and of the Hub's files, as `datasets` shuffles them in each epoch."""
+    import datasets
+
+    texts = {n: [f"{n} {i}" if i % 7 else " " for i in range(1300)] for n in "abc"}
+    write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts["a"]])
+
+    def rows_of(names):
+        for name in names:
+            for text in texts[name]:
+                yield {"text": text}
+
+    names = ["a"] if place == "here" else ["a", "b", "c"]
+    rows = datasets.IterableDataset.from_generator(rows_of, gen_kwargs={"names": names})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: rows)
+    expected = rows.filter(lambda row: row["text"] != " ").shuffle(seed=5, buffer_size=1000)
+    path = "some/name" if place == "hub" else str(tmp_path / "a.jsonl")
+    cfg = sgo_sae.Config(dataset=path, data_seed=5)
+    for epoch in (0, 1, 2):
+        expected.set_epoch(epoch)
+        assert list(sgo_sae.texts_of(cfg, epoch)) == [row["text"] for row in expected]
+
+
+def test_several_files_are_read_in_another_order_each_time(tmp_path):
+    for n in range(5):
+        write_rows(tmp_path / f"{n}.jsonl", [{"text": f"{n} {i}"} for i in range(1300)])
+    cfg = sgo_sae.Config(dataset=str(tmp_path))
+    first, again, second = (list(sgo_sae.texts_of(cfg, epoch)) for epoch in (0, 0, 1))
+    assert first == again != second
+    assert sorted(first) == sorted(second) == sorted(texts_of(tmp_path))
+    assert len({text[0] for text in first[:300] + second[:300]}) > 1
+
+
+def test_a_path_means_the_same_tomorrow(model, texts, tmp_path, monkeypatch):
+    """Relative paths, links and patterns are kept as absolute paths, and names of the Hub as they
+    are."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(model[0])
+    shutil.copytree(model[0], tmp_path / "here" / "gpt2")
+    shutil.copy(texts, tmp_path / "here" / "texts.jsonl")
+    monkeypatch.chdir(tmp_path / "here")
+    settings = {"../link": model[0], "gpt2": str(tmp_path / "here" / "gpt2")}
+    for n, (name, path) in enumerate(settings.items()):
+        dataset = ["texts.jsonl", "*.jsonl"][n]
+        assert trained(flags(name, dataset, tmp_path / str(n))) == 0
+        metadata = json.loads((tmp_path / str(n) / "cfg.json").read_text())["metadata"]
+        assert metadata["model_name"] == metadata["settings"]["model"] == path
+        assert metadata["dataset_path"] == str(tmp_path / "here" / dataset)
+    assert sgo_sae.absolute("google/gemma-2-2b") == "google/gemma-2-2b"
+
+
+def test_local_files_need_no_home(train_argv):
+    """Nor a cache of the Hub's libraries that can be written."""
+    nowhere = {"HOME": "/proc/nowhere", "HF_HOME": "/proc/nowhere"}
+    result = python(SCRIPT, *train_argv(), **nowhere)
+    assert result.returncode == 0, result.stderr
+    assert not Path("/proc/nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            {"model": "some/gated-model"},
+            "gated repo. Make sure to have access to it at https://huggingface.co/some/gated-model",
+        ),
+        (
+            {"model": "some/missing-model"},
+            "is not a local folder and is not a valid model identifier",
+        ),
+        ({"dataset": "some/missing-data"}, "doesn't exist on the Hub or cannot be accessed"),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(train_argv, tmp_path, hub, settings, words):
+    result = python(SCRIPT, *train_argv(**settings), HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
+    assert (
+        result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
+    ), result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_network_is_explained(train_argv, tmp_path):
+    def run(settings):  # the Hub's libraries try again for half a minute: both cases at once
+        argv = train_argv(out=tmp_path / next(iter(settings)), **settings)
+        return python(SCRIPT, *argv, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+
+    with ThreadPoolExecutor() as pool:
+        for result in pool.map(run, [{"model": "some/model"}, {"dataset": "some/data"}]):
+            assert result.returncode == 2 and re.search(
+                "couldn't connect|Couldn't reach", result.stderr
+            ), result.stderr
+            assert len(result.stderr.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------------- language model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "multimodal gemma3"])
+def test_other_models_load(model, tmp_path, kind):
+    import transformers as t
+
+    model[2].save_pretrained(tmp_path)
+    sizes = {"vocab_size": len(model[2]), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    heads = {"intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    if kind == "gpt2":
+        full = t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=3, n_head=2, **sizes))
+    elif kind == "bert":
+        full = t.BertForMaskedLM(t.BertConfig(hidden_size=16, **heads, **sizes))
+    else:  # 3 layers in the vision tower too, and wider ones: the text model's are wanted
+        attention = {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8}
+        text = t.Gemma3TextConfig(hidden_size=16, **attention, **heads, **sizes)
+        vision = t.SiglipVisionConfig(hidden_size=64, image_size=28, patch_size=14, **heads)
+        cfg = t.Gemma3Config(text_config=text, vision_config=vision)
+        full = t.Gemma3ForConditionalGeneration(cfg)
+    full.eval().save_pretrained(tmp_path)
+    lm, module = loaded((tmp_path,), 1)
+    ids_BL = torch.randint(3, 40, (2, 9))
+    with torch.inference_mode():
+        expected = full(ids_BL, output_hidden_states=True).hidden_states[2]
+        assert torch.equal(sgo_sae.layer_output(lm, module, ids_BL), expected)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize(
+    "kind", ["minicpm3", "gemma4", "esm", "nemotron_h", "gpt1", "ettin", "opt", "qwen3"]
+)
+def test_layers_are_those_of_the_whole_model_bit_for_bit(model, tmp_path, kind, layer):
+    """Also where a model's layers depend on how many there are. The later ones are not loaded."""
+    whole = saved(kind, model, tmp_path)
+    ids_BL = torch.randint(3, 80, (3, 12))
+    outputs = []
+    paths = [
+        p
+        for p, m in whole.named_modules()
+        if re.fullmatch(rf"(\w+\.)*(layers|layer|h)\.{layer}", p)
+    ]
+    path = min(paths, key=len)
+    whole.get_submodule(path).register_forward_hook(lambda m, args, output: outputs.append(output))
+    with torch.inference_mode():
+        whole(ids_BL)
+    expected = outputs[0] if torch.is_tensor(outputs[0]) else outputs[0][0]
+    lm, module = loaded((tmp_path,), layer)
+    assert torch.equal(sgo_sae.layer_output(lm, module, ids_BL), expected)
+    if kind != "esm":  # which has no causal model
+        part, *_ = sgo_sae.load_lm(tmp_path, layer, CPU, torch.float32, whole=True)
+        assert torch.equal(sgo_sae.layer_output(part, part.get_submodule(path), ids_BL), expected)
+    n_layers = 12 if kind == "gemma4" else 4
+    assert not any(
+        re.fullmatch(rf"(\w+\.)*(layers|layer|h)\.{n_layers - 1}", p) for p, _ in lm.named_modules()
+    )
+
+
+@pytest.mark.parametrize("kind, most", [("opt", 40), ("roberta", 39), ("gpt1", 40), ("qwen3", 40)])
+def test_positions_that_a_model_has_not_are_refused(
+    train_argv, model, texts, tmp_path, result, kind, most
+):
+    saved(kind, model, tmp_path / "lm")
+    assert result(train_argv(model=tmp_path / "lm", ctx=most)).code == 0
+    longer = result(train_argv(model=tmp_path / "lm", ctx=most + 1, out=tmp_path / "b"))
+    text = ["--text", texts, "--contexts", 9, "--metrics", "core"]
+    measured = result([tmp_path / "run", *text, "--ctx", most + 1])
+    for found in (longer, measured):
+        assert found.code == 2 and f"was made for {most} tokens" in found.err
+
+
+def vision_model():
+    """A small LLaVA: its text part is a Llama."""
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    sizes["num_hidden_layers"] = 4
+    vision = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **sizes}
+    text = {"model_type": "llama", "vocab_size": 300, "num_key_value_heads": 1, **sizes}
+    cfg = t.LlavaConfig(vision_config=vision, text_config=text, image_token_id=299)
+    return t.LlavaForConditionalGeneration(cfg)
+
+
+def base_model():
+    """A GPT-2 that was saved without its head."""
+    import transformers as t
+
+    return t.GPT2Model(t.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=40, vocab_size=300))
+
+
+@pytest.mark.parametrize("made", [vision_model, base_model])
+def test_a_model_is_of_the_class_that_its_configuration_names(
+    train_argv, model, texts, tmp_path, result, made
+):
+    """The file names a module of that class, and what can be trained on can be evaluated."""
+    torch.manual_seed(0)
+    whole = made().eval()
+    whole.save_pretrained(tmp_path / "lm")
+    model[2].save_pretrained(tmp_path / "lm")
+    found = result(train_argv(model=tmp_path / "lm"))
+    assert found.code == 0 and "are not used" not in found.err
+    metadata = json.loads((tmp_path / "run" / "cfg.json").read_text())["metadata"]
+    module = whole.get_submodule(metadata["hf_hook_name"])
+    ids_BL = torch.randint(3, 80, (2, 9))
+    reader = sgo_sae.load_lm(str(tmp_path / "lm"), 1, CPU, torch.float32)
+    expected = sgo_sae.layer_output(reader.lm, reader.layer, ids_BL)
+    assert torch.equal(sgo_sae.layer_output(whole, module, ids_BL), expected)
+    text = ["--text", texts, "--contexts", 9]
+    assert result([tmp_path / "run", *text, "--metrics", "core", "competition"]).code == 0
+    found = result([tmp_path / "run", *text, "--metrics", "behaviour"])
+    assert found.code == (2 if made is base_model else 0)  # which has no head
+
+
+def test_tensors_that_a_model_does_not_take_are_said(train_argv, model, tmp_path, result):
+    """Such as scales and biases; those of later layers are not missed. An adapter is refused."""
+    shutil.copytree(model[0], tmp_path / "lm")
+    weights = load_file(tmp_path / "lm" / "model.safetensors")
+    for layer in (0, 3):
+        weights[f"model.layers.{layer}.mlp.up_proj.weight_scale"] = torch.ones(1)
+    save_file(weights, tmp_path / "lm" / "model.safetensors", metadata={"format": "pt"})
+    found = result(train_argv(model=tmp_path / "lm"))
+    assert found.code == 0
+    assert re.search(r"1 tensors .* not used, model.layers.0.mlp.up_proj.weight_scale", found.err)
+    torch.manual_seed(0)
+    base_model().save_pretrained(tmp_path / "gpt2")  # its names lack those of the head's class
+    config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+    config["architectures"] = ["GPT2LMHeadModel"]
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+    model[2].save_pretrained(tmp_path / "gpt2")
+    found = result(train_argv(model=tmp_path / "gpt2", out=tmp_path / "b"))
+    assert found.code == 0 and "are not used" not in found.err
+    (tmp_path / "lm" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    argv = train_argv(model=tmp_path / "lm", out=tmp_path / "other")
+    assert "adapter" in result(argv).refusal
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "opt", "gpt1", "qwen3"])
+def test_cfg_names_the_module_in_the_model_with_its_head(train_argv, model, tmp_path, kind):
+    import transformers
+
+    folder = model[0]
+    if kind != "gemma2":
+        folder = tmp_path / "lm"
+        saved(kind, model, folder)
+    assert trained(train_argv(model=folder)) == 0
+    metadata = json.loads((tmp_path / "run" / "cfg.json").read_text())["metadata"]
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    module = whole.get_submodule(metadata["hf_hook_name"])
+    last = metrics_of(tmp_path / "run")[-1]
+    assert metadata["l0"] == last["l0"] and metadata["dead_latents"] == last["dead"]
+    ids_BL = torch.randint(3, 80, (2, 9))
+    reader = sgo_sae.load_lm(folder, 1, CPU, torch.float32)
+    expected = sgo_sae.layer_output(reader.lm, reader.layer, ids_BL)
+    assert torch.equal(sgo_sae.layer_output(whole.eval(), module, ids_BL), expected)
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_normalize_folds_back_into_the_saved_weights(tmp_path, arch):
+    (sae, x_BD) = random_sae(arch)
+    scale = 0.37
+    sgo_sae.save_sae(sae, sgo_sae.Config(arch=arch), tmp_path, scale)
+    folded = sgo_sae.load_sae(tmp_path)
+    assert torch.allclose(folded(x_BD), sae(x_BD * scale) / scale, atol=1e-5)
+    assert torch.allclose(folded.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arch, name", list(zip(ARCHS, ["topk", "jumprelu", "standard", "jumprelu"]))
+)
+def test_saved_and_loaded_outputs_are_identical(tmp_path, arch, name):
+    sae, x_BD = random_sae(arch)
+    sgo_sae.save_sae(sae, sgo_sae.Config(k=4, arch=arch), tmp_path)
+    again = sgo_sae.load_sae(tmp_path)
+    assert torch.equal(again(x_BD), sae(x_BD))
+    assert torch.equal(again.encode(x_BD), sae.encode(x_BD))
+    modes = {(tmp_path / file).stat().st_mode for file in ("cfg.json", "sae_weights.safetensors")}
+    assert len(modes) == 1  # whoever may read the one may read the other
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert cfg["architecture"] == name
+    assert cfg["metadata"]["hook_name"] == "blocks.12.hook_resid_post"
+    assert cfg["metadata"]["sae_lens_version"] == "6.0.0"  # without it SAELens drops the metadata
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    shapes = {"W_enc": (8, 32), "b_enc": (32,), "W_dec": (32, 8), "b_dec": (8,)}
+    if name == "jumprelu":
+        shapes["threshold"] = (32,)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_saelens_loads_the_folder(tmp_path, arch):
+    sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
+    sae, x_BD = random_sae(arch)
+    sgo_sae.save_sae(sae, sgo_sae.Config(k=4, arch=arch), tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    metadata = theirs.cfg.metadata
+    assert metadata.model_name == sgo_sae.Config.model and metadata.context_size == 128
+    assert metadata.hook_name == "blocks.12.hook_resid_post" and metadata.settings["k"] == 4
+    assert torch.allclose(theirs.encode(x_BD), sae.encode(x_BD), atol=1e-4)
+    assert torch.allclose(theirs(x_BD), sae(x_BD), atol=1e-4)
+
+
+def test_folders_of_saelenss_trainer_load_with_its_latents(tmp_path):
+    """rescale_acts_by_decoder_norm selects by the product of latents and decoder norms, which here
+    differ.
+    """
+    weights, x_BD = foreign_weights()
+    write_foreign(tmp_path, weights, architecture="topk", k=4, rescale_acts_by_decoder_norm=True)
+    norm_N = weights["W_dec"].norm(dim=1)
+    pre_BN = ((x_BD - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]).relu() * norm_N
+    f_BN = torch.where(pre_BN >= pre_BN.sort(descending=True).values[:, 3:4], pre_BN, 0)
+    for sae in (sgo_sae.load_sae(tmp_path), eval_sae.open_sae(tmp_path, "cpu")):
+        assert torch.allclose(sae.encode(x_BD), f_BN, atol=1e-4)
+        assert torch.allclose(
+            sae(x_BD), f_BN @ (weights["W_dec"] / norm_N[:, None]) + weights["b_dec"], atol=1e-4
+        )
+    assert eval_sae.open_sae(tmp_path, "cpu").cfg.model_from_pretrained_kwargs == {}
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}},
+        {"architecture": "gated"},
+        {"architecture": "topk", "k": 4, "normalize_activations": "expected_average_only_in"},
+    ],
+)
+def test_folders_whose_latents_would_be_others_are_refused(tmp_path, cfg):
+    write_foreign(tmp_path, foreign_weights()[0], **cfg)
+    with pytest.raises(InputError, match="and known are"):
+        sgo_sae.load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["topk", "standard", "jumprelu", "batchtopk"])
+def test_autoencoders_that_saelens_trained_load(arch, model, texts, tmp_path):
+    """Trained by its own runner, where it is installed."""
+    sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
+    kinds = {
+        "topk": sae_lens.TopKTrainingSAEConfig,
+        "standard": sae_lens.StandardTrainingSAEConfig,
+        "jumprelu": sae_lens.JumpReLUTrainingSAEConfig,
+        "batchtopk": sae_lens.BatchTopKTrainingSAEConfig,
+    }
+    sae_cfg = kinds[arch](d_in=16, d_sae=64, **({"k": 4} if "topk" in arch else {}))
+    train_by_saelens(sae_cfg, model, texts, tmp_path / "out", training_tokens=2000)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "out")
+    ours = sgo_sae.load_sae(tmp_path / "out")
+    x_BD = torch.randn(200, 16)
+    assert (ours.encode(x_BD) > 0).any() and torch.allclose(
+        ours.encode(x_BD), theirs.encode(x_BD), atol=1e-5
+    )
+    assert torch.allclose(ours(x_BD), theirs(x_BD), atol=1e-5)
+
+
+def test_runs_from_before_there_were_pair_weights(train_argv, texts, tmp_path, result):
+    """They are resumed and have one column with new runs, as if they had the default."""
+    for seed in (0, 1):
+        assert trained(train_argv(out=tmp_path / f"s{seed}", seed=seed, save_every=10)) == 0
+    file = tmp_path / "s0" / "cfg.json"
+    content = json.loads(file.read_text())
+    assert content["metadata"]["settings"].pop("pair_weights") == "coactivation"
+    file.write_text(json.dumps(content))
+    uniform = train_argv(out=tmp_path / "u", pair_weights="uniform")
+    assert trained(uniform) == 0
+    assert "has ended" in result([*uniform, "--resume"]).err
+    runs = [tmp_path / name for name in ("s0", "s1", "u")]
+    found = result([*runs, "--metrics", "core", "--text", texts, "--contexts", 4])
+    cells = found.row("core: mse ↓")
+    assert len(cells) == 2 and "±" in cells[0] and "±" not in cells[1]
+    argv = train_argv(out=tmp_path / "s0", seed=0, save_every=10)
+    assert "has ended" in result([*argv, "--resume"]).err
+    line = result([*argv, "--resume", "--pair-weights", "uniform"]).refusal
+    assert "--pair-weights coactivation, not uniform" in line
+
+
+def assert_same_files(folder, whole):
+    """Weights and metrics of all runs of a folder are those of another."""
+    files = [p for p in whole.rglob("*") if p.suffix in (".safetensors", ".jsonl")]
+    assert len(files) >= 2
+    for file in files:
+        same = folder / file.relative_to(whole)
+        if file.suffix == ".jsonl":
+            assert metrics_of(same.parent) == metrics_of(file.parent)
+        else:
+            assert same.read_bytes() == file.read_bytes()
+
+
+def test_a_run_stopped_at_any_step_is_resumed(train_argv, tmp_path, monkeypatch):
+    """By each of the signals; a checkpoint of its own is every fifth step's."""
+    settings = {"tokens": 64 * 12, "save_every": 5, "log_every": 2}
+    assert trained(train_argv(out=tmp_path / "whole", **settings)) == 0
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    for step in range(1, 13):
+        number = numbers[step % 4]
+        argv = train_argv(out=tmp_path / str(step), **settings)
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number)
+            assert trained(argv) == 128 + number
+        assert not (tmp_path / str(step) / "sae_weights.safetensors").exists()
+        assert trained([*argv, "--resume"]) == 0
+        assert_same_files(tmp_path / str(step), tmp_path / "whole")
+        assert not list((tmp_path / str(step)).glob("checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    "options, steps, number",
+    [
+        ([], [113], signal.SIGINT),
+        ([], [250], signal.SIGUSR1),
+        ([], [140, 7, 1, 200], signal.SIGTERM),
+        (["--arch", *ARCHS, "--seed", "0", "1", "--tokens", "2560"], [64], signal.SIGTERM),
+        (["--normalize", "--plain", "--dtype", "bfloat16"], [9], signal.SIGTERM),
+    ],
+)
+def test_stopped_and_resumed_is_the_run_that_never_stopped(
+    train_argv, tmp_path, monkeypatch, result, options, steps, number
+):
+    """Also where the text is used more than twice, and where it is stopped again and again."""
+    assert trained(train_argv(out=tmp_path / "whole", **LONG) + options) == 0
+    argv = train_argv(**LONG) + options
+    for n, step in enumerate(steps):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number)
+            found = result(argv + ["--resume"] * (n > 0))
+        assert found.code == 128 + number and "--resume goes on" in found.err
+    assert not list((tmp_path / "run").rglob("sae_weights.safetensors"))
+    assert "--resume continues it" in result(argv).refusal
+    assert trained([*argv, "--resume"]) == 0
+    assert not list((tmp_path / "run").rglob("checkpoint*"))
+    assert_same_files(tmp_path / "run", tmp_path / "whole")
+    folders = list((tmp_path / "run").rglob("cfg.json"))
+    assert len(folders) == (8 if "--arch" in options else 1)
+
+
+def test_resume_of_another_run_is_refused_by_name(train_argv, tmp_path, monkeypatch, result):
     argv = train_argv()
     stop_at(monkeypatch, 3)
     assert trained(argv) == 143
-    capsys.readouterr()
     kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    line = refused(
-        [*argv, "--resume", "--lr", "0.01", "--alpha", "0.2", "--log-every", "1"], capsys
-    )
-    assert line.endswith(
-        "checkpoint.pt was written with --alpha 0.075, not 0.2; --lr 0.0003, not 0.01"
-    )
-    line = refused([*argv, "--resume", "--alpha", "0.075", "0.2"], capsys)
-    assert line.endswith("checkpoint.pt is of 1 autoencoders, and the command of 2")
+    argv += ["--resume"]
+    line = result([*argv, "--lr", "0.01", "--alpha", "0.2", "--log-every", "1"]).refusal
+    assert line.endswith("--alpha 0.075, not 0.2; --lr 0.0003, not 0.01")
+    line = result([*argv, "--alpha", "0.075", "0.2"]).refusal
+    assert line.endswith("of 1 autoencoders, and the command of 2")
     for content in (
         b"",
         kept[: len(kept) // 2],
@@ -3001,10 +3114,8 @@ def test_resume_of_another_run_is_refused_by_name(train_argv, tmp_path, monkeypa
         pickle.dumps({"settings": Path("x")}, protocol=2),
     ):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
-        line = refused([*argv, "--resume"], capsys)
-        assert (
-            "checkpoint.pt is empty" if content == b"" else "checkpoint.pt can't be loaded"
-        ) in line
+        words = "can't be loaded" if content else "is empty"
+        assert f"checkpoint.pt {words}" in result(argv).refusal
     assert not Path("pwned").exists()
 
 
@@ -3076,7 +3187,7 @@ def test_a_read_that_fails_ends_the_run_at_once_and_keeps_what_it_trained(
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), ValueError("odd text")])
 def test_whatever_a_pass_of_the_language_model_raises_keeps_what_was_trained(
-    train_argv, tmp_path, monkeypatch, capsys, whole, error
+    train_argv, tmp_path, monkeypatch, result, whole, error
 ):
     real = sgo_sae.layer_output
     passes = []
@@ -3094,8 +3205,8 @@ def test_whatever_a_pass_of_the_language_model_raises_keeps_what_was_trained(
             with pytest.raises(ValueError, match="odd text"):
                 trained(argv)
         else:
-            assert trained(argv) == 2
-            assert "out of memory, smaller" in last_line(capsys)
+            found = result(argv)
+            assert found.code == 2 and "out of memory, smaller --dict" in found.last
     assert trained([*argv, "--resume"]) == 0
     assert weights_of(tmp_path / "run") == weights_of(whole)
 
@@ -3151,44 +3262,6 @@ def test_a_stream_that_nobody_reads_any_more_ends_the_run_with_a_checkpoint(
     assert weights_of(tmp_path / "run") == weights_of(whole)
 
 
-SLOW_STEP = """
-import signal, sys, time, sgo_sae
-def step(*args):
-    print("in a step", flush=True)
-    for _ in range(600):
-        time.sleep(0.1)
-sgo_sae.Run.step = step
-if sys.argv[1] == "ignored":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-sys.exit(sgo_sae.main(sys.argv[2:]))
-"""
-
-
-@pytest.mark.parametrize("how", ["taken", "ignored"])
-def test_a_second_signal_ends_a_run_at_once_and_one_that_is_ignored_none(train_argv, how):
-    """As nohup ignores SIGHUP."""
-    command = [sys.executable, "-c", SLOW_STEP, how, *train_argv()]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, **pipes)
-    process.stdout.readline()
-    process.send_signal(signal.SIGHUP)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGHUP)  # as torchrun hands on what a scheduler has sent to all
-    time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGHUP)
-    if how == "ignored":
-        time.sleep(0.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        time.sleep(1.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-    ended_by = {"taken": signal.SIGHUP, "ignored": signal.SIGINT}[how]
-    assert process.wait(timeout=10) == -ended_by
-
-
 def test_full_disk_keeps_the_checkpoint_before(train_argv, tmp_path, whole):
     """A limit on the size of files stands for the full disk: writes end in the middle, with an
     OSError.
@@ -3216,104 +3289,8 @@ sys.exit(sgo_sae.main(sys.argv[1:]))
     assert weights_of(tmp_path / "run") == weights_of(whole)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda cfg, weights: cfg.write_bytes(cfg.read_bytes()[:100]),
-        lambda cfg, weights: cfg.write_text("[]"),
-        lambda cfg, weights: cfg.write_text('{"architecture": "topkk"}'),
-        lambda cfg, weights: cfg.write_text(cfg.read_text().replace('"k": 4', '"k": 33')),
-        lambda cfg, weights: cfg.write_text(cfg.read_text().replace('"k": 4', '"k": "4"')),
-        lambda cfg, weights: weights.write_bytes(weights.read_bytes()[:300]),
-        lambda cfg, weights: weights.write_bytes(b"\xff" * 500),
-        lambda cfg, weights: save_file({"W_enc": torch.zeros(8, 32)}, weights),
-        lambda cfg, weights: save_file({**load_file(weights), "b_dec": torch.ones(3)}, weights),
-        lambda cfg, weights: save_file({**load_file(weights), "W_skip": torch.ones(3)}, weights),
-    ],
-)
-def test_damaged_autoencoders_are_refused_in_one_line(model, tmp_path, capsys, change):
-    sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(model=model[0], k=4), tmp_path)
-    change(tmp_path / "cfg.json", tmp_path / "sae_weights.safetensors")
-    assert evaluated([tmp_path]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("eval_sae.py: error: ")
-    assert str(tmp_path) in line
-
-
-def test_out_of_memory_names_the_size_and_the_flags(train_argv, capsys):
-    assert trained(train_argv(batch=10**12, tokens=10**12)) == 2
-    line = last_line(capsys)
-    assert (
-        "out of memory" in line
-        and "--batch" in line
-        and "--buffer" in line
-        and re.search(r"\d{12,} bytes", line)
-    ), line
-
-
-def test_activations_that_are_not_finite_end_the_run(train_argv, monkeypatch, capsys):
-    real = sgo_sae.layer_output
-    calls = []
-
-    def infinite(*args):
-        x_BLD = real(*args).clone()
-        calls.append(1)
-        if len(calls) == 6:
-            x_BLD[0, 3:5, 0] = float("inf")
-        return x_BLD
-
-    monkeypatch.setattr(sgo_sae, "layer_output", infinite)
-    assert trained(train_argv()) == 2
-    assert last_line(capsys).endswith("activations are not finite; try --dtype float32")
-
-
-@slow
-def test_memory_is_flat(tmp_path):
-    """Resident memory of a run in steps 200 to 400 and 1,000 to 1,200.
-
-    A copy of a batch that were kept at each step would add 0.25 MB times 800, a third. It varies
-    by 5 % from run to run, as the allocator finds its blocks.
-    """
-    documents = [text for _, text in sgo_sae.library_texts()][:300]
-    sgo_sae.train_demo_lm(documents, tmp_path / "lm", steps=1)
-    write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in documents])
-    sizes = {"layer": 0, "dict": 256, "k": 8, "ctx": 128, "batch": 512, "tokens": 512 * 1200}
-    often = {"lm_batch": 32, "log_every": 200, "save_every": 200, "alpha": 0.075}
-    files = (tmp_path / "lm", tmp_path / "texts.jsonl", tmp_path / "run")
-    argv = [sys.executable, SCRIPT, *flags(*files, **sizes, **often)]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    resident = {}
-    while process.poll() is None:
-        part = metrics.read_text().count("\n") if metrics.exists() else 0
-        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-        resident.setdefault(part, []).append(pages)
-        time.sleep(0.05)
-    assert process.returncode == 0, process.stderr.read()
-    middle = {part: statistics.median(pages) for part, pages in resident.items()}
-    assert middle[5] == pytest.approx(middle[1], rel=0.12), middle
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_an_output_of_few_characters_loses_no_autoencoder(train_argv, tmp_path, encoding):
-    result = python(SCRIPT, *train_argv(), "--alpha", "0", "0.05", PYTHONIOENCODING=encoding)
-    assert result.returncode == 0, result.stderr
-    assert len(list((tmp_path / "run").glob("*/sae_weights.safetensors"))) == 2
-    assert r"\u03a9" in result.stdout and "EV 0." in result.stdout
-
-
-def test_an_output_that_was_closed_before_ends_no_run(train_argv, tmp_path):
-    """Nor one whose last lines nobody reads: all is saved before they are printed."""
-    for n, closed in enumerate([">&- 2>&-", "> /dev/full", "| true"]):
-        argv = train_argv(out=tmp_path / str(n))
-        command = " ".join(map(str, [sys.executable, SCRIPT, *argv, closed]))
-        subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False)
-        assert (tmp_path / str(n) / "cfg.json").exists()
-        assert not (tmp_path / str(n) / "checkpoint.pt").exists()
-
-
 def test_one_autoencoder_that_can_not_be_written_costs_no_other(
-    train_argv, tmp_path, monkeypatch, capsys
+    train_argv, tmp_path, monkeypatch, result
 ):
     """The others are saved, and --resume saves it when there is room again. A limit on the size of
     files stands for the full disk.
@@ -3333,12 +3310,11 @@ def test_one_autoencoder_that_can_not_be_written_costs_no_other(
     argv = [*train_argv(), "--alpha", "0", "0.05"]
     with monkeypatch.context() as patch:
         patch.setattr(sgo_sae, "save_sae", save)
-        assert trained(argv) == 2
-    assert "a0-s0 can't be written: [Errno 27] File too large" in last_line(capsys)
+        found = result(argv)
+    assert found.code == 2 and "a0-s0 can't be written: [Errno 27]" in found.last
     assert not list((tmp_path / "run").rglob("*.part"))
-    assert [path.parent.name for path in (tmp_path / "run").glob("*/cfg.json")] == [
-        "topk-n64-k4-a0.05-s0"
-    ]
+    (saved_one,) = (tmp_path / "run").glob("*/cfg.json")
+    assert saved_one.parent.name == "topk-n64-k4-a0.05-s0"
     assert trained([*argv, "--resume"]) == 0
     assert trained(train_argv(out=tmp_path / "alone", alpha=0)) == 0
     assert weights_of(tmp_path / "alone") == weights_of(tmp_path / "run" / "topk-n64-k4-a0-s0")
@@ -3359,436 +3335,6 @@ def test_a_file_is_put_in_place_whole(tmp_path):
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_the_first_step_ends_the_run_in_a_line(
-    train_argv, tmp_path, monkeypatch, capsys, number
-):
-    signal_in_pass(monkeypatch, 3, number)
-    assert trained(train_argv()) == 128 + number
-    assert last_line(capsys) == "sgo_sae.py: stopped"
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_signal_while_a_batch_is_read_stops_before_the_next_pass(
-    train_argv, tmp_path, monkeypatch, capsys, whole
-):
-    """A round has four passes, and 86 rounds are read before the first step."""
-    argv = train_argv(**LONG)
-    with monkeypatch.context() as patch:
-        passes = []
-        real = sgo_sae.layer_output
-
-        def noted(*args):
-            passes.append(1)
-            return real(*args)
-
-        patch.setattr(sgo_sae, "layer_output", noted)
-        signal_in_pass(patch, 4 * 100 + 2, signal.SIGTERM)
-        assert trained(argv) == 143
-        assert len(passes) == 4 * 100 + 2  # the pass in which the signal came is the last
-    assert "stopped after step" in capsys.readouterr().err
-    assert trained([*argv, "--resume"]) == 0
-    assert weights_of(tmp_path / "run") == weights_of(whole)
-
-
-def test_a_short_run_reads_no_more_than_it_needs(train_argv, tmp_path, monkeypatch, capsys):
-    """12 steps of 64 tokens; a context has 15 tokens beside its BOS, of which some are EOS."""
-    contexts = []
-    real = sgo_sae.layer_output
-
-    def noted(lm, layer, ids_BL):
-        contexts.append(int(sgo_sae.kept_tokens(ids_BL, tokenizer).sum()))
-        return real(lm, layer, ids_BL)
-
-    argv = train_argv(buffer=2048, lm_batch=1)
-    tokenizer = sgo_sae.load_lm(argv[1], 0, CPU, torch.float32).tokenizer
-    monkeypatch.setattr(sgo_sae, "layer_output", noted)
-    assert trained(argv) == 0
-    assert 12 * 64 <= sum(contexts) < 12 * 64 + 15
-    # Nor of the text: it has some 1,900 tokens, and is said to be used up where it is.
-    assert "has been read once" not in capsys.readouterr().err
-    assert trained(train_argv(**LONG | {"out": tmp_path / "long"})) == 0
-    assert capsys.readouterr().err.count("has been read once") == 1
-
-
-def test_a_folder_is_one_runs_alone(train_argv, tmp_path, capsys):
-    """From the first moment; and a folder that holds runs is no folder for another."""
-    with sgo_sae.taken(tmp_path / "run"):
-        assert "another run is under way in this folder" in refused(train_argv(), capsys)
-        assert "another run is under way" in refused([*train_argv(), "--resume"], capsys)
-    assert not (tmp_path / "run").exists()
-    grid = train_argv(out=tmp_path / "runs" / "grid") + ["--alpha", "0", "0.05"]
-    assert trained(grid) == 0
-    capsys.readouterr()
-    for out in ("runs/grid", "runs"):
-        line = refused(train_argv(out=tmp_path / out), capsys)
-        assert "holds a run" in line and "choose another --out" in line
-    assert trained(train_argv(out=tmp_path / "runs" / "other")) == 0
-    capsys.readouterr()
-    (tmp_path / "file").write_text("")
-    for out in ("file", "file/below"):
-        assert str(tmp_path / "file") in refused(
-            train_argv(out=tmp_path / out, model="not/asked"), capsys
-        )
-
-
-def test_a_run_killed_before_its_first_checkpoint_is_kept_and_resumed(train_argv, tmp_path, capsys):
-    assert trained(train_argv()) == 0
-    whole = weights_of(tmp_path / "run")
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        (tmp_path / "run" / name).unlink()
-    capsys.readouterr()
-    assert "holds a run: --resume" in refused(train_argv(), capsys)
-    assert trained([*train_argv(), "--resume"]) == 0
-    assert weights_of(tmp_path / "run") == whole
-    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [5, 10, 12]
-
-
-def test_the_logged_l0_is_that_of_the_autoencoder_as_it_is_saved():
-    """After training, θ decides in batchtopk, which lags behind that of the last batch."""
-    sae = sgo_sae.BatchTopK(16, 64, 4)
-    x_BD = torch.randn(500, 16)
-    for theta in (0.5, 1.0):
-        sae.theta.fill_(theta)
-        expected = (((x_BD - sae.b_dec) @ sae.W_enc + sae.b_enc) > theta).sum(1).float().mean()
-        figures = sgo_sae.figures_of(sae, x_BD, torch.tensor(0.0), 0.0, 1.0)
-        assert figures["l0"] == pytest.approx(expected.item())
-
-
-def test_metrics_are_appended(tmp_path):
-    """What stands in the file is not written again, but for the first time."""
-    run = sgo_sae.Run(sgo_sae.Config(d_sae=20, k=4, out=str(tmp_path)), 6, CPU)
-    sgo_sae.write_log(run)
-    x_BD = torch.randn(50, 6)
-    run.log(x_BD, 1, 1.0)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    run.log(x_BD, 2, 1.0)
-    assert [row["step"] for row in metrics_of(tmp_path)] == [0, 2]
-    again = sgo_sae.Run(run.cfg, 6, CPU)
-    again.history = run.history  # after a resume
-    sgo_sae.write_log(again)
-    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2]
-
-
-def test_the_schedule_belongs_to_the_run(train_argv, tmp_path):
-    """α is reached in a run of any length, and starts at the share of it that the paper's does."""
-    cfg = sgo_sae.Config()
-    steps = cfg.tokens // cfg.batch
-    for step in (0, 1, 500, 999, 1000, 4881):
-        assert sgo_sae.scheduled_alpha(cfg, step, steps) == sgo_sae.alpha_at(step)
-    assert sgo_sae.scheduled_alpha(dataclasses.replace(cfg, alpha_start=0.0), 0, steps) == 0
-    assert trained(train_argv(alpha=3, tokens=64 * 50, log_every=1)) == 0
-    alphas = [row["alpha"] for row in metrics_of(tmp_path / "run")]
-    rise = [3 * (2 / 15 + 13 / 15 * min(1, step / 10)) for step in range(50)]
-    assert alphas == pytest.approx(rise)
-    assert trained(train_argv(alpha=3, alpha_start=1, log_every=1, out=tmp_path / "c")) == 0
-    assert metrics_of(tmp_path / "c")[0]["alpha"] == 1
-
-
-@pytest.mark.parametrize(
-    "environment, code, words",
-    [
-        ({"WORLD_SIZE": "1"}, 0, "saved in"),
-        ({"WORLD_SIZE": "2"}, 2, "several processes are started by torchrun"),
-        ({"WORLD_SIZE": "many"}, 2, "several processes are started by torchrun"),
-        ({"WORLD_SIZE": "1", "RANK": "0"}, 2, "several processes are started by torchrun"),
-    ],
-)
-def test_what_a_cluster_sets_is_understood_or_told(train_argv, environment, code, words):
-    result = python(SCRIPT, *train_argv(), **environment)
-    assert result.returncode == code and words in result.stdout + result.stderr, result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_the_device_of_several_processes(monkeypatch):
-    """torchrun's number of a process chooses its GPU, where it is to use one."""
-    chosen = []
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(sgo_sae.dist, "rendezvous", lambda *args, **more: iter([(None, 1, 2)]))
-    monkeypatch.setattr(sgo_sae.dist, "init_process_group", lambda **group: None)
-    sgo_sae.start_processes("cpu")
-    assert chosen == []
-    sgo_sae.start_processes("auto")
-    sgo_sae.start_processes("cuda")
-    assert chosen == [1, 1]
-    with pytest.raises(InputError, match="--device cuda:1: torchrun gives each process a GPU"):
-        sgo_sae.start_processes("cuda:1")
-
-
-def test_what_nccl_says_is_told(monkeypatch, capsys):
-    def work(argv):
-        raise RuntimeError("NCCL error: Duplicate GPU detected")
-
-    monkeypatch.setattr(sgo_sae, "torchrun", lambda: True)
-    assert sgo_sae.main([], work) == 2
-    assert "Duplicate GPU detected" in last_line(capsys)
-
-
-# ------------------------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(
-    "bad, words",
-    [
-        ("--k 65", "65 is more than the 64 latents"),
-        ("--k 0", "--k must be from 1"),
-        ("--dict 0", "--dict must be from 1"),
-        ("--alpha -0.1", "--alpha must be from 0"),
-        ("--alpha nan", "--alpha must be from 0"),
-        ("--alpha inf", "--alpha must be from 0"),
-        ("--alpha x", "invalid float value: 'x'"),
-        ("--lr -1", "--lr must be from 0"),
-        ("--sparsity nan", "--sparsity must be from 0"),
-        ("--max-norm 0.5", "would leave out half of the tokens"),
-        ("--decay-start 2", "--decay-start must be from 0 to 1,"),
-        ("--alpha-warmup 1000", "--alpha-warmup must be from 0 to 1,"),
-        (f"--seed {2**64}", "--seed must be from 0 to"),
-        (f"--data-seed {2**60}", "--data-seed must be from 0 to"),
-        ("--ctx 1", "the first token of a context"),
-        ("--tokens 10", "less than one batch"),
-        ("--log-every 0", "--log-every must be from 1"),
-        ("--arch mean", "invalid choice"),
-        ("--demo", "--demo makes its own model and text"),
-        ("--arch relu --sparsity 0", "leaves relu nothing to adjust"),
-        ("--nonsense 1", "unrecognized arguments"),
-        ("--device cuda:7", "--device cuda:7"),
-        ("--device toaster", "--device toaster"),
-        ("--layer 4", "the layers of"),
-        ("--layer -1", "--layer must be from 0"),
-        ("--text-column body", "its columns: text"),
-        ("--split test", "name the files"),
-        ("--model /nowhere/at/all", "/nowhere/at/all"),
-        ("--dataset /nowhere/at/all.jsonl", "/nowhere/at/all.jsonl: there is no such file"),
-        ("--dataset misspelled.csv", "misspelled.csv: there is no such file"),
-        ("--model ./misspelled", "./misspelled: there is no such file"),
-        ("--subset en", "name the files"),
-    ],
-)
-def test_bad_settings_are_refused_in_one_line(
-    train_argv, tmp_path, capsys, monkeypatch, bad, words
-):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert words in refused(train_argv() + bad.split(), capsys)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("empty.jsonl", b"", "empty.jsonl"),
-        ("empty.txt", b"", "has no text"),
-        ("broken.jsonl", b'{"text": "a', "has no text"),
-        ("broken.jsonl.gz", b"this is not gzip", "can't be loaded"),
-        ("broken.parquet", b"PAR1 but not really", "can't be loaded"),
-        ("blank.jsonl", b'{"text": ""}\n{"text": null}\n', "no text in --text-column text"),
-        ("numbers.jsonl", b'{"text": 1}\n{"text": 2}\n', "no text in --text-column text"),
-        ("chats.jsonl", b'{"text": [{"role": "user"}]}\n', "no text in --text-column text"),
-        ("lines.json", b'[{"text": "a"},\n{"text": "b"}]', "jsonl"),
-        ("two.jsonl.zip", b"PK", "needed"),
-        ("picture.png", b"\x89PNG", "needed"),
-    ],
-)
-def test_bad_files_are_refused_in_one_line(train_argv, tmp_path, capsys, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    assert trained(train_argv(dataset=tmp_path / name)) == 2
-    line = last_line(capsys)
-    assert line.startswith("sgo_sae.py: error: ") and words in line and name in line
-    assert not (tmp_path / "run" / "sae_weights.safetensors").exists()
-
-
-def test_bad_models_are_refused_in_one_line(train_argv, model, tmp_path, capsys):
-    def folder(name, *files):
-        (tmp_path / name).mkdir()
-        for file in files:
-            (tmp_path / name / file).write_bytes((Path(model[0]) / file).read_bytes())
-        return refused(train_argv(model=tmp_path / name), capsys)
-
-    assert "nothing" in folder("nothing")
-    assert "no-tokenizer" in folder("no-tokenizer", "config.json", "model.safetensors")
-    assert "no-weights" in folder(
-        "no-weights", "config.json", "tokenizer.json", "tokenizer_config.json"
-    )
-    other = tmp_path / "other"
-    make_model(other, layers=1)
-    (other / "config.json").write_text((Path(model[0]) / "config.json").read_text())
-    assert "lack" in refused(train_argv(model=other), capsys)
-    assert not (tmp_path / "run").exists()
-
-
-def test_finished_run_is_not_overwritten(train_argv, tmp_path, capsys):
-    assert trained(train_argv()) == 0
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    capsys.readouterr()
-    assert "choose another --out" in refused(train_argv(), capsys)
-    line = refused(train_argv(lr=0.1) + ["--resume"], capsys)
-    assert line.endswith("cfg.json was written with --lr 0.0003, not 0.1")
-    assert trained([*train_argv(), "--resume"]) == 0
-    assert "it has ended: there is nothing to resume" in last_line(capsys)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_finished_grid_is_not_resumed_with_more_of_it(train_argv, tmp_path, capsys):
-    grid = train_argv(out=tmp_path / "grid") + ["--resume", "--seed", "0", "1"]
-    assert trained(grid) == 0
-    before = weights_of(tmp_path / "grid" / "topk-n64-k4-a0.075-s0")
-    capsys.readouterr()
-    line = refused([*grid, "2"], capsys)
-    assert "holds other runs than the command's" in line
-    assert trained(grid) == 0 and "it has ended" in last_line(capsys)
-    assert weights_of(tmp_path / "grid" / "topk-n64-k4-a0.075-s0") == before
-
-
-def test_a_grid_of_which_one_run_was_not_saved_has_not_ended(train_argv, tmp_path, capsys):
-    """As when it is killed while it saves, and had no checkpoint."""
-    grid = [*train_argv(), "--seed", "0", "1", "--resume"]
-    assert trained(grid) == 0
-    (tmp_path / "run" / "topk-n64-k4-a0.075-s1" / "cfg.json").unlink()
-    capsys.readouterr()
-    assert "or not all of them" in refused(grid, capsys)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_update_whose_gradient_is_not_finite_changes_nothing(bad):
-    sae = SAE(6, 20, 4)
-    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    loss = total_loss(topk_loss_terms(sae, torch.randn(50, 6)))
-    assert not math.isfinite(update(sae, adam_of(sae), loss * bad, 0.1))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_run_of_any_architecture_ends_by_itself_where_activations_are_not_finite(arch):
-    run = sgo_sae.Run(sgo_sae.Config(arch=arch, d_sae=20, k=4), 6, torch.device("cpu"))
-    run.step(torch.full((50, 6), math.nan), 0, 10)
-    assert "gradient not finite at step 0" in run.failure
-    if arch == "batchtopk":  # nor does a batch in which nothing is active end it
-        assert (
-            run.sae.adjust(0.04, torch.zeros(5, 20), 0.1) == 0.04 and run.sae.theta.isfinite().all()
-        )
-
-
-def test_one_bad_member_ends_alone(train_argv, tmp_path, capsys, monkeypatch):
-    """Also where the grid is stopped and resumed after that."""
-    bad = "topk-n64-k4-a0.05-s0"
-    grid = ["--alpha", "0", "0.05", "--seed", "0", "1"]
-    assert trained(train_argv(out=tmp_path / "whole") + grid) == 0
-    with monkeypatch.context() as patch:
-        poisoned(patch, lambda cfg, calls: bad in cfg.out and calls == 3)
-        stop_at(patch, 17)
-        assert trained(train_argv() + grid) in (2, 143)
-    capsys.readouterr()
-    assert trained([*train_argv(), *grid, "--resume"]) == 2
-    printed = capsys.readouterr()
-    assert f"{bad}: gradient not finite at step 2" in printed.err.splitlines()[-1]
-    assert bad not in printed.out.split("run  ")[-1]
-    names = [path.parent.name for path in (tmp_path / "run").glob("*/cfg.json")]
-    assert len(names) == 3
-    assert bad not in names
-    for name in names:
-        assert weights_of(tmp_path / "whole" / name) == weights_of(tmp_path / "run" / name)
-
-
-def test_a_penalty_that_outweighs_the_reconstruction_is_said_once(train_argv, tmp_path, capsys):
-    assert trained(train_argv(alpha=50, alpha_warmup=0, log_every=1)) == 0
-    err = capsys.readouterr().err
-    shares = [row["penalty_share"] for row in metrics_of(tmp_path / "run")]
-    first = next(share for share in shares if share > 1)
-    assert sum(share > 1 for share in shares) > 1
-    assert err.count(f"αΩ is {first:.3g} times the reconstruction error") == 1
-    assert err.count("times the reconstruction error") == 1
-
-
-def test_a_flag_that_is_given_twice_adds_to_its_list_or_is_said(capsys):
-    argv = [
-        "--alpha",
-        "0",
-        "--seed",
-        "1",
-        "--alpha",
-        "2",
-        "3",
-        "--tokens",
-        "5000",
-        "--tokens",
-        "6000",
-    ]
-    cfgs = sgo_sae.parse_args(argv)
-    assert [cfg.alpha for cfg in cfgs] == [0, 2, 3]
-    assert {cfg.tokens for cfg in cfgs} == {6000}
-    assert capsys.readouterr().err == "--tokens is given twice, and 6000 counts\n"
-    assert [cfg.alpha for cfg in sgo_sae.parse_args([])] == [0.075]  # the defaults are still those
-    argv = ["a", "b", "--probe", "a.csv", "--probe", "b.csv", "--seed", "4", "--seed", "5"]
-    runs, args = eval_sae.parse_args(argv)
-    assert (runs, args.probe, args.seed) == (["a", "b"], ["a.csv", "b.csv"], [4, 5])
-
-
-def test_a_path_means_the_same_tomorrow(model, texts, tmp_path, monkeypatch):
-    """Relative paths, links and patterns are kept as absolute paths, and names of the Hub as they
-    are."""
-    (tmp_path / "here").mkdir()
-    (tmp_path / "link").symlink_to(model[0])
-    shutil.copytree(model[0], tmp_path / "here" / "gpt2")
-    shutil.copy(texts, tmp_path / "here" / "texts.jsonl")
-    monkeypatch.chdir(tmp_path / "here")
-    settings = {"../link": model[0], "gpt2": str(tmp_path / "here" / "gpt2")}
-    for n, (name, path) in enumerate(settings.items()):
-        dataset = ["texts.jsonl", "*.jsonl"][n]
-        assert trained(flags(name, dataset, tmp_path / str(n))) == 0
-        metadata = json.loads((tmp_path / str(n) / "cfg.json").read_text())["metadata"]
-        assert metadata["model_name"] == metadata["settings"]["model"] == path
-        assert metadata["dataset_path"] == str(tmp_path / "here" / dataset)
-    assert sgo_sae.absolute("google/gemma-2-2b") == "google/gemma-2-2b"
-
-
-def test_local_files_need_no_home(train_argv, tmp_path):
-    """Nor a cache of the Hub's libraries that can be written."""
-    nowhere = {"HOME": "/proc/nowhere", "HF_HOME": "/proc/nowhere"}
-    result = python(SCRIPT, *train_argv(), **nowhere)
-    assert result.returncode == 0, result.stderr
-    assert not Path("/proc/nowhere").exists()
-
-
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        (
-            {"model": "some/gated-model"},
-            "gated repo. Make sure to have access to it at https://huggingface.co/some/gated-model",
-        ),
-        (
-            {"model": "some/missing-model"},
-            "is not a local folder and is not a valid model identifier",
-        ),
-        ({"dataset": "some/missing-data"}, "doesn't exist on the Hub or cannot be accessed"),
-    ],
-)
-def test_what_the_hub_refuses_is_explained(train_argv, tmp_path, hub, settings, words):
-    result = python(SCRIPT, *train_argv(**settings), HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
-    assert (
-        result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1
-    ), result.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_no_network_is_explained(train_argv, tmp_path):
-    def run(settings):  # the Hub's libraries try again for half a minute: both cases at once
-        argv = train_argv(out=tmp_path / next(iter(settings)), **settings)
-        return python(SCRIPT, *argv, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
-
-    with ThreadPoolExecutor() as pool:
-        for result in pool.map(run, [{"model": "some/model"}, {"dataset": "some/data"}]):
-            assert result.returncode == 2 and re.search(
-                "couldn't connect|Couldn't reach", result.stderr
-            ), result.stderr
-            assert len(result.stderr.splitlines()) == 1
-
-
-# ---------------------------------------------------------------------- other people's autoencoders
-
-
 def test_an_autoencoder_is_computed_in_float32_whatever_its_file_has(tmp_path):
     weights, x_BD = foreign_weights()
     weights = {name: (tensor * 20).bfloat16() for name, tensor in weights.items()}
@@ -3798,30 +3344,6 @@ def test_an_autoencoder_is_computed_in_float32_whatever_its_file_has(tmp_path):
     found_BN = sgo_sae.load_sae(tmp_path).encode(x_BD)
     assert ((found_BN > 0) == (f_BN > 0)).all()
     assert torch.allclose(found_BN.double(), f_BN, atol=1e-2, rtol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["mlp", "att", "transcoders"])
-def test_gemma_scopes_autoencoders_of_other_activations_are_refused(tmp_path, kind):
-    file = tmp_path / f"gemma-scope-2b-pt-{kind}" / "layer_1" / "width_16k" / "params.npz"
-    gemma_scope(file.parent)
-    with pytest.raises(InputError, match=f"is of Gemma Scope's {kind}"):
-        eval_sae.open_sae(str(file), "cpu")
-
-
-@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"])
-def test_old_folders_of_saelens_name_their_hook_otherwise(tmp_path, hook):
-    """Before version 6: no architecture, and hook_point beside the settings."""
-    old = {"model_name": "some/model", "context_size": 16, "metadata": None, "hook_point": hook}
-    write_foreign(tmp_path, foreign_weights()[0], **old)
-    subject = eval_sae.Subject(str(tmp_path), "cpu")
-    assert subject.unfit == f"it is for {hook}, and only a layer's output is measured"
-    head = {"hook_name": "blocks.1.hook_resid_post", "hook_head_index": 3}
-    write_foreign(tmp_path, foreign_weights()[0], **old | head)
-    assert "it is for one attention head" in eval_sae.Subject(str(tmp_path), "cpu").unfit
-    right = {"hook_point": "blocks.1.hook_resid_post"}
-    write_foreign(tmp_path, foreign_weights()[0], **old | right)
-    subject = eval_sae.Subject(str(tmp_path), "cpu")
-    assert subject.layer == 1 and subject.unfit is None
 
 
 @pytest.mark.parametrize(
@@ -3880,7 +3402,27 @@ def test_older_folders_of_saelens_are_loaded_where_their_meaning_is_certain(tmp_
         sgo_sae.load_sae(tmp_path)
 
 
-# ---------------------------------------------------------------------------- demo and command line
+# --------------------------------------------------------------------------------------------- demo
+
+
+def test_a_finished_demo_is_finished(tmp_path, monkeypatch, result):
+    """Its model is a folder of the cache, which --resume compares."""
+    monkeypatch.setenv("SGO_CACHE", str(tmp_path / "cache"))
+
+    def files(folder):
+        make_model(folder)
+        write_rows(folder / "train.jsonl", [{"text": TEXT * 3}] * 99)
+
+    monkeypatch.setattr(sgo_sae, "demo_files", files)
+    small = ["--tokens", "4096", "--dict", "32", "--k", "4", "--layer", "1", "--buffer", "9"]
+    argv = ["--demo", *small, "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert result(argv).code == 0
+    again = result([*argv, "--resume"])
+    assert again.code == 0 and "it has ended" in again.last
+    settings = json.loads(next((tmp_path / "run").glob("*/cfg.json")).read_text())["metadata"]
+    assert (
+        settings["settings"]["dtype"] == "float32"
+    )  # and not auto, which another machine resolves
 
 
 def test_demo_flags_override_the_demo():
@@ -3891,7 +3433,17 @@ def test_demo_flags_override_the_demo():
     )
 
 
+def small_library(monkeypatch, folder, files):
+    """Makes Python's standard library a folder of these files, a name and a text each."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(folder)})
+    monkeypatch.setattr("pydoc_data.topics.topics", {})
+
+
 def test_a_demo_that_is_killed_while_it_is_made_is_made_anew(tmp_path, monkeypatch):
+    small_library(monkeypatch, tmp_path / "library", {"a.py": "b", "c.py": "d"})
     made = []
 
     def train(texts, folder):
@@ -3901,7 +3453,6 @@ def test_a_demo_that_is_killed_while_it_is_made_is_made_anew(tmp_path, monkeypat
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sgo_sae, "train_demo_lm", train)
-    monkeypatch.setattr(sgo_sae, "library_texts", lambda: [("a.py", "b"), ("c.py", "d")])
     folder = tmp_path / "cache" / "demo"
     with pytest.raises(KeyboardInterrupt):
         sgo_sae.demo_files(folder)
@@ -3926,6 +3477,121 @@ def test_demo_language_model_learns(tmp_path):
             input_ids=ids_BL, labels=ids_BL
         ).loss.item()
     assert nats < 4  # a model that learned nothing needs log 1024 = 6.9
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def test_defaults_are_the_papers_run_4():
+    (cfg,) = sgo_sae.parse_args([])
+    assert (cfg.d_sae, cfg.k, cfg.alpha, cfg.lam, cfg.lr) == (18432, 320, 0.075, 0.04, 3e-4)
+    steps = cfg.tokens // cfg.batch
+    assert steps == 4882 and int(cfg.decay_start * steps) == 4271
+
+
+def test_out_of_memory_names_the_size_and_the_flags(train_argv, result):
+    found = result(train_argv(batch=10**12, tokens=10**12))
+    assert found.code == 2 and re.search(r"\d{12,} bytes", found.last)
+    assert "out of memory" in found.last and "--batch" in found.last and "--buffer" in found.last
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_an_output_of_few_characters_loses_no_autoencoder(train_argv, tmp_path, encoding):
+    result = python(SCRIPT, *train_argv(), "--alpha", "0", "0.05", PYTHONIOENCODING=encoding)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "run").glob("*/sae_weights.safetensors"))) == 2
+    assert r"\u03a9" in result.stdout and "EV 0." in result.stdout
+
+
+def test_an_output_that_was_closed_before_ends_no_run(train_argv, tmp_path):
+    """Nor one whose last lines nobody reads: all is saved before they are printed."""
+    for n, closed in enumerate([">&- 2>&-", "> /dev/full", "| true"]):
+        argv = train_argv(out=tmp_path / str(n))
+        command = " ".join(map(str, [sys.executable, SCRIPT, *argv, closed]))
+        subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False)
+        assert (tmp_path / str(n) / "cfg.json").exists()
+        assert not (tmp_path / str(n) / "checkpoint.pt").exists()
+
+
+def test_a_folder_is_one_runs_alone(train_argv, tmp_path, result):
+    """From the first moment; and a folder that holds runs is no folder for another."""
+    with sgo_sae.taken(tmp_path / "run"):
+        for argv in (train_argv(), [*train_argv(), "--resume"]):
+            assert "another run is under way" in result(argv).refusal
+    assert not (tmp_path / "run").exists()
+    grid = train_argv(out=tmp_path / "runs" / "grid") + ["--alpha", "0", "0.05"]
+    assert trained(grid) == 0
+    for out in ("runs/grid", "runs"):
+        assert "choose another --out" in result(train_argv(out=tmp_path / out)).refusal
+    assert trained(train_argv(out=tmp_path / "runs" / "other")) == 0
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        argv = train_argv(out=tmp_path / out, model="not/asked")
+        assert str(tmp_path / "file") in result(argv).refusal
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_kept_and_resumed(train_argv, tmp_path, result):
+    assert trained(train_argv()) == 0
+    whole = weights_of(tmp_path / "run")
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    assert "holds a run: --resume" in result(train_argv()).refusal
+    assert trained([*train_argv(), "--resume"]) == 0
+    assert weights_of(tmp_path / "run") == whole
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [5, 10, 12]
+
+
+def test_finished_run_is_not_overwritten(train_argv, tmp_path, result):
+    assert trained(train_argv()) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert "choose another --out" in result(train_argv()).refusal
+    line = result(train_argv(lr=0.1) + ["--resume"]).refusal
+    assert line.endswith("cfg.json was written with --lr 0.0003, not 0.1")
+    again = result([*train_argv(), "--resume"])
+    assert again.code == 0 and "it has ended" in again.last
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_grid_is_not_resumed_with_more_of_it(train_argv, tmp_path, result):
+    grid = train_argv(out=tmp_path / "grid") + ["--resume", "--seed", "0", "1"]
+    assert trained(grid) == 0
+    before = weights_of(tmp_path / "grid" / "topk-n64-k4-a0.075-s0")
+    assert "other runs than the command's" in result([*grid, "2"]).refusal
+    again = result(grid)
+    assert again.code == 0 and "it has ended" in again.last
+    assert weights_of(tmp_path / "grid" / "topk-n64-k4-a0.075-s0") == before
+
+
+def test_a_grid_of_which_one_run_was_not_saved_has_not_ended(train_argv, tmp_path, result):
+    """As when it is killed while it saves, and had no checkpoint."""
+    grid = [*train_argv(), "--seed", "0", "1", "--resume"]
+    assert trained(grid) == 0
+    (tmp_path / "run" / "topk-n64-k4-a0.075-s1" / "cfg.json").unlink()
+    assert "or not all of them" in result(grid).refusal
+
+
+def test_a_flag_that_is_given_twice_adds_to_its_list_or_is_said(capsys):
+    argv = [
+        "--alpha",
+        "0",
+        "--seed",
+        "1",
+        "--alpha",
+        "2",
+        "3",
+        "--tokens",
+        "5000",
+        "--tokens",
+        "6000",
+    ]
+    cfgs = sgo_sae.parse_args(argv)
+    assert [cfg.alpha for cfg in cfgs] == [0, 2, 3]
+    assert {cfg.tokens for cfg in cfgs} == {6000}
+    assert capsys.readouterr().err == "--tokens is given twice, and 6000 counts\n"
+    assert [cfg.alpha for cfg in sgo_sae.parse_args([])] == [0.075]  # the defaults are still those
+    argv = ["a", "b", "--probe", "a.csv", "--probe", "b.csv", "--seed", "4", "--seed", "5"]
+    runs, args = eval_sae.parse_args(argv)
+    assert (runs, args.probe, args.seed) == (["a", "b"], ["a.csv", "b.csv"], [4, 5])
 
 
 def test_help_shows_every_setting_with_its_default():
@@ -3963,14 +3629,23 @@ def test_every_figure_has_a_direction_and_a_meaning():
         assert better[tuple(neither.split("/"))] == "–"
 
 
-def test_the_readme_explains_every_figure():
-    """By the same lines as the legend of a table."""
-    readme = (HERE / "README.md").read_text()
-    sizes = {"scr": eval_sae.SCR_SIZES, "latents": eval_sae.PROBE_SIZES}
-    sizes["standardised"] = sizes["x"] = eval_sae.PROBE_SIZES
+@pytest.mark.parametrize("family", eval_sae.FAMILIES)
+def test_a_table_says_what_each_of_its_figures_means(family):
+    """Those of several sizes in one line."""
+    sizes = {"scr": (2, 5, 10, 20, 50, 100, 500)}
+    sizes.update(dict.fromkeys(("latents", "standardised", "x"), (1, 2, 5, 20)))
+    figures = {}
+    lines = []
     for figure in eval_sae.FIGURES:
-        names = [f"{figure.name}_{size}" for size in sizes.get(figure.name, ())]
-        assert eval_sae.legend_line(figure, names or [figure.name]) + "\n" in readme
+        if figure.family == family:
+            own = sizes.get(figure.name, ())
+            names = [f"{figure.name}_{size}" for size in own] or [figure.name]
+            figures |= dict.fromkeys(names, 0.5)
+            title = " ".join([figure.name.replace("_", " "), ", ".join(map(str, own))]).strip()
+            direction = "" if figure.better == "–" else f" {figure.better}"
+            lines.append(f"- {family}: {title}{direction}: {figure.meaning}")
+    text = table_of(measured({(0, 0): figures}, family), (family,))
+    assert [line for line in text.splitlines() if line.startswith("- ")] == lines
 
 
 def test_a_mean_lacks_what_one_of_its_parts_lacks():
@@ -3980,7 +3655,7 @@ def test_a_mean_lacks_what_one_of_its_parts_lacks():
     assert eval_sae.mean_of([]) == {}
 
 
-# ------------------------------------------------------------------------------ core and behaviour
+# --------------------------------------------------------------------------------------------- core
 
 
 def test_reconstruction_of_constructed_cases():
@@ -4031,6 +3706,9 @@ def test_reconstruction_is_that_of_its_definition():
     assert between and any(300 < n < 1200 for n in n_active)
     found = eval_sae.reconstruction(sae, x_TD, per_context=64)
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- behaviour
 
 
 @pytest.mark.parametrize("max_logits", [2**27, 1])
@@ -4124,6 +3802,12 @@ def test_behaviour_of_layers_that_return_lists_and_tensors(kind):
 # -------------------------------------------------------------------------------------- competition
 
 
+def competition_of(f_TN):
+    sae = planted_sae(torch.eye(f_TN.shape[1]))
+    sae.encode = lambda x: x
+    return eval_sae.competition(sae, f_TN)
+
+
 def test_independent_latents_do_not_compete():
     """Eq. 3 alone says that they do: thousands of their pairs have w over 0.5 in a batch."""
     f_TN = independent_latents(8192, 1500)
@@ -4192,7 +3876,7 @@ def test_competition_of_131072_latents_takes_no_square_of_them():
     assert [(pair.i, pair.j, pair.shared, pair.w) for pair in pairs] == [(N - 2, N - 1, 40, 1)]
 
 
-def test_nearest_cosine_is_that_of_the_definition(monkeypatch):
+def test_nearest_cosine_is_that_of_the_definition():
     W_ND = torch.randn(1100, 8)  # more rows than a tile has
     cosine_NN = F.cosine_similarity(W_ND[:, None], W_ND, dim=2).abs().fill_diagonal_(0)
     assert torch.allclose(eval_sae.nearest_cosine(W_ND), cosine_NN.amax(1), atol=1e-6)
@@ -4213,7 +3897,297 @@ def test_dictionaries_of_few_latents_are_measured(N):
     assert list(found) == [k for k in (1, 2, 5, 20) if k <= N]
 
 
-# ------------------------------------------------------------------------------------------- probes
+# -------------------------------------------------------------------------------------------- model
+
+
+def test_the_whole_model_is_read_up_to_a_layer(model, reader):
+    ids_BL = torch.randint(3, len(model[2]), (3, 20))
+    with torch.inference_mode():
+        expected = model[1](ids_BL, output_hidden_states=True).hidden_states[2]
+    assert torch.equal(reader.read(ids_BL), expected)
+    assert reader.has_head and not reader.layer._forward_hooks
+
+
+def test_no_code_of_a_models_folder_is_run(model, run, texts, tmp_path, monkeypatch, result):
+    """Nor is anybody asked: a stranger's cfg.json may name the folder."""
+    shutil.copytree(model[0], tmp_path / "lm")
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    config["model_type"] = "unheard"
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "lm" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    argv = [run / "s0", "--text", texts, "--metrics", "core", "--model", tmp_path / "lm"]
+    assert "custom code" in result(argv).refusal and not (tmp_path / "ran").exists()
+
+
+def test_a_model_whose_files_lack_tensors_is_refused(model, run, odd, tmp_path, texts, result):
+    """They would be drawn at random. A model that was saved without a head lacks nothing else."""
+    import transformers
+
+    argv = [run / "s0", "--text", texts, "--contexts", "9", "--metrics", "core", "behaviour"]
+    assert "lack" in result([*argv, "--model", odd / "one layer"]).refusal
+    transformers.AutoModel.from_pretrained(model[0]).save_pretrained(tmp_path)
+    model[2].save_pretrained(tmp_path)
+    found = result([*argv, "--model", tmp_path])
+    assert found.code == 1 and found.row("core: mse ↓")
+    assert "behaviour: not measured, the model has no language-model head" in found.out
+
+
+def test_an_id_that_the_model_lacks_is_refused(reader):
+    n_tokens = reader.lm.get_input_embeddings().num_embeddings
+    assert reader.ids([[n_tokens - 1], []]).tolist() == [[n_tokens - 1], [-1]]
+    with pytest.raises(InputError, match=f"gives the id {n_tokens} of {n_tokens} in the model"):
+        reader.ids([[n_tokens]])
+
+
+# -------------------------------------------------------------------------------------------- tasks
+
+
+def test_the_demos_texts_keep_documents_apart(tmp_path, monkeypatch):
+    sizes = {"big": 60, "middle": 50, "small": 40, "tiny": 30, "least": 25, "left": 20}
+    files = {}
+    for package, size in sizes.items():
+        for i in range(size):
+            code = f"{package}{i}x = 0  # " + "filling " * 12
+            files[f"{package}/{i}.py"] = f'{code}\n\ndef f():\n    """{code}"""\n\nshort'
+    # One file is in one part, so that it can't be a class.
+    files["lonely.py"] = files["big/0.py"] * 200
+    small_library(monkeypatch, tmp_path, files)
+    frame = eval_sae.demo_frame()
+    parts = frame.groupby("file")["is_test"].nunique()
+    assert parts.max() == 1
+    assert set(frame["label"]) == set(sizes) - {"left"}
+    assert (frame["text"].str.extract(r"([a-z]+)\d+x")[0] == frame["label"]).all()
+    assert (frame["text"].str.contains('"""') == frame["attribute"]).all()
+
+
+def test_what_is_held_out_is_one_name_of_so_many():
+    names = [f"a/{n}.py" for n in range(3000)]
+    for every in (3, 5):
+        held = [name for name in names if eval_sae.held_out(name, every)]
+        assert len(held) == pytest.approx(3000 / every, rel=0.1)
+        assert held == [name for name in names if eval_sae.held_out(name, every)]
+
+
+def test_texts_that_are_none_are_left_out(tmp_path):
+    rows = [{"text": text, "label": "a"} for text in ("one", "", "  ", None, "two")]
+    rows.append({"text": "three", "label": None})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert eval_sae.file_frame(str(tmp_path / "rows.jsonl"))["text"].tolist() == ["one", "two"]
+    write_rows(tmp_path / "numbers.jsonl", [{"text": 1, "label": 2}, {"text": 3, "label": 4}])
+    assert len(eval_sae.file_frame(str(tmp_path / "numbers.jsonl"))) == 0
+
+
+def test_a_text_that_occurs_twice_is_in_one_part(tmp_path):
+    rows = [{"text": f"text {n // 3}", "label": "a"} for n in range(300)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    frame = eval_sae.file_frame(str(tmp_path / "rows.jsonl"))
+    assert frame.groupby("text")["is_test"].nunique().max() == 1
+    assert 0.1 < frame["is_test"].mean() < 0.3
+
+
+def test_an_empty_cell_is_no_label_in_any_format(tmp_path, capsys):
+    """Nor an attribute. How many texts are left out is said."""
+    rows = []
+    for n in range(12):
+        labels = {"label": ["a", "b", None][n % 3], "attribute": ["x", None, "y", "y"][n % 4]}
+        rows.append({"text": f"text {n}", **labels})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    pandas.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    found = []
+    for kind in ("jsonl", "csv", "parquet"):
+        frame = eval_sae.file_frame(str(tmp_path / f"rows.{kind}"))
+        assert f"rows.{kind}: 4 texts have no label" in capsys.readouterr().err
+        frame["attribute"] = frame["attribute"].fillna("none")
+        found.append(frame.to_dict("records"))
+    assert len(found[0]) == 8 and found[0] == found[1] == found[2]
+    assert {row["attribute"] for row in found[0]} == {"x", "y", "none"}
+
+
+def test_labels_that_are_none_are_refused_and_mixed_ones_are_words(tmp_path):
+    write_rows(tmp_path / "lists.jsonl", [{"text": "one", "label": ["a", "b"]}])
+    with pytest.raises(InputError, match="column label has values of the kind list"):
+        eval_sae.file_frame(str(tmp_path / "lists.jsonl"))
+    rows = [{"text": "a", "label": 1, "attribute": {}}, {"text": "b", "label": 2}]
+    write_rows(tmp_path / "dicts.jsonl", rows)
+    with pytest.raises(InputError, match="column attribute has values of the kind dict"):
+        eval_sae.file_frame(str(tmp_path / "dicts.jsonl"))
+    write_rows(tmp_path / "mixed.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": "1x"}])
+    assert eval_sae.file_frame(str(tmp_path / "mixed.jsonl"))["label"].tolist() == ["1", "1x"]
+    write_rows(tmp_path / "numbers.jsonl", [{"text": "a", "label": 10}, {"text": "b", "label": 9}])
+    assert eval_sae.file_frame(str(tmp_path / "numbers.jsonl"))["label"].tolist() == [10, 9]
+
+
+def mean_latents(reader, sae, texts, folder):
+    """Mean activations and mean latents of texts, in their order."""
+    folder.mkdir(exist_ok=True)
+    found = eval_sae.read_texts(reader, [sae], texts, folder, "texts")
+    rows = [found.row_of[text] for text in texts]
+    (f_TN,) = found.latents(rows)
+    return found.x_TD[rows], f_TN
+
+
+def test_mean_latents_are_those_of_each_text_alone(reader, tmp_path, monkeypatch):
+    """Whatever else is in the batch. A text is cut, and tokens that are special do not count."""
+    sae = SAE(16, 64, 4)
+    texts = [TEXT[: 5 + 3 * i] for i in range(20)]
+    texts[4] = "<eos>".join(texts[4:6])
+    monkeypatch.setattr(eval_sae, "TASK_LENGTH", 12)
+    x_TD, f_TN = mean_latents(reader, sae, texts, tmp_path)
+    for t, text in enumerate(texts):
+        ids = (reader.bos_ids + reader.tokenizer(text).input_ids)[:12]
+        kept = [n for n, i in enumerate(ids) if i > 2 and n > 0]
+        alone_LD = reader.read(torch.tensor([ids]))[0, kept]
+        assert torch.allclose(x_TD[t], alone_LD.mean(0), atol=1e-4)
+        assert torch.allclose(f_TN[t], sae.encode(alone_LD).mean(0), atol=1e-3)
+
+
+class TokenizerThatDrops:
+    """A tokenizer that makes no token of one text, as some do of characters that they lack."""
+
+    def __init__(self, tokenizer, text):
+        self.tokenizer = tokenizer
+        self.text = text
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts, **options):
+        texts = ["" if text == self.text else text for text in texts]
+        return self.tokenizer(texts, **options)
+
+
+def test_a_text_without_a_token_that_counts_is_zeros(tmp_path):
+    """Also where the tokenizer has no BOS and makes nothing of it."""
+    make_model(tmp_path, bos=False)
+    reader = eval_sae.LanguageModel(str(tmp_path), 1, CPU, torch.float32)
+    reader.tokenizer = TokenizerThatDrops(reader.tokenizer, "none")
+    sae = SAE(16, 32, 4)
+    x_TD, f_TN = mean_latents(reader, sae, ["none", TEXT], tmp_path / "two")
+    assert (x_TD[0] == 0).all() and (f_TN[0] == 0).all() and (f_TN[1] != 0).any()
+    x_TD, _ = mean_latents(reader, sae, ["none"], tmp_path / "one")
+    assert (x_TD == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["roberta", "qwen3"])
+def test_the_padding_of_a_batch_changes_nothing(model, tmp_path, monkeypatch, kind):
+    """Nor where each token sees all others. Whether that is so is known."""
+    saved(kind, model, tmp_path)
+    reader = eval_sae.LanguageModel(str(tmp_path), 1, CPU, torch.float32)
+    monkeypatch.setattr(eval_sae, "TASK_LENGTH", 30)
+    sae = SAE(reader.width, 32, 4)
+    alone, _ = mean_latents(reader, sae, [TEXT[:20]], tmp_path / "alone")
+    beside, _ = mean_latents(reader, sae, [TEXT[:20], TEXT], tmp_path / "beside")
+    assert torch.allclose(beside[:1], alone, atol=1e-5)
+    assert eval_sae.is_causal(reader) == (kind == "qwen3")
+
+
+def test_probing_takes_several_files(run, probe_file, tmp_path, result):
+    """Each is a task of its own, and the figure is their mean."""
+    other = tmp_path / "other.csv"
+    other.write_text(Path(probe_file).read_text().replace("fox", "dog 1").replace("warm", "lazy 2"))
+    argv = [run / "s0", "--metrics", "probe", "scr", "--train", "100", "--test", "50", "--probe"]
+    found = []
+    for files in ([probe_file], [other], [probe_file, other]):
+        found.append(result([*argv, *files]).stored)
+    for family in ("probe", "scr"):
+        first, second, both = (content[family] for content in found)
+        assert [part["task"] for part in both["parts"]] == ["words", "other"]
+        assert both["parts"] == first["parts"] + second["parts"]
+        assert_mean(both, first, second)
+    assert found[0]["probe"]["figures"] != found[1]["probe"]["figures"]
+
+
+def assert_mean(both, first, second):
+    """The figures of one entry of eval.json are the mean of those of two others."""
+    means = {key: (first["figures"][key] + second["figures"][key]) / 2 for key in first["figures"]}
+    assert both["figures"] == pytest.approx(means)
+
+
+def test_two_files_of_one_name_are_two_tasks(probe_file, tmp_path):
+    (tmp_path / "other").mkdir()
+    same_name = tmp_path / "other" / Path(probe_file).name
+    shutil.copy(probe_file, same_name)
+    frames = eval_sae.task_frames([str(probe_file), str(same_name)], False, {})
+    assert set(frames) == {str(probe_file), str(same_name)}
+    files = ["d/x.jsonl", "x.jsonl", "x.jsonl.gz"]
+    assert list(eval_sae.task_frames(files, False, {})) == files
+
+
+def test_one_task_that_can_not_be_had_costs_itself(run, probe_file, tmp_path, result):
+    """With its reason; what is measured is not whole."""
+    few = tmp_path / "few.csv"
+    few.write_text("text,label\nfox,a\ndog,b\n")
+    plain = tmp_path / "plain.csv"
+    plain.write_text(re.sub(",[a-z]+$", "", Path(probe_file).read_text(), flags=re.MULTILINE))
+    argv = [run / "s0", "--probe", probe_file, few, plain, "--train", 40, "--test", 20]
+    found = result([*argv, "--metrics", "probe", "scr"])
+    assert found.code == 0
+    reason = r"probe: few is left out: .*the label \w has \d \w+ texts, and 20 are needed"
+    assert re.search(reason, found.out)
+    assert "scr: plain is left out: it has no column `attribute`" in found.out
+    assert not found.stored["probe"]["is_whole"]
+    assert [part["task"] for part in found.stored["probe"]["parts"]] == ["words", "plain"]
+    assert [part["task"] for part in found.stored["scr"]["parts"]] == ["words"]
+
+
+def test_the_benchmarks_tasks_that_can_not_be_had_are_told(run, monkeypatch, result):
+    """Each with its reason, and github-code always."""
+    import datasets
+
+    def load_dataset(name, *subset, split):
+        if "ag_news" not in name:
+            raise ConnectionError("no network")
+        rows = [{"text": f"{TEXT[:30]} {i}", "label": i % 4} for i in range(240)]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = result([run / "s0", "--metrics", "probe", "--train", "40", "--test", "20"])
+    assert found.code == 0
+    stored = found.stored["probe"]
+    assert [(part["task"], part["seed"]) for part in stored["parts"]] == [("ag_news", 0)]
+    assert stored["sample"] == {"ag_news": {"train": 160, "test": 80}}
+    assert stored["notes"][0].startswith("github-code is left out")
+    assert len(stored["notes"]) == 7 and not stored["is_whole"]
+    (bios,) = [note for note in stored["notes"] if note.startswith("bias_in_bios 1 ")]
+    assert "LabHC/bias_in_bios" in bios and "no network" in bios
+    assert f"probe: {bios}" in found.out
+
+
+@pytest.mark.parametrize("family", ["probe", "scr"])
+def test_a_text_is_read_once_for_all_samples_and_autoencoders(
+    run, probe_file, tmp_path, monkeypatch, family
+):
+    """And memory holds the latents of one autoencoder at a time; no file is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held = []
+    fromfile = numpy.fromfile
+    monkeypatch.setattr(
+        numpy, "fromfile", lambda file, **kind: held.append(file.name) or fromfile(file, **kind)
+    )
+    argv = [run, "--metrics", family, "--probe", probe_file, "--seed", "0", "1", "2"]
+    with contexts_noted() as passes:
+        assert evaluated([*argv, "--train", "40", "--test", "20"]) == 0
+    texts = [tuple(ids) for ids_BL in passes for ids in ids_BL.tolist()]
+    assert 60 <= len(set(texts)) == len(texts)
+    assert held == ["0", "1"] * 3 and not list(tmp_path.iterdir())
+
+
+def test_figures_are_meaned_over_seeds(run, probe_file, result):
+    """Those of several seeds are the mean of those of each alone, which stand beside it."""
+    argv = [run / "s0", "--metrics", "probe", "scr", "--probe", probe_file, "--train", "40"]
+    found = [result([*argv, "--seed", *seeds]).stored for seeds in ("0", "1", ("0", "1", "0"))]
+    for family in ("probe", "scr"):
+        first, second, both = [stored[family] for stored in found]
+        assert first["figures"] != second["figures"]
+        assert [part["seed"] for part in both["parts"]] == [0, 1]
+        assert both["parts"] == first["parts"] + second["parts"]
+        assert_mean(both, first, second)
+
+
+# -------------------------------------------------------------------------------------------- probe
 
 
 @pytest.mark.parametrize("separable", [True, False])
@@ -4249,23 +4223,40 @@ def test_the_probe_on_many_columns_is_autograds():
     assert torch.allclose(own.b, b, atol=1e-5)
 
 
-def test_a_probe_is_that_of_its_best_epoch_and_ends_without_a_better_one(monkeypatch):
-    """The scores of the epochs are planted: the best is the third, and the first of two such."""
-    scores = [0.5, 0.6, 0.8, 0.7, 0.8, 0.1, 0.2, 0.3]
-    probes = []
+def test_a_probe_is_that_of_its_best_epoch_and_ends_without_a_better_one():
+    """Epoch by epoch by autograd. The labels are noise, so that the best epoch is none of the last,
+    and others are as good; with a patience of 3 a worse one ends it.
+    """
+    torch.manual_seed(38)
+    x_TD = torch.randn(60, 4)
+    y_T = torch.rand(60) > 0.5
+    x_UD = torch.randn(31, 4)
+    y_U = torch.rand(31) > 0.5
+    generator = torch.Generator().manual_seed(2)
+    w_D = torch.zeros(4).uniform_(-0.5, 0.5, generator=generator).requires_grad_()
+    b = torch.zeros(()).uniform_(-0.5, 0.5, generator=generator).requires_grad_()
+    adam = torch.optim.AdamW([w_D, b], lr=0.1)
+    weights = []
+    right = []
 
-    def planted(x_TD, y_T, probe):
-        probes.append(eval_sae.Probe(probe.w_D.clone(), probe.b.clone()))
-        return scores[len(probes) - 1]
+    def loss_of(rows):
+        logits = x_TD[rows] @ w_D + b
+        return F.binary_cross_entropy_with_logits(logits, y_T[rows].float())
 
-    monkeypatch.setattr(eval_sae, "accuracy", planted)
-    x_TD = torch.randn(40, 4)
-    y_T = torch.rand(40) > 0.5
-    data = (x_TD, y_T, x_TD, y_T, torch.Generator())
-    best = eval_sae.linear_probe(*data, epochs=8, batch=10, lr=0.1, patience=3)
-    assert len(probes) == 6  # the best, and three after it
-    assert torch.equal(best.w_D, probes[2].w_D) and torch.equal(best.b, probes[2].b)
-    assert not torch.equal(best.w_D, probes[4].w_D)
+    for _ in range(20):
+        fit(adam, loss_of, torch.randperm(60, generator=generator).split(10))
+        weights.append(w_D.detach().clone())
+        right.append((((x_UD @ w_D + b) > 0) == y_U).sum().item())
+    best = right.index(max(right))
+    early = right.index(max(right[:6]))
+    assert best == 7 and right.count(right[best]) > 1
+    assert early == 2 and right[:6].count(right[early]) > 1
+    for patience, epoch in ((99, best), (3, early)):
+        generator.manual_seed(2)
+        data = (x_TD, y_T, x_UD, y_U, generator)
+        own = eval_sae.linear_probe(*data, epochs=20, batch=10, lr=0.1, patience=patience)
+        assert torch.allclose(own.w_D, weights[epoch], atol=1e-5)
+        assert not torch.allclose(own.w_D, weights[epoch + 1], atol=1e-3)
 
 
 def test_a_probe_sees_as_many_of_its_class_as_of_the_others():
@@ -4352,7 +4343,77 @@ def test_a_standardised_choice_does_not_hang_on_a_latents_size():
     assert torch.allclose(scaled_N, score_N, rtol=1e-3)
 
 
+def test_probings_texts_are_random_and_balanced():
+    cells = dict.fromkeys(product("xyz", (0, 1)), 400)
+    chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
+    assert sizes_of(chosen, False) == [40] * 6
+    assert sizes_of(chosen, True) == [30] * 6
+    numbers = chosen["text"].str.split().str[-1].astype(int)
+    assert numbers.max() > 300  # not the first ones
+    again = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=1).frame
+    assert again["text"].tolist() != chosen["text"].tolist()
+    for text, label, attribute in zip(chosen["text"], chosen["label"], chosen["attribute"]):
+        assert text.startswith(f"{'xyz'[label]} {attribute} ")
+    cells["y", 1] = 30
+    chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
+    assert sizes_of(chosen, False) == [30] * 6
+    cells["y", 1] = 20  # are enough
+    chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
+    assert sizes_of(chosen, False) == sizes_of(chosen, True) == [20] * 6
+    cells["y", 1] = 19
+    with pytest.raises(
+        InputError, match="y with the attribute 1 has 19 training texts, and 20 are"
+    ):
+        eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0)
+    with pytest.raises(InputError, match="two labels are needed, and it has 1"):
+        eval_sae.probing_sample(frame_of({("x", 0): 90}), 80, 60, seed=0)
+
+
+def test_benchmark_frames_are_of_its_columns_and_classes(monkeypatch):
+    """The loader's calls, answered by rows made here, as the benchmark's datasets have them."""
+    import datasets
+
+    def reviews(name, split):
+        rows = [{"text": f"{i}", "category": i % 4, "rating": (1.0, 5.0)[i % 2]} for i in range(99)]
+        return datasets.Dataset.from_list(rows[: 80 if split == "train" else 40])
+
+    monkeypatch.setattr(datasets, "load_dataset", reviews)
+    frame = eval_sae.hub_frame(eval_sae.AMAZON, [3, 1])
+    assert frame["text"].astype(int).mod(4).map({3: 0, 1: 1}).tolist() == frame["label"].tolist()
+    assert set(frame["attribute"]) == {5.0}
+    assert frame["is_test"].tolist() == [False] * 40 + [True] * 20
+
+    def sentences(name, subset, split):
+        rows = [{"translation": {x: f"{x} {i}" for x in subset.split("-")}} for i in range(300)]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", sentences)
+    frame = eval_sae.hub_frame(*eval_sae.PROBING["europarl"])
+    languages = [list(eval_sae.LANGUAGES)[label] for label in frame["label"]]
+    assert frame["text"].str.split().str[0].tolist() == languages
+    assert frame["is_test"].mean() == 0.2
+
+
+def test_probing_says_which_label_lacks_texts():
+    cells = {("x", 0): 80, ("y", 0): 50, ("z", 0): 70}
+    sample = eval_sae.probing_sample(frame_of(cells), 60, 50, 0)
+    lack = "the label y has 50 training texts, and 60 are needed: no other gives more"
+    assert sample.notes == [lack]
+
+
 # ---------------------------------------------------------------------------------------------- scr
+
+
+def planted_attributes(T=4800):
+    """Activations in which one direction has the label, weakly, and another the attribute,
+    strongly; labels and attributes."""
+    torch.manual_seed(0)
+    label_T = torch.arange(T) % 2
+    attribute_T = torch.arange(T) // 2 % 2
+    f_TN = torch.rand(T, 8) * 0.05
+    strong_T = 2.0 * attribute_T
+    f_TN[:, :4] += torch.stack([label_T, 1 - label_T, strong_T, 2.0 - strong_T], 1)
+    return f_TN, label_T, attribute_T
 
 
 def test_scr_of_a_planted_dictionary():
@@ -4503,28 +4564,74 @@ def test_scr_balances_what_is_clean_and_takes_as_many_texts_for_what_is_biased()
         assert rows.min() >= n_train
 
 
-def test_scrs_probes_are_trained_as_saebench_trains_them(monkeypatch):
+def test_scrs_probes_are_trained_as_saebench_trains_them():
     """The biased one for the label. All of them for 20 epochs, also without a better one."""
     f_TN, label_T, attribute_T = planted_attributes(400)
+    f_TN += 0.5 * torch.randn(f_TN.shape)
     sets = eval_sae.scr_sets(label_T, attribute_T, 200)
-    calls = []
+    found = eval_sae.scr_probes(f_TN, label_T, attribute_T, sets, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    settings = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}
+    for name, y_T, train, test in (
+        ("label", label_T, sets.clean_train, sets.clean_test),
+        ("attribute", attribute_T, sets.clean_train, sets.clean_test),
+        ("biased", label_T, sets.biased_train, sets.biased_test),
+    ):
+        data = (f_TN[train], y_T[train], f_TN[test], y_T[test], generator)
+        expected = eval_sae.linear_probe(*data, **settings)
+        assert torch.equal(getattr(found, name).w_D, expected.w_D)
+        assert torch.equal(getattr(found, name).b, expected.b)
 
-    def planted(x_TD, y_T, x_UD, y_U, generator, **options):
-        calls.append((x_TD, y_T, x_UD, y_U, options))
-        return len(calls)
 
-    monkeypatch.setattr(eval_sae, "linear_probe", planted)
-    probes = eval_sae.scr_probes(f_TN, label_T, attribute_T, sets)
-    assert probes == eval_sae.ScrProbes(label=1, attribute=2, biased=3)
-    expected = (
-        (label_T, sets.clean_train, sets.clean_test),
-        (attribute_T, sets.clean_train, sets.clean_test),
-        (label_T, sets.biased_train, sets.biased_test),
-    )
-    for (x_TD, y_T, x_UD, y_U, options), (labels, train, test) in zip(calls, expected):
-        assert torch.equal(x_TD, f_TN[train]) and torch.equal(x_UD, f_TN[test])
-        assert torch.equal(y_T, labels[train]) and torch.equal(y_U, labels[test])
-        assert options == {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "l1": 1e-3}
+def test_scrs_texts_are_the_first_of_each_combination():
+    """Of the first two labels and attributes, whatever the seed."""
+    cells = {("x", 0): 90, ("x", 1): 90, ("y", 0): 30, ("y", 1): 90}
+    frame = frame_of({**cells, ("z", 0): 90, ("x", 2): 90})
+    sample = eval_sae.scr_sample(frame, 80, 60, 7)
+    assert sample.seed == 7
+    chosen = sample.frame
+    assert sizes_of(chosen, False) == [80, 40, 30, 80]
+    assert sizes_of(chosen, True) == [60, 30, 30, 60]
+    assert chosen["is_test"].is_monotonic_increasing  # the training texts come first
+    first = frame[(frame["label"] == "x") & (frame["attribute"] == 1) & ~frame["is_test"]]
+    shown = chosen[(chosen["label"] == 0) & (chosen["attribute"] == 1) & ~chosen["is_test"]]
+    assert shown["text"].tolist() == first["text"].tolist()[:40]
+
+
+@pytest.mark.parametrize(
+    "cells, words",
+    [
+        ({("x", 0): 90, ("x", 1): 90, ("y", 0): 19, ("y", 1): 90}, "y with the attribute 0 has 19"),
+        ({("x", 0): 90, ("y", 0): 90}, "two values of `attribute` are needed"),
+        ({("x", 0): 90, ("x", 1): 90}, "two values of `label` are needed"),
+        ({("x", 0): 90, ("y", 1): 90}, "x with the attribute 1 has 0"),
+    ],
+)
+def test_a_task_that_scr_can_not_use_says_why(cells, words):
+    with pytest.raises(InputError, match=words):
+        eval_sae.scr_sample(frame_of(cells), 80, 60, 0)
+
+
+def test_scr_leaves_out_texts_without_an_attribute():
+    cells = dict.fromkeys(product("xy", ("m", "n")), 60)
+    frame = frame_of(cells)
+    without = frame.assign(attribute=None, text="none " + frame["text"])
+    sample = eval_sae.scr_sample(pandas.concat([without, frame]), 40, 40, 0)
+    assert sample.notes == ["480 texts have no attribute, and are left out"]
+    assert sample.frame.equals(eval_sae.scr_sample(frame, 40, 40, 0).frame)
+
+
+def test_scr_says_which_labels_it_takes():
+    """The first two; odd numbers of texts are no lack, and what is one is told with its cell."""
+    cells = {(label, attribute): 120 for label in range(3) for attribute in range(2)}
+    sample = eval_sae.scr_sample(frame_of(cells), 41, 21, 0)
+    assert sample.notes == ["0 and 1 alone are used of 3 values of `label`"]
+    assert len(sample.frame) == 2 * (41 + 20) + 2 * (21 + 10)
+    cells = {(0, 0): 60, (0, 1): 30, (1, 0): 60, (1, 1): 60}
+    sample = eval_sae.scr_sample(frame_of(cells), 80, 60, 0)
+    cell = "the label {} with the attribute {} has {} training texts, and {} are needed"
+    short = [(0, 0, 60, 80), (0, 1, 30, 40), (1, 1, 60, 80)]
+    assert sample.notes == [cell.format(*values) for values in short]
 
 
 # --------------------------------------------------------------------------------------- absorption
@@ -4584,20 +4691,28 @@ def test_absorption_of_a_word_worked_by_hand(name, share, full, case):
     assert found_full == full
 
 
-def test_a_letter_is_split_as_long_as_a_latent_lifts_f1_by_over_3_percent(monkeypatch):
-    """The F1 of one, two, three ... latents is planted."""
-    f_TS = torch.randn(50, 5)
-    y_T = torch.arange(50) % 2 == 0
-    for scores, expected in (
+@pytest.mark.parametrize(
+    "f1s, expected",
+    [
         ([0.5, 0.52, 0.9, 0.9, 0.9], 1),
         ([0.5, 0.54, 0.56, 0.9, 0.9], 2),
-        ([0.5, 0.531, 0.562, 0.593, 0.624], 5),
-        ([0.9, 0.5, 0.99, 0.99, 0.99], 1),
+        ([0.5, 0.532, 0.564, 0.596, 0.628], 5),
+        ([0.5, 0.528, 0.564, 0.596, 0.628], 1),
+        ([0.9, 0.9, 0.99, 0.99, 0.99], 1),
         ([0.0, 0.1, 0.1, 0.2, 0.3], 2),
-    ):
-        left = iter(scores)
-        monkeypatch.setattr(eval_sae, "f1", lambda *data, left=left: next(left))
-        assert eval_sae.letter_split(f_TS, y_T, 30) == expected
+    ],
+)
+def test_a_letter_is_split_as_long_as_a_latent_lifts_f1_by_over_3_percent(f1s, expected):
+    """The first n latents find a share r of a letter's words, and no other: F1 is 2 r / (1 + r)."""
+    y_T = torch.arange(8000) % 4 == 0
+    nth_T = torch.arange(8000) // 4 % 1000  # of a thousand words with the letter, in either half
+    f_TS = torch.zeros(8000, 5)
+    before = 0
+    for s, f1 in enumerate(f1s):
+        found = round(1000 * f1 / (2 - f1))
+        f_TS[y_T & (nth_T >= before) & (nth_T < found), s] = 1
+        before = max(before, found)
+    assert eval_sae.letter_split(f_TS, y_T, 4000) == expected
 
 
 def test_a_letters_split_is_what_balanced_probes_find():
@@ -4663,12 +4778,38 @@ def test_the_probe_of_all_letters_is_autograds(l1):
     assert torch.allclose(own[1], probe.bias, atol=1e-4)
 
 
+def planted_letters(absorbing):
+    """An autoencoder of 53 latents, the first 26 of which are letters, and Words that it spells.
+
+    Where it is absorbing, one A word in 25 has latent 52, whose decoder row has a cosine of 0.71
+    with the letter's, in the place of the letter's own.
+    """
+    nth_T, letter_T = torch.cartesian_prod(torch.arange(100), torch.arange(26)).T
+    f_TN = 4.0 * F.one_hot(letter_T, 53) + 0.5 * F.one_hot(torch.randint(26, 52, (2600,)), 53)
+    W_ND = torch.eye(60)[:53]
+    W_ND[52] = F.normalize(torch.eye(60)[0] + torch.eye(60)[58], dim=0)
+    if absorbing:
+        f_TN[(letter_T == 0) & (nth_T % 25 == 0)] = 6.0 * F.one_hot(torch.tensor(52), 53)
+    x_TD = f_TN @ W_ND
+    decode = torch.linalg.pinv(W_ND)
+    sae = planted_sae(W_ND)
+    sae.encode = lambda x: (x @ decode).clamp(min=0)
+    n_train = 75 * 26
+    words = eval_sae.Words(
+        x_TD, letter_T, n_train, x_TD[n_train:], letter_T[n_train:], 20 * torch.eye(60)[:26]
+    )
+    return sae, words
+
+
 def test_absorption_is_the_mean_over_letters_of_planted_words(monkeypatch):
-    """Latent 52 takes over one A word in 25, too few for it to be in the letter's split."""
-    planted = torch.eye(53)[:26]  # each letter's own latent comes first
+    """Latent 52 takes over one A word in 25, too few for it to be in the letter's split.
+
+    The L1 probe is planted, too: of so few words it would find other candidates by chance.
+    """
+    own_latent_first = torch.eye(53)[:26]
+    monkeypatch.setattr(eval_sae, "letter_probe", lambda *data, **_: (own_latent_first, None))
     for absorbing in (False, True):
         sae, words = planted_letters(absorbing)
-        monkeypatch.setattr(eval_sae, "letter_probe", lambda *data, **_: (planted, None))
         found = eval_sae.absorption(sae, words)
         share = 1 / 25 / 26 if absorbing else 0
         expected = {"full": share, "absorption": share, "split_latents": 1, "letters": 26}
@@ -4686,331 +4827,33 @@ def test_absorption_is_the_mean_over_letters_of_planted_words(monkeypatch):
     assert eval_sae.absorption(sae, fewer)["letters"] == 25
 
 
-def test_absorption_chooses_its_candidates_by_an_l1_probe_on_the_training_words(monkeypatch):
-    """By the largest weights, and not the largest in size; with SAEBench's settings."""
-    sae, words = planted_letters(False)
-    calls = []
-    weight_AN = torch.zeros(26, 53)
-    weight_AN[:, 26:] = -5.0
-    weight_AN += torch.eye(53)[:26]
-
-    def planted(x_TD, letter_T, **options):
-        calls.append((x_TD, letter_T, options))
-        return weight_AN, None
-
-    split = []
-    original = eval_sae.letter_split
-    monkeypatch.setattr(eval_sae, "letter_probe", planted)
-    monkeypatch.setattr(
-        eval_sae, "letter_split", lambda f, y, n: split.append((f, y, n)) or original(f, y, n)
-    )
-    eval_sae.absorption(sae, words, seed=3)
-    ((x_TD, letter_T, options),) = calls
-    assert torch.equal(x_TD, words.x_TD[: words.n_train])
-    assert torch.equal(letter_T, words.letter_T[: words.n_train])
-    encode = options.pop("encode")
-    assert torch.equal(encode(x_TD[:9]), sae.encode(x_TD[:9]))
-    assert options == {"batch": 4096, "l2": 1e-6, "l1": 0.01, "seed": 3}
-    assert len(split) == 26
-    f_TN = sae.encode(words.x_TD)
-    for a, (f_TS, y_T, n_train) in enumerate(split):
-        assert f_TS.shape == (len(words.x_TD), 10) and n_train == words.n_train
-        assert torch.equal(f_TS[:, 0], f_TN[:, a])
-        for s in range(1, 10):
-            assert any(torch.equal(f_TS[:, s], f_TN[:, n]) for n in range(26))
-        assert torch.equal(y_T, words.letter_T == a)
-
-
-# -------------------------------------------------------------------------------------------- tasks
-
-
-def test_scrs_texts_are_the_first_of_each_combination():
-    """Of the first two labels and attributes, whatever the seed."""
-    cells = {("x", 0): 90, ("x", 1): 90, ("y", 0): 30, ("y", 1): 90}
-    frame = frame_of({**cells, ("z", 0): 90, ("x", 2): 90})
-    sample = eval_sae.scr_sample(frame, 80, 60, 7)
-    assert sample.seed == 7
-    chosen = sample.frame
-    assert sizes_of(chosen, False) == [80, 40, 30, 80]
-    assert sizes_of(chosen, True) == [60, 30, 30, 60]
-    assert chosen["is_test"].is_monotonic_increasing  # the training texts come first
-    first = frame[(frame["label"] == "x") & (frame["attribute"] == 1) & ~frame["is_test"]]
-    shown = chosen[(chosen["label"] == 0) & (chosen["attribute"] == 1) & ~chosen["is_test"]]
-    assert shown["text"].tolist() == first["text"].tolist()[:40]
-
-
-@pytest.mark.parametrize(
-    "cells, words",
-    [
-        ({("x", 0): 90, ("x", 1): 90, ("y", 0): 19, ("y", 1): 90}, "y with the attribute 0 has 19"),
-        ({("x", 0): 90, ("y", 0): 90}, "two values of `attribute` are needed"),
-        ({("x", 0): 90, ("x", 1): 90}, "two values of `label` are needed"),
-        ({("x", 0): 90, ("y", 1): 90}, "x with the attribute 1 has 0"),
-    ],
-)
-def test_a_task_that_scr_can_not_use_says_why(cells, words):
-    with pytest.raises(InputError, match=words):
-        eval_sae.scr_sample(frame_of(cells), 80, 60, 0)
-
-
-def test_probings_texts_are_random_and_balanced():
-    cells = dict.fromkeys(product("xyz", (0, 1)), 400)
-    chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
-    assert sizes_of(chosen, False) == [40] * 6
-    assert sizes_of(chosen, True) == [30] * 6
-    numbers = chosen["text"].str.split().str[-1].astype(int)
-    assert numbers.max() > 300  # not the first ones
-    again = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=1).frame
-    assert again["text"].tolist() != chosen["text"].tolist()
-    for text, label, attribute in zip(chosen["text"], chosen["label"], chosen["attribute"]):
-        assert text.startswith(f"{'xyz'[label]} {attribute} ")
-    cells["y", 1] = 30
-    chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
-    assert sizes_of(chosen, False) == [30] * 6
-    cells["y", 1] = 20  # are enough
-    chosen = eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0).frame
-    assert sizes_of(chosen, False) == sizes_of(chosen, True) == [20] * 6
-    cells["y", 1] = 19
-    with pytest.raises(
-        InputError, match="y with the attribute 1 has 19 training texts, and 20 are"
-    ):
-        eval_sae.probing_sample(frame_of(cells), 80, 60, seed=0)
-    with pytest.raises(InputError, match="two labels are needed, and it has 1"):
-        eval_sae.probing_sample(frame_of({("x", 0): 90}), 80, 60, seed=0)
-
-
-def test_benchmark_frames_are_of_its_columns_and_classes(monkeypatch):
-    """The loader's calls, answered by rows made here, as the benchmark's datasets have them."""
-    import datasets
-
-    def reviews(name, split):
-        rows = [{"text": f"{i}", "category": i % 4, "rating": (1.0, 5.0)[i % 2]} for i in range(99)]
-        return datasets.Dataset.from_list(rows[: 80 if split == "train" else 40])
-
-    monkeypatch.setattr(datasets, "load_dataset", reviews)
-    frame = eval_sae.hub_frame(eval_sae.AMAZON, [3, 1])
-    assert frame["text"].astype(int).mod(4).map({3: 0, 1: 1}).tolist() == frame["label"].tolist()
-    assert set(frame["attribute"]) == {5.0}
-    assert frame["is_test"].tolist() == [False] * 40 + [True] * 20
-
-    def sentences(name, subset, split):
-        rows = [{"translation": {x: f"{x} {i}" for x in subset.split("-")}} for i in range(300)]
-        return datasets.Dataset.from_list(rows)
-
-    monkeypatch.setattr(datasets, "load_dataset", sentences)
-    frame = eval_sae.hub_frame(*eval_sae.PROBING["europarl"])
-    languages = [list(eval_sae.LANGUAGES)[label] for label in frame["label"]]
-    assert frame["text"].str.split().str[0].tolist() == languages
-    assert frame["is_test"].mean() == 0.2
-
-
-def test_the_demos_texts_keep_documents_apart(monkeypatch):
-    sizes = {"big": 60, "middle": 50, "small": 40, "tiny": 30, "least": 25, "left": 20}
-    files = []
-    for package, size in sizes.items():
-        for i in range(size):
-            code = f"{package}{i}x = 0  # " + "filling " * 12
-            files.append((f"{package}/{i}.py", f'{code}\n\ndef f():\n    """{code}"""\n\nshort'))
-    # One file is in one part, so that it can't be a class.
-    files.append(("lonely.py", files[0][1] * 200))
-    monkeypatch.setattr(sgo_sae, "library_texts", lambda: iter(files))
-    # Every third file is to test on, whatever its name's checksum.
-    order = {name: n for n, (name, _) in enumerate(files)}
-    monkeypatch.setattr(eval_sae, "held_out", lambda name, every: order[name] % every == 0)
-    frame = eval_sae.demo_frame()
-    parts = frame.groupby("file")["is_test"].nunique()
-    assert parts.max() == 1
-    assert set(frame["label"]) == set(sizes) - {"left"}
-    assert (frame["text"].str.extract(r"([a-z]+)\d+x")[0] == frame["label"]).all()
-    assert (frame["text"].str.contains('"""') == frame["attribute"]).all()
-
-
-def test_what_is_held_out_is_one_name_of_so_many():
-    names = [f"a/{n}.py" for n in range(3000)]
-    for every in (3, 5):
-        held = [name for name in names if eval_sae.held_out(name, every)]
-        assert len(held) == pytest.approx(3000 / every, rel=0.1)
-        assert held == [name for name in names if eval_sae.held_out(name, every)]
-
-
-def test_texts_that_are_none_are_left_out(tmp_path):
-    rows = [{"text": text, "label": "a"} for text in ("one", "", "  ", None, "two")]
-    rows.append({"text": "three", "label": None})
-    write_rows(tmp_path / "rows.jsonl", rows)
-    assert eval_sae.file_frame(str(tmp_path / "rows.jsonl"))["text"].tolist() == ["one", "two"]
-    write_rows(tmp_path / "numbers.jsonl", [{"text": 1, "label": 2}, {"text": 3, "label": 4}])
-    assert len(eval_sae.file_frame(str(tmp_path / "numbers.jsonl"))) == 0
-
-
-def test_a_text_that_occurs_twice_is_in_one_part(tmp_path):
-    rows = [{"text": f"text {n // 3}", "label": "a"} for n in range(300)]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    frame = eval_sae.file_frame(str(tmp_path / "rows.jsonl"))
-    assert frame.groupby("text")["is_test"].nunique().max() == 1
-    assert 0.1 < frame["is_test"].mean() < 0.3
-
-
-def test_scr_leaves_out_texts_without_an_attribute():
-    cells = dict.fromkeys(product("xy", ("m", "n")), 60)
-    frame = frame_of(cells)
-    without = frame.assign(attribute=None, text="none " + frame["text"])
-    sample = eval_sae.scr_sample(pandas.concat([without, frame]), 40, 40, 0)
-    assert sample.notes == ["480 texts have no attribute, and are left out"]
-    assert sample.frame.equals(eval_sae.scr_sample(frame, 40, 40, 0).frame)
-
-
-def test_an_empty_cell_is_no_label_in_any_format(tmp_path, capsys):
-    """Nor an attribute. How many texts are left out is said."""
-    rows = []
-    for n in range(12):
-        labels = {"label": ["a", "b", None][n % 3], "attribute": ["x", None, "y", "y"][n % 4]}
-        rows.append({"text": f"text {n}", **labels})
-    write_rows(tmp_path / "rows.jsonl", rows)
-    pandas.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
-    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
-    found = []
-    for kind in ("jsonl", "csv", "parquet"):
-        frame = eval_sae.file_frame(str(tmp_path / f"rows.{kind}"))
-        assert f"rows.{kind}: 4 texts have no label" in capsys.readouterr().err
-        frame["attribute"] = frame["attribute"].fillna("none")
-        found.append(frame.to_dict("records"))
-    assert len(found[0]) == 8 and found[0] == found[1] == found[2]
-    assert {row["attribute"] for row in found[0]} == {"x", "y", "none"}
-
-
-def test_labels_that_are_none_are_refused_and_mixed_ones_are_words(tmp_path):
-    write_rows(tmp_path / "lists.jsonl", [{"text": "one", "label": ["a", "b"]}])
-    with pytest.raises(InputError, match="column label has values of the kind list"):
-        eval_sae.file_frame(str(tmp_path / "lists.jsonl"))
-    rows = [{"text": "a", "label": 1, "attribute": {}}, {"text": "b", "label": 2}]
-    write_rows(tmp_path / "dicts.jsonl", rows)
-    with pytest.raises(InputError, match="column attribute has values of the kind dict"):
-        eval_sae.file_frame(str(tmp_path / "dicts.jsonl"))
-    write_rows(tmp_path / "mixed.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": "1x"}])
-    assert eval_sae.file_frame(str(tmp_path / "mixed.jsonl"))["label"].tolist() == ["1", "1x"]
-    write_rows(tmp_path / "numbers.jsonl", [{"text": "a", "label": 10}, {"text": "b", "label": 9}])
-    assert eval_sae.file_frame(str(tmp_path / "numbers.jsonl"))["label"].tolist() == [10, 9]
-
-
-# -------------------------------------------------------------------------------------------- model
-
-
-def test_the_whole_model_is_read_up_to_a_layer(model, reader):
-    ids_BL = torch.randint(3, len(model[2]), (3, 20))
-    with torch.inference_mode():
-        expected = model[1](ids_BL, output_hidden_states=True).hidden_states[2]
-    assert torch.equal(reader.read(ids_BL), expected)
-    assert reader.has_head and not reader.layer._forward_hooks
-
-
-def test_no_code_of_a_models_folder_is_run(model, run, texts, tmp_path, monkeypatch, capsys):
-    """Nor is anybody asked: a stranger's cfg.json may name the folder."""
-    shutil.copytree(model[0], tmp_path / "lm")
-    config = json.loads((tmp_path / "lm" / "config.json").read_text())
-    config["model_type"] = "unheard"
-    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
-    (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "lm" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    monkeypatch.setattr("builtins.input", lambda *question: "y")
-    argv = [run / "s0", "--text", texts, "--metrics", "core", "--model", tmp_path / "lm"]
-    assert evaluated(argv) == 2
-    assert "custom code" in last_line(capsys) and not (tmp_path / "ran").exists()
-
-
-def test_a_model_whose_files_lack_tensors_is_refused(model, run, tmp_path, texts, capsys):
-    """They would be drawn at random. A model that was saved without a head lacks nothing else."""
-    import transformers
-
-    short = tmp_path / "short"
-    make_model(short, layers=1)
-    (short / "config.json").write_text((Path(model[0]) / "config.json").read_text())
-    argv = [run / "s0", "--text", texts, "--contexts", "9", "--metrics", "core", "behaviour"]
-    assert evaluated([*argv, "--model", short]) == 2
-    assert "its files lack" in capsys.readouterr().err
-    headless = tmp_path / "headless"
-    transformers.AutoModel.from_pretrained(model[0]).save_pretrained(headless)
-    model[2].save_pretrained(headless)
-    assert evaluated([*argv, "--model", headless]) == 1
-    printed = capsys.readouterr().out
-    assert "core: mse" in printed
-    assert "behaviour: not measured, the model has no language-model head" in printed
-
-
-def test_an_id_that_the_model_lacks_is_refused(reader):
-    n_tokens = reader.lm.get_input_embeddings().num_embeddings
-    assert reader.ids([[n_tokens - 1], []]).tolist() == [[n_tokens - 1], [-1]]
-    with pytest.raises(InputError, match=f"gives the id {n_tokens} of {n_tokens} in the model"):
-        reader.ids([[n_tokens]])
-
-
-def test_mean_latents_are_those_of_each_text_alone(reader, tmp_path, monkeypatch):
-    """Whatever else is in the batch. A text is cut, and tokens that are special do not count."""
-    sae = SAE(16, 64, 4)
-    texts = [TEXT[: 5 + 3 * i] for i in range(20)]
-    texts[4] = "<eos>".join(texts[4:6])
-    monkeypatch.setattr(eval_sae, "TASK_LENGTH", 12)
-    x_TD, f_TN = mean_latents(reader, sae, texts, tmp_path)
-    for t, text in enumerate(texts):
-        ids = (reader.bos_ids + reader.tokenizer(text).input_ids)[:12]
-        kept = [n for n, i in enumerate(ids) if i > 2 and n > 0]
-        alone_LD = reader.read(torch.tensor([ids]))[0, kept]
-        assert torch.allclose(x_TD[t], alone_LD.mean(0), atol=1e-4)
-        assert torch.allclose(f_TN[t], sae.encode(alone_LD).mean(0), atol=1e-3)
-
-
-def test_a_text_without_a_token_that_counts_is_zeros(tmp_path):
-    """Also where the tokenizer has no BOS and makes nothing of it."""
-    make_model(tmp_path, bos=False)
-    reader = eval_sae.LanguageModel(str(tmp_path), 1, CPU, torch.float32)
-    reader.tokenizer = TokenizerThatDrops(reader.tokenizer, "none")
-    sae = SAE(16, 32, 4)
-    x_TD, f_TN = mean_latents(reader, sae, ["none", TEXT], tmp_path / "two")
-    assert (x_TD[0] == 0).all() and (f_TN[0] == 0).all() and (f_TN[1] != 0).any()
-    x_TD, _ = mean_latents(reader, sae, ["none"], tmp_path / "one")
-    assert (x_TD == 0).all()
-
-
-@pytest.mark.parametrize("kind", ["roberta", "qwen3"])
-def test_the_padding_of_a_batch_changes_nothing(model, tmp_path, monkeypatch, kind):
-    """Nor where each token sees all others. Whether that is so is known."""
-    saved(kind, model, tmp_path)
-    reader = eval_sae.LanguageModel(str(tmp_path), 1, CPU, torch.float32)
-    monkeypatch.setattr(eval_sae, "TASK_LENGTH", 30)
-    sae = SAE(reader.width, 32, 4)
-    alone, _ = mean_latents(reader, sae, [TEXT[:20]], tmp_path / "alone")
-    beside, _ = mean_latents(reader, sae, [TEXT[:20], TEXT], tmp_path / "beside")
-    assert torch.allclose(beside[:1], alone, atol=1e-5)
-    assert eval_sae.is_causal(reader) == (kind == "qwen3")
-
-
-def test_absorption_of_a_model_that_is_not_causal_is_refused(model, tmp_path, capsys):
-    saved("roberta", model, tmp_path / "lm")
-    cfg = sgo_sae.Config(model=str(tmp_path / "lm"), layer=1, k=4, ctx=16)
-    sgo_sae.save_sae(SAE(32, 64, 4), cfg, tmp_path / "sae")
-    assert evaluated([tmp_path / "sae", "--metrics", "absorption"]) == 2
-    assert "absorption: not measured, the model is not causal" in capsys.readouterr().out
-
-
-def test_an_evaluation_of_activations_that_are_not_finite_is_none(
-    run, texts, probe_file, monkeypatch, capsys
-):
-    """In every family that reads the model."""
-    real = sgo_sae.layer_output
-    monkeypatch.setattr(
-        sgo_sae, "layer_output", lambda *args, **more: real(*args, **more) * math.inf
-    )
-    monkeypatch.setattr(eval_sae, "is_causal", lambda model: True)
-    monkeypatch.setattr(eval_sae, "FEWEST_WORDS", 5)
-    argv = [run / "s0", "--text", texts, "--contexts", "9", "--probe", probe_file]
-    families = ["core", "competition", "probe", "scr", "absorption"]
-    assert evaluated([*argv, "--train", "40", "--test", "20", "--metrics", *families]) == 2
-    printed = capsys.readouterr().out
-    for family in families:
-        found = [
-            line for line in printed.splitlines() if line.startswith(f"{family}: not measured")
-        ]
-        assert len(found) == 1 and "the model's activations are not finite; try --dtype" in found[0]
-    assert "mse" not in printed
+def test_absorption_chooses_its_candidates_by_an_l1_probe_on_the_training_words():
+    """By the ten largest weights, and not the largest in size; with SAEBench's settings."""
+    sae = SAE(16, 60, 8)
+    torch.manual_seed(1)
+    words = planted_words(sae)
+    n_train = words.n_train
+    train = (words.x_TD[:n_train], words.letter_T[:n_train])
+    settings = {"batch": 4096, "l2": 1e-6, "l1": 0.01, "seed": 3}
+    weight_AN, _ = eval_sae.letter_probe(*train, encode=sae.encode, **settings)
+    largest_AS = weight_AN.abs().topk(10, dim=1).indices
+    f_TN = sae.encode(words.x_TD).detach()
+    shares = []
+    sizes = []
+    for letter in range(26):
+        own_S = weight_AN[letter].sort(descending=True).indices[:10]
+        n_split = eval_sae.letter_split(f_TN[:, own_S], words.letter_T == letter, n_train)
+        x_PD = words.new_x_PD[words.new_letter_P == letter]
+        direction_D = words.probe_AD[letter]
+        data = (sae.encode(x_PD).detach(), x_PD, sae.W_dec.detach(), direction_D)
+        share_P, _ = eval_sae.absorbed_share(*data, own_S[:n_split])
+        shares.append(share_P.mean().item())
+        sizes.append(n_split)
+    assert not torch.equal(largest_AS, weight_AN.topk(10, dim=1).indices)
+    assert max(sizes) > 1 and len(set(shares)) > 5
+    found = eval_sae.absorption(sae, words, seed=3)
+    assert found["absorption"] == pytest.approx(statistics.mean(shares), abs=1e-6)
+    assert found["split_latents"] == pytest.approx(statistics.mean(sizes))
 
 
 def test_words_are_read_after_ten_examples(reader, monkeypatch):
@@ -5053,26 +4896,106 @@ def test_words_are_tokens_of_letters_maybe_after_a_space():
     assert eval_sae.alphabetic_words(tokenizer) == [(0, 19), (1, 19), (7, 25)]
 
 
-@pytest.mark.parametrize("kind", ["byte level", "metaspace"])
-def test_pieces_give_the_whole_text_with_whole_characters(kind):
-    """Of a tokenizer whose characters are several tokens, and of one that marks words."""
-    tokenizer = little_pieces(kind)
-    text = "naïve 日本語  the quick\n    fox"
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    pieces = eval_sae.pieces(tokenizer, ids)
-    assert "".join(piece for piece, _ in pieces) == text
-    assert sum(n for _, n in pieces) == len(ids)
-    assert not any("\ufffd" in piece for piece, _ in pieces)
-    # Where the text is cut within a character, its part is shown as what it is.
-    whole = tokenizer("語", add_special_tokens=False).input_ids
-    if kind == "byte level":
-        assert len(whole) > 1
-        assert eval_sae.text_of(tokenizer, whole[0]) == tokenizer.convert_ids_to_tokens(whole[0])
-    word = tokenizer("the quick", add_special_tokens=False).input_ids[-1]
-    assert eval_sae.text_of(tokenizer, word).endswith(tokenizer.decode([word]).strip())
+def test_absorption_of_a_planted_speller(speller, tmp_path, monkeypatch, result):
+    """From the command line, of a model whose activations spell, on two samples of words.
+
+    With a latent for each letter nothing is absorbed. Where one word in eight has a latent of its
+    own that stands for the letter, it is, on the words of that latent.
+    """
+    monkeypatch.setattr(eval_sae, "FEWEST_LETTERS", speller.n_spelled)  # so many are enough
+    found = {}
+    for kind in ("letters", "absorbing"):
+        argv = [speller.sae(tmp_path / kind, kind), "--metrics", "absorption"]
+        run = result([*argv, "--words", "1040", "--seed", "0", "1"])
+        assert run.code == 0 and run.row("absorption: full ↓")
+        found[kind] = run.stored["absorption"]
+        assert [part["seed"] for part in found[kind]["parts"]] == [0, 1]
+        assert found[kind]["sample"] == {"words": 1040}
+    letters = found["letters"]["figures"]
+    assert letters["letters"] == speller.n_spelled
+    assert letters["split_latents"] == 1
+    assert letters["full"] == letters["absorption"] == 0
+    absorbing = found["absorbing"]["figures"]
+    # One word in eight has its own latent, of the letter's direction.
+    assert absorbing["full"] == pytest.approx(1 / 8, abs=0.04)
+    assert absorbing["absorption"] == pytest.approx(1 / 8, abs=0.04)
+    # Each sample has its own words.
+    first, second = (part["figures"] for part in found["absorbing"]["parts"])
+    assert first != second
+    # Letters that the model does not spell are left out, and too few are no measurement.
+    argv = [tmp_path / "letters", "--metrics", "absorption", "--words", "104", "--seed", "0"]
+    few = result(argv)
+    assert few.code == 2 and few.stored["absorption"]["figures"] == letters
+    assert re.search(r"spells \d+ of 26 letters with 104 of its 1,066 words", few.out)
+    assert "22 are needed; more --words spell more" in few.out
+
+
+def test_scored_are_the_words_that_the_probe_recognises_of_letters_that_the_model_spells(
+    speller, monkeypatch
+):
+    """On new prompts, of the last fifth of the words. The probe is made to fail on E and H."""
+    reader = eval_sae.LanguageModel(str(speller.folder), 0, CPU, torch.float32)
+    probe = eval_sae.letter_probe
+    calls = []
+
+    def letter_probe(*data, **options):
+        calls.append((data, options))
+        weight_AD, b_A = probe(*data, **options)
+        b_A = b_A.clone()
+        b_A[4] = -1e6  # it finds no word with E
+        b_A[7] = 1e6  # and takes all for H, those with E among them
+        return weight_AD, b_A
+
+    monkeypatch.setattr(eval_sae, "letter_probe", letter_probe)
+    # E counts as spelled all the same, so that only the probe leaves it out.
+    spelled = eval_sae.spelled_letters
+    monkeypatch.setattr(
+        eval_sae, "spelled_letters", lambda *data: spelled(*data) | (torch.arange(26) == 4)
+    )
+    with contexts_noted() as passes:
+        words = eval_sae.words_of(reader, 1040, 3)
+    (((x_TD, _), options),) = calls
+    assert options == {"batch": 64, "l2": 1e-4, "seed": 3}
+    assert len(x_TD) == words.n_train == 832
+    # Prompts end with their word, and all are as long.
+    asked = torch.cat(passes)[:, -1].tolist()
+    first, again = asked[:1040], asked[1040:]
+    assert set(again) < set(first[832:])
+    letter_of = dict(eval_sae.alphabetic_words(reader.tokenizer))
+    old = []
+    for word, x_D, letter in zip(again, words.new_x_PD, words.new_letter_P.tolist(), strict=True):
+        assert letter == letter_of[word] and letter not in (4, 7)
+        old.append(words.x_TD[first.index(word)])
+    assert len(set(words.new_letter_P.tolist())) >= 20
+    # They are other prompts of the same words.
+    assert not torch.allclose(torch.stack(old), words.new_x_PD)
 
 
 # ------------------------------------------------------------------------------------- autoencoders
+
+
+@pytest.mark.parametrize("kind", ["mlp", "att", "transcoders"])
+def test_gemma_scopes_autoencoders_of_other_activations_are_refused(tmp_path, kind):
+    file = tmp_path / f"gemma-scope-2b-pt-{kind}" / "layer_1" / "width_16k" / "params.npz"
+    gemma_scope(file.parent)
+    with pytest.raises(InputError, match=f"is of Gemma Scope's {kind}"):
+        eval_sae.open_sae(str(file), "cpu")
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"])
+def test_old_folders_of_saelens_name_their_hook_otherwise(tmp_path, hook):
+    """Before version 6: no architecture, and hook_point beside the settings."""
+    old = {"model_name": "some/model", "context_size": 16, "metadata": None, "hook_point": hook}
+    write_foreign(tmp_path, foreign_weights()[0], **old)
+    subject = eval_sae.Subject(str(tmp_path), "cpu")
+    assert subject.unfit == f"it is for {hook}, and only a layer's output is measured"
+    head = {"hook_name": "blocks.1.hook_resid_post", "hook_head_index": 3}
+    write_foreign(tmp_path, foreign_weights()[0], **old | head)
+    assert "it is for one attention head" in eval_sae.Subject(str(tmp_path), "cpu").unfit
+    right = {"hook_point": "blocks.1.hook_resid_post"}
+    write_foreign(tmp_path, foreign_weights()[0], **old | right)
+    subject = eval_sae.Subject(str(tmp_path), "cpu")
+    assert subject.layer == 1 and subject.unfit is None
 
 
 def test_a_file_of_gemma_scope_that_is_not_finite_is_refused(tmp_path):
@@ -5153,29 +5076,6 @@ def test_a_name_of_the_hub_is_downloaded(tmp_path, monkeypatch):
             eval_sae.open_sae(name, "cpu")
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"normalize_activations": "layer_norm"}, "normalize_activations"),
-        ({"metadata": {"hook_name": "blocks.1.hook_mlp_out"}}, "hook_mlp_out"),
-        ({"metadata": {}}, "give --layer"),
-        (
-            {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
-            "activations that TransformerLens changed, by center_writing_weights",
-        ),
-    ],
-)
-def test_autoencoders_that_would_be_measured_wrongly_are_refused(
-    model, texts, tmp_path, capsys, change, words
-):
-    (tmp_path / "sae").mkdir()
-    sgo_sae.save_sae(SAE(16, 64, 4), sgo_sae.Config(model=model[0], layer=1, k=4), tmp_path / "sae")
-    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
-    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config | change))
-    assert evaluated([str(tmp_path / "sae"), "--text", texts, "--metrics", "core"]) == 2
-    assert words in last_line(capsys)
-
-
 def test_loaded_autoencoder_has_the_interface_of_saebench(tmp_path):
     """What SAEBench 0.6.0 reads: weights of whatever type and device it moves them to, cfg."""
     sae, _ = random_sae("topk")
@@ -5194,6 +5094,716 @@ def test_loaded_autoencoder_has_the_interface_of_saebench(tmp_path):
     moved = loaded.to(torch.bfloat16)
     assert moved.dtype == moved.W_dec.dtype == torch.bfloat16
     assert moved.encode(x_BLD.bfloat16()).dtype == torch.bfloat16
+
+
+# -------------------------------------------------------------------------------------------- table
+
+
+def table_of(subjects, families=("core",), **options):
+    eval_sae.name_subjects(subjects)
+    return eval_sae.table(subjects, families, **options)
+
+
+def cells_of(subjects, families=("core",), **options):
+    return cells_in(table_of(subjects, families, **options))
+
+
+def test_table_has_means_and_deviations_over_seeds():
+    values = {(0.0, 0): 1.0, (0.0, 1): 3.0, (0.1, 1): 9.0, (0.1, 0): 8.0, (0.2, 0): 2.5}
+    subjects = measured(values)
+    head, _, row = cells_of(subjects)
+    assert head == ["", "alpha 0.0, 2 seeds", "alpha 0.1, 2 seeds", "alpha 0.2"]
+    assert row == ["core: mse ↓", "2.0 ± 1.4", "8.50 ± 0.71", "2.500"]
+    again = Measured("copies/a", subjects[0].settings, 0, [("text", 0, {"mse": 1.5})])
+    head, _, row = cells_of([subjects[0], again])
+    assert (head[2], row[1:]) == ("copies/a", ["1.000", "1.500"])
+
+
+def test_a_column_is_named_by_what_differs_or_by_what_matters():
+    base = {"arch": "topk", "d_sae": 64, "k": 4, "alpha": 0.0, "lr": 0.1, "lm_batch": 32}
+    parts = [("text", 0, {"mse": 1.0})]
+    alone = [Measured("runs/a-s0", base, 0, parts), Measured("runs/a-s1", base, 1, parts)]
+    assert cells_of(alone)[0] == ["", "arch topk, d_sae 64, k 4, alpha 0.0, 2 seeds"]
+    other = Measured("runs/b", {**base, "lr": 0.2}, 0, parts)
+    assert cells_of([*alone, other])[0] == ["", "lr 0.1, 2 seeds", "lr 0.2"]
+    # A setting that one of them lacks, or has as None, is another one.
+    for value in (None, 0.5):
+        other = Measured("runs/b", {**base, "alpha_start": value}, 1, parts)
+        missing = Measured("runs/a", {**base, "alpha_start": 0.1}, 0, parts)
+        names = cells_of([missing, other])[0][1:]
+        assert names == ["alpha_start 0.1", f"alpha_start {value}"]
+    later = Measured("runs/b", {**base, "max_norm": 5.0}, 1, parts)
+    assert cells_of([alone[0], later])[0][1:] == ["a-s0", "max_norm 5.0"]
+    foreign = Measured("some/where/params.npz", {}, 0, parts)
+    assert cells_of([alone[0], foreign])[0][2] == "where"
+
+
+def test_a_mean_over_tasks_lacks_what_one_of_them_lacks():
+    values = {(0, 0, "a"): 0.1, (0, 0, "b"): 0.5, (0, 1, "a"): 0.1, (0, 1, "b"): None}
+    subjects = measured(values, "scr", "scr_2")
+    assert cells_of(subjects, ("scr",))[2][1] == "0.3000 (1 seeds)"
+    assert cells_of(subjects[1:], ("scr",))[2][1] == ""
+
+
+def test_a_figure_that_some_seeds_lack_says_how_many_count():
+    values = {
+        (alpha, seed): {
+            "mse": None if alpha == 0 else 1.0 + seed,
+            "bias": None if (alpha, seed) == (0, 1) else 2.0,
+        }
+        for alpha, seed in product((0, 1), range(3))
+    }
+    _, _, mse, bias = cells_of(measured(values))
+    assert mse == ["core: mse ↓", "", "2.0 ± 1.0"]
+    assert bias == ["core: bias", "2.000 (2 seeds)", "2.000"]
+
+
+def two_way(n_settings, n_seeds):
+    """Figures of setting + seed + a residual, and one that is the same for all, by (α, seed); and
+    the values (seeds, settings)."""
+    generator = torch.Generator().manual_seed(0)
+    residual_SR = torch.randn(n_seeds, n_settings, generator=generator).double() / 100
+    values_SR = 5 * torch.arange(n_seeds)[:, None] + 0.3 * torch.arange(n_settings) + residual_SR
+    values = {}
+    for setting, alpha in zip(range(n_settings), (20, 0, 2.5, 3, 4)):
+        for seed in range(n_seeds):
+            value = values_SR[seed, setting].item()
+            values[alpha, seed] = {"mse": value, "cosine": value, "l0": 0.7}
+    return values, values_SR
+
+
+def test_intervals_pool_the_variance_over_the_settings():
+    """A two-way analysis by hand; the differences are marked where they are better or worse.
+
+    There are two settings more than seeds.
+    """
+    values, values_SR = two_way(n_settings=5, n_seeds=3)
+    subjects = measured(values)
+    eval_sae.name_subjects(subjects)
+    baseline = eval_sae.baseline_of(subjects)
+    assert baseline == "alpha 0"  # the unpenalised topk, and not the first
+    head, _, mse, score, l0 = cells_of(subjects, baseline=baseline)
+    names = ["alpha 20", "alpha 2.5", "alpha 3", "alpha 4"]
+    assert head == ["", "alpha 0, 3 seeds", *(f"{name}, 3 seeds" for name in names), "±"]
+    residual_SR = values_SR - values_SR.mean(1, keepdim=True) - values_SR.mean(0)
+    residual_SR += values_SR.mean()
+    deviation = (residual_SR.square().sum() / 8).sqrt().item()
+    half = 2.30600 * deviation * math.sqrt(2 / 3)  # Student's t with 8 degrees of freedom
+    assert eval_sae.student_t(4) == pytest.approx(2.77645, rel=1e-5)
+    assert eval_sae.student_t(8) == pytest.approx(2.30600, rel=1e-5)
+    assert float(mse[-1]) == pytest.approx(half, rel=0.05)
+    means = values_SR.mean(0)
+    for cell, setting in zip(mse[2:-1], (0, 2, 3, 4)):
+        change = (means[setting] - means[1]).item()
+        assert float(cell.strip("*_")) == pytest.approx(change, abs=1e-3)
+        assert cell[0] == ("*" if change < 0 else "_")  # a smaller error is better
+        assert score[mse.index(cell)][0] == ("_" if change < 0 else "*")  # and a larger cosine
+    assert l0[1:] == ["0.7000", *["+0.0000"] * 4, "0.0000"]
+    assert cells_of(subjects)[4][1:] == ["0.7000"] * 5  # though their mean is not exact
+
+
+def test_a_difference_within_the_interval_is_not_marked():
+    """Nor is one without an interval."""
+    values = {(0, 0): 1.0, (0, 1): 1.1, (0, 2): 0.95, (1, 0): 1.02, (1, 1): 1.05, (1, 2): 1.0}
+    row = cells_of(measured(values), baseline="alpha 0")[2]
+    assert float(row[2]) == pytest.approx(0.0067, abs=5e-3) and float(row[3]) > 0.05
+    first = {key: value for key, value in values.items() if key[1] == 0}
+    assert cells_of(measured(first), baseline="alpha 0")[2][1:] == ["1.000", "+0.020", ""]
+
+
+def test_a_setting_without_a_figure_takes_none_from_the_others():
+    values, _ = two_way(n_settings=3, n_seeds=3)
+    whole = cells_of(measured(values), baseline="alpha 0")
+    lacking = measured(values)
+    for subject in lacking:
+        if subject.settings["alpha"] == 20:
+            subject.records["core"] = record_of([], ["no text"])
+    text = table_of(lacking, baseline="alpha 0")
+    mse = cells_in(text)[2]
+    assert mse[2] == "" and mse[3].strip("*_") == whole[2][3].strip("*_")
+    assert "core of 20-0, 20-1, 20-2: no text" in text
+    # And where the baseline lacks it, that is said.
+    for subject in lacking:
+        if subject.settings["alpha"] == 0:
+            subject.records["core"] = record_of([])
+    text = table_of(lacking, baseline="alpha 0")
+    assert "core: mse: alpha 0 has no figure" in text
+    assert cells_in(text)[2][1:] == ["", "", "", ""]
+
+
+def test_differences_are_over_the_seeds_that_all_settings_have():
+    """As if the others had not been trained; that is said."""
+    values, _ = two_way(n_settings=3, n_seeds=4)
+    fewer = {key: value for key, value in values.items() if key != (2.5, 1)}
+    text = table_of(measured(fewer), baseline="alpha 0")
+    assert "core: of 4 seeds, only 0, 2, 3 count" in text
+    without = {key: value for key, value in values.items() if key[1] != 1}
+    assert cells_in(text)[1:] == cells_of(measured(without), baseline="alpha 0")[1:]
+    # With one that all have there is no interval, and with none no difference.
+    lonely = {key: value for key, value in values.items() if key[0] != 2.5 or key[1] == 0}
+    mse = cells_of(measured(lonely), baseline="alpha 0")[2]
+    assert all(mse[1:4]) and mse[4] == ""
+    apart = {(alpha, seed + 10 * (alpha == 2.5)): x for (alpha, seed), x in values.items()}
+    text = table_of(measured(apart), baseline="alpha 0")
+    assert "core: mse: the settings share no seed" in text
+    assert cells_in(text)[2][1:] == ["", "", "", ""]
+
+
+def test_samples_enter_the_interval():
+    """Each run has two samples of words: ± over seeds and ± over samples are added in squares."""
+    values_RSA = torch.tensor(  # samples, seeds, settings
+        [[[0.50, 0.60], [0.52, 0.66], [0.51, 0.58]], [[0.54, 0.68], [0.55, 0.70], [0.58, 0.69]]]
+    ).double()
+    values = {}
+    for setting, alpha in enumerate((0, 2)):
+        for seed, sample in product(range(3), range(2)):
+            values[alpha, seed, sample] = values_RSA[sample, seed, setting].item()
+
+    def half(values, quantile):
+        residual = values - values.mean(1, keepdim=True) - values.mean(0) + values.mean()
+        freedom = (values.shape[0] - 1) * (values.shape[1] - 1)
+        deviation = (residual.square().sum() / freedom).sqrt().item()
+        return quantile * deviation * math.sqrt(2 / values.shape[0])
+
+    def text_of(keys):
+        own = {key: values[key] for key in keys}
+        return table_of(measured(own, "absorption", "full"), ("absorption",), baseline="alpha 0")
+
+    over_seeds = half(values_RSA.mean(0), 4.30265)
+    over_samples = half(values_RSA.mean(1), 12.7062)
+    row = cells_in(text_of(values))[2]
+    assert float(row[-1]) == pytest.approx(math.hypot(over_seeds, over_samples), rel=0.05)
+    # With one seed, the samples alone give an interval, and it is said.
+    text = text_of(key for key in values if key[1] == 0)
+    assert "With one seed a setting ± is over samples alone" in text
+    assert float(cells_in(text)[2][-1]) == pytest.approx(half(values_RSA[:, 0], 12.7062), rel=0.05)
+    # The seed of a run that lacks a sample does not count in any.
+    text = text_of(key for key in values if key != (0, 0, 0))
+    assert "absorption: of 3 seeds, only 1, 2 count" in text
+    mean = values_RSA[:, 1:, 0].mean().item()
+    assert float(cells_in(text)[2][1]) == pytest.approx(mean, abs=1e-3)
+    # Another family's sample is none of this one's.
+    one = {key: value for key, value in values.items() if key[1:] == (0, 1)}
+    subjects = measured(one, "absorption", "full")
+    for subject in subjects:
+        subject.records["core"] = record_of([eval_sae.Part("text", 0, {"mse": 1.0})])
+    text = table_of(subjects, ("core", "absorption"), baseline="alpha 0")
+    assert "With one seed a setting there is no ±" in text
+
+
+def test_one_seed_gives_no_interval_and_says_so():
+    for n_seeds in (1, 2):
+        values, _ = two_way(n_settings=3, n_seeds=n_seeds)
+        text = table_of(measured(values), baseline="alpha 0")
+        assert ("there is no ±: train several" in text) == (n_seeds == 1)
+        assert all((row[-1] == "") == (n_seeds == 1) for row in cells_in(text)[2:])
+
+
+def test_what_the_user_names_is_compared_with(run, tmp_path, texts, result):
+    """--paired takes the first unpenalised topk of the first RUN, --against what it names."""
+    subjects = measured(two_way(n_settings=3, n_seeds=1)[0])
+    eval_sae.name_subjects(subjects)
+    assert eval_sae.baseline_of(subjects[:1]) == "alpha 20"
+    relu = Measured("r", {"arch": "relu", "alpha": 0}, 0, [("text", 0, {"mse": 1})])
+    relu.name = "arch relu"
+    assert eval_sae.baseline_of([relu, *subjects]) == "alpha 0"
+    other = copy_of(run, tmp_path / "other")
+    argv = [run / "s0", other, "--text", texts, "--contexts", "9", "--metrics", "core"]
+    assert "are differences to other." in result([*argv, "--against", "other"]).out
+    assert "are differences to arch topk, d_sae 64" in result([*argv, "--paired"]).out
+
+
+def trained_copy(run, folder, **changes):
+    """Gives a copy of a run the settings of its training, with changes."""
+    settings = json.loads((run / "s0" / "cfg.json").read_text())["metadata"]["settings"]
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["settings"] = {**settings, **changes}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_run_that_is_left_out_is_no_baseline(run, tmp_path, texts, result):
+    other = copy_of(run, tmp_path / "runs" / "a", hook_name="blocks.2.hook_resid_post")
+    trained_copy(run, other, alpha=0.0)
+    copy_of(run, tmp_path / "runs" / "b")
+    argv = [tmp_path / "runs", "--layer", "1", "--text", texts, "--contexts", "9"]
+    found = result([*argv, "--metrics", "core", "--paired"])
+    assert found.code == 1 and "are differences to b." in found.out
+    assert float(cells_in(found.out)[2][1]) > 0
+
+
+def test_a_sample_that_one_setting_lacks_altogether_leaves_no_difference():
+    values = {}
+    for (alpha, seed), figures in two_way(n_settings=3, n_seeds=3)[0].items():
+        for sample in range(1 if alpha == 2.5 else 2):
+            values[alpha, seed, sample] = figures
+    text = table_of(measured(values), baseline="alpha 0")
+    assert "core: mse: the settings share no seed" in text
+
+
+def test_a_difference_that_is_the_same_in_each_seed_is_marked():
+    """Its interval has no width, which is not to have none."""
+    values = {(alpha, seed): alpha / 10 for alpha, seed in product((0, 1), range(3))}
+    row = cells_of(measured(values), baseline="alpha 0")[2]
+    assert row[2].startswith("_+0.10") and float(row[3]) == 0
+
+
+def test_settings_are_compared_over_the_tasks_that_all_runs_have():
+    """Each in a table of its own would have the mean over other tasks."""
+    values = {}
+    for alpha, seed in product((0, 1), (0, 1)):
+        values[alpha, seed, "bios"] = 0.7 + 0.01 * alpha + 0.02 * seed
+        if (alpha, seed) != (1, 1):
+            values[alpha, seed, "hard"] = 0.1
+    subjects = measured(values, "probe", "latents_all")
+    for options in ({}, {"baseline": "alpha 0"}):
+        text = table_of(subjects, ("probe",), **options)
+        assert re.search("probe: left out of the means .*: hard", text)
+        row = cells_in(text)[2]
+        assert float(row[1].split()[0]) == pytest.approx(0.71)
+    assert float(row[2].strip("*_")) == pytest.approx(0.01)
+    assert "With one sample a task ± is over the seeds of training alone" in text
+
+
+def test_a_difference_to_nothing_has_its_digits():
+    """With one seed there is no ±."""
+    subjects = measured({(0, 0): 0.0, (1, 0): 0.07594}, figure="dense")
+    assert cells_of(subjects, baseline="alpha 0")[2][1:] == ["0.00000", "+0.07594", ""]
+
+
+def test_cells_of_odd_names_and_numbers():
+    assert eval_sae.markdown([["", "a|b"], ["x", "1"]]).splitlines()[0] == r"|   | a\|b |"
+    assert eval_sae.mean_cell(0.0, 0.0) == "0"
+    assert eval_sae.mean_cell(123456.0, 0.0) == "123,456"
+    assert eval_sae.mean_cell(968.0, 0.0) == "968" and eval_sae.mean_cell(23.5, 0.0) == "23.50"
+    assert eval_sae.mean_cell(1.0, 0.0) == "1.000"
+    assert eval_sae.mean_cell(0.00012346, 0.0) == "0.0001235"
+    assert eval_sae.mean_cell(2.0, 0.0123) == "2.000 ± 0.012"
+
+
+def test_the_legend_has_the_figures_that_are_shown():
+    text = table_of(measured({(0, 0): {"mse": 1.0, "l0": 3.0}}))
+    assert "- core: mse ↓: squared error per element, in the model's units" in text
+    assert "- core: l0: active latents of a token" in text
+    assert "cosine" not in text
+
+
+# --------------------------------------------------------------------------------------------- page
+
+
+def little_pieces(kind):
+    """A tokenizer of bytes as GPT-2's has them, or one that marks words as Llama's does."""
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "byte level":
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator([TEXT], 300, show_progress=False)
+        return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    known = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    known += [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocab = {token: i for i, token in enumerate(known)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace"])
+def test_pieces_give_the_whole_text_with_whole_characters(kind):
+    """Of a tokenizer whose characters are several tokens, and of one that marks words."""
+    tokenizer = little_pieces(kind)
+    text = "naïve 日本語  the quick\n    fox"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    pieces = eval_sae.pieces(tokenizer, ids)
+    assert "".join(piece for piece, _ in pieces) == text
+    assert sum(n for _, n in pieces) == len(ids)
+    assert not any("\ufffd" in piece for piece, _ in pieces)
+    # Where the text is cut within a character, its part is shown as what it is.
+    whole = tokenizer("語", add_special_tokens=False).input_ids
+    if kind == "byte level":
+        assert len(whole) > 1
+        assert eval_sae.text_of(tokenizer, whole[0]) == tokenizer.convert_ids_to_tokens(whole[0])
+    word = tokenizer("the quick", add_special_tokens=False).input_ids[-1]
+    assert eval_sae.text_of(tokenizer, word).endswith(tokenizer.decode([word]).strip())
+
+
+def test_closest_pairs_are_those_of_the_definition():
+    f_TN = independent_latents(2000, 1100)
+    rate_N = f_TN.mean(0)
+    i, j, k = ((rate_N > 0.04) & (rate_N < 0.09)).nonzero()[2:5, 0].tolist()
+    f_TN[:, j] = f_TN[:, i]
+    f_TN[:, k] = f_TN[:, i] * (torch.rand(2000) < 0.9)
+    # A rare pair shares all of its 25 tokens: it is furthest over chance, and shares fewest.
+    f_TN[:, :2] = (torch.arange(2000) < 25).float()[:, None]
+    sae = argparse.Namespace(encode=torch.clone, b_enc=rate_N)
+    activity = eval_sae.activity_of(sae, f_TN)
+    assert torch.equal(torch.stack([activity.tokens, activity.latents], 1), f_TN.nonzero())
+    assert torch.equal(activity.fired_N, (f_TN > 0).sum(0))
+    first = eval_sae.closest_pairs(activity, 3)
+    pairs = eval_sae.closest_pairs(activity, 5)
+    assert first == pairs[:3]
+    assert pairs[0][:2] == (i, j)
+    assert {pair[:2] for pair in pairs[1:3]} == {(i, k), (j, k)}
+    assert len(pairs) == 5
+    shared_NN = f_TN.T @ f_TN
+    fired_N = shared_NN.diagonal()
+    for pair in pairs:
+        shared = shared_NN[pair.i, pair.j].item()
+        sizes = sorted(fired_N[[pair.i, pair.j]].tolist())
+        assert (pair.shared, pair.chance) == pytest.approx((shared, sizes[1] / 2000))
+        assert pair.w == pytest.approx(shared / sizes[0])
+    score = [(pair.w - pair.chance) * pair.shared for pair in pairs]
+    assert score == sorted(score, reverse=True)
+
+
+class Numbers:
+    """A tokenizer whose token n is the text <n>. A multiple of 5 is the first half of a character,
+    of which the next token is the second half.
+    """
+
+    def decode(self, ids, **options):
+        pieces = []
+        for n, token in enumerate(ids):
+            if token % 5 == 0 and n + 1 == len(ids):
+                pieces.append("\ufffd")
+            elif n == 0 or ids[n - 1] % 5 > 0:
+                pieces.append(f"<{token}>")
+        return "".join(pieces)
+
+    def __call__(self, text, **options):
+        return argparse.Namespace(input_ids=[1])
+
+    def convert_ids_to_tokens(self, token):
+        return f"<{token}>"
+
+
+@pytest.fixture
+def planted_page():
+    """An evaluation of six latents on 40 contexts of 32 tokens, whose token n is the text <n>."""
+    rate_N = torch.tensor([0.09, 0.09, 0.08, 0.08, 0.08, 0.0])
+    f_RLN = torch.rand(40, 32, 6) * (torch.rand(40, 32, 6) < rate_N)
+    f_RLN[..., 1] = torch.where(torch.rand(40, 32) < 0.8, f_RLN[..., 0] / 2, 0)
+    kept_RL = torch.ones(40, 32, dtype=torch.bool)
+    kept_RL[:, 0] = False
+    head = torch.nn.Linear(6, 50)  # a bias, as Phi's has, raises the same for all latents
+    torch.nn.init.normal_(head.bias, std=9)
+    lm = argparse.Namespace(get_output_embeddings=lambda: head)
+    ids_RL = torch.arange(40 * 32).view(40, 32)
+    return argparse.Namespace(
+        activations=f_RLN,
+        contexts=eval_sae.Contexts(ids_RL, kept_RL, {}, []),
+        model=argparse.Namespace(has_head=True, lm=lm, tokenizer=Numbers()),
+    )
+
+
+def test_page_shows_pairs_and_contexts_of_a_planted_dictionary(planted_page):
+    sae = planted_sae(torch.linalg.qr(torch.randn(6, 6))[0])
+    sae.encode = lambda x: x
+    views = eval_sae.portrait(planted_page, sae)
+    f_RLN = planted_page.activations * planted_page.contexts.kept_RL[..., None]
+    active = f_RLN > 0
+    sizes = active.sum((0, 1)).tolist()
+    both = int((active[..., 0] & active[..., 1]).sum())
+    first = views[0]
+    pair = (both, both / min(sizes[:2]), max(sizes[:2]) / (40 * 31))
+    assert (first["both"], first["w"], first["chance"]) == pytest.approx(pair)
+    assert first["cosine"] == pytest.approx((sae.W_dec[0] @ sae.W_dec[1]).item(), abs=1e-6)
+    W_unembed = planted_page.model.lm.get_output_embeddings().weight
+    for i, view in enumerate(first["latents"]):
+        assert (view["number"], view["n_tokens"]) == (i, sizes[i])
+        order = (W_unembed @ sae.W_dec[i]).argsort(descending=True).tolist()
+        assert [word for word, _ in view["effects"]] == ["raises", "lowers"]
+        for (_, tokens), best in zip(view["effects"], (order[:8], order[:-9:-1])):
+            assert tokens == [f"'<{n}>'" for n in best]
+        peaks = f_RLN[..., i].amax(1).topk(3)
+        assert view["peak"] == peaks.values[0]
+        for context, r in zip(view["contexts"], peaks.indices.tolist(), strict=True):
+            peak = max(piece.own for piece in context)
+            assert peak == f_RLN[r, :, i].max()
+            for piece in context[:-1]:
+                number = int(piece.text[1:-1])
+                own = slice(number - 32 * r, number - 32 * r + (2 if number % 5 == 0 else 1))
+                assert 0 <= own.start < own.stop <= 32
+                expected = (f_RLN[r, own, i].max(), f_RLN[r, own, 1 - i].max())
+                assert (piece.own, piece.other) == expected
+
+
+def test_page_shows_no_context_in_which_a_latent_is_silent(planted_page):
+    """Nor what it is on tokens that do not count, such as BOS."""
+    f_RLN = planted_page.activations
+    f_RLN[..., :2] = 0
+    f_RLN[:2, 1:16, :2] = 1 + torch.rand(2, 15, 2)
+    f_RLN[:, 0, :2] = 9
+    sae = planted_sae(torch.eye(6))
+    sae.encode = lambda x: x
+    first = eval_sae.portrait(planted_page, sae)[0]
+    assert [view["number"] for view in first["latents"]] == [0, 1]
+    for view in first["latents"]:
+        assert view["n_tokens"] == 30 and 1 < view["peak"] < 2 and len(view["contexts"]) == 2
+
+
+def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
+    """Documents with HTML and scripts; nothing is loaded from elsewhere, and nothing runs."""
+    attack = '</p></script><script>alert("x")</script><img src=x onerror=alert(1)> & <!--'
+    texts = tmp_path / "texts.jsonl"
+    rows = [f"{attack} {TEXT[i * 40 : i * 40 + 300]} {attack}" for i in range(60)]
+    write_rows(texts, [{"text": row} for row in rows])
+    out = tmp_path / "<b>run" / "<i>s0"
+    out.parent.mkdir()
+    assert trained(train_argv(dataset=texts, out=out)) == 0
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    argv = [out, other, "--text", texts, "--metrics", "core", "--html", tmp_path / "page.html"]
+    capsys.readouterr()
+    assert evaluated(argv) == 0  # competition, which the page needs, is measured too
+    page = (tmp_path / "page.html").read_text()
+    printed = capsys.readouterr()
+    assert f"wrote {tmp_path / 'page.html'}" in printed.err
+    tags = []
+    words = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            tags.append(tag)
+            forbidden = {"src", "href", "action", "srcdoc", "data"}
+            for name, _ in attributes:
+                assert name not in forbidden and not name.startswith("on"), name
+
+        def handle_data(self, data):
+            words.append(data)
+
+    Reader().feed(page)
+    assert not {"script", "img", "iframe", "object", "embed", "link", "base", "form"} & set(tags)
+    assert not re.search(r"@import|url\(", page)
+    text = " ".join("".join(words).split())
+    assert f"{other}, seed 0" in text and "alert" in text
+    # The pairs come first, then the table as it was printed.
+    heads = ["The pairs that compete most", "All figures"]
+    places = [text.index(head) for head in heads]
+    assert places == sorted(places)
+    n_tokens = json.loads((out / "eval.json").read_text())["core"]["sample"]["tokens"]
+    assert f"measured on {n_tokens:,} tokens" in text
+    assert printed.out.strip() in html.unescape(page)
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+def test_an_evaluation_of_activations_that_are_not_finite_is_none(
+    run, texts, probe_file, monkeypatch, result
+):
+    """In every family that reads the model."""
+    real = sgo_sae.layer_output
+    monkeypatch.setattr(
+        sgo_sae, "layer_output", lambda *args, **more: real(*args, **more) * math.inf
+    )
+    monkeypatch.setattr(eval_sae, "is_causal", lambda model: True)
+    monkeypatch.setattr(eval_sae, "FEWEST_WORDS", 5)
+    argv = [run / "s0", "--text", texts, "--contexts", "9", "--probe", probe_file]
+    families = ["core", "competition", "probe", "scr", "absorption"]
+    found = result([*argv, "--train", "40", "--test", "20", "--metrics", *families])
+    assert found.code == 2 and "mse" not in found.out
+    for family in families:
+        (reason,) = re.findall(f"^{family}: not measured, (.*)$", found.out, re.MULTILINE)
+        assert "not finite; try --dtype" in reason
+
+
+def test_the_runs_of_a_folder_are_its_own_and_those_within(run, tmp_path):
+    copy_of(run, tmp_path / "all")
+    copy_of(run, tmp_path / "all" / "old")
+    copy_of(run, tmp_path / "all" / "deep" / "grid" / "s0")
+    expected = [tmp_path / "all", tmp_path / "all/deep/grid/s0", tmp_path / "all/old"]
+    assert eval_sae.members(f"{tmp_path}/all/") == list(map(str, expected))
+    assert eval_sae.members(str(run)) == [str(run / "s0"), str(run / "s1")]
+    assert eval_sae.members(str(run / "s1") + "/") == [str(run / "s1")]
+
+
+def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
+    model, run, texts, tmp_path, result
+):
+    """SAELens names the hook as Hugging Face's modules are called, and the model's context size."""
+    changed = {"hook_name": "model.layers.1", "context_size": 16, "model_name": "a-small-model"}
+    lens = copy_of(run, tmp_path / "lens", **changed)
+    gemma_scope(tmp_path / "layer_1" / "average_l0_4")
+    scope = tmp_path / "layer_1" / "average_l0_4" / "params.npz"
+    argv = [run / "s0", lens, scope, "--text", texts, "--metrics", "core", "--contexts", "9"]
+    found = result([*argv, "--model", model[0]])
+    assert found.code == 0
+    names = ["arch topk, d_sae 64, k 4, alpha 0.075", "lens", "average_l0_4"]
+    assert cells_in(found.out)[0][1:] == names
+    ours, theirs, others = found.row("core: mse ↓")
+    assert ours == theirs != others
+    for file in (run / "s0" / "eval.json", lens / "eval.json", scope.with_suffix(".eval.json")):
+        assert json.loads(file.read_text())["core"]["sample"]["contexts"] == 9
+
+
+def test_the_model_and_the_layer_are_those_of_runs_that_are_measured(run, texts, tmp_path, result):
+    """And not of one that is refused, whatever its place."""
+    head = copy_of(run, tmp_path / "a", hook_head_index=3, model_name="/nowhere/model")
+    argv = ["--text", texts, "--metrics", "core", "--contexts", "9"]
+    found = result([head, run / "s0", *argv])
+    assert found.code == 1 and found.row("core: mse ↓")
+    assert f"{head} is left out: " in found.err
+    layer = copy_of(run, tmp_path / "b", hook_name="blocks.2.hook_resid_post", model_name="/other")
+    found = result([layer, run / "s0", *argv, "--layer", "1"])
+    assert found.code == 1 and "it is for layer 2" in found.err
+
+
+def evaluation_of(paths, *argv):
+    _, args = eval_sae.parse_args([*map(str, paths), *argv])
+    subjects = [eval_sae.Subject(str(path), "cpu") for path in paths]
+    return eval_sae.Evaluation(args, subjects, CPU, torch.float32)
+
+
+def test_runs_of_several_texts_are_not_measured_on_that_of_the_first(run, tmp_path):
+    """They share the text of those that name one, of whose dataset the validation split is held
+    out.
+    """
+    one = copy_of(run, tmp_path / "one", context_size=32, dataset_path="some/data")
+    two = copy_of(run, tmp_path / "two", context_size=64, dataset_path="other/data")
+    none = copy_of(run, tmp_path / "none", context_size=None)
+    config = evaluation_of([one, none]).text_config()
+    assert (config.dataset, config.split, config.ctx) == ("some/data", "validation", 32)
+    with pytest.raises(InputError, match=r"their --ctx, 32 \(.*one\) and 64 \(.*two\): give --ctx"):
+        evaluation_of([one, two]).text_config()
+    with pytest.raises(InputError, match="some/data.*other/data.*give --text"):
+        evaluation_of([one, two], "--ctx", "16").text_config()
+    config = evaluation_of([one, two], "--ctx", "16", "--text", "held.jsonl").text_config()
+    assert (config.dataset, config.split, config.ctx) == ("held.jsonl", "train", 16)
+    argv = ["--ctx", "16", "--text", "some/data", "--split", "test"]
+    assert evaluation_of([one, two], *argv).text_config().split == "test"
+    evaluation = evaluation_of([run / "s0"])
+    other = {"dataset": "some/data", "subset": "small", "text_column": "body"}
+    evaluation.subjects[0].training.update(other)
+    config = evaluation.text_config()
+    assert (config.subset, config.text_column, config.ctx) == ("small", "body", 16)
+
+
+def test_a_pattern_of_texts_is_known_by_its_contents(run, texts, tmp_path, result):
+    """With --resume figures are measured again where one of its files changed. A run that was
+    trained on a pattern is not measured on it."""
+    shutil.copy(texts, tmp_path / "a.jsonl")
+    shutil.copy(texts, tmp_path / "b.jsonl")
+    folder = copy_of(run, tmp_path / "sae")
+    argv = [folder, "--metrics", "core", "--text", f"{tmp_path}/?.jsonl", "--contexts", "9"]
+    before = result([*argv, "--resume"]).stored["core"]["settings"]["text"]
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    assert result([*argv, "--resume"]).stored["core"]["settings"]["text"] != before
+    trained_on = copy_of(run, tmp_path / "other", dataset_path=f"{tmp_path}/?.jsonl")
+    found = result([trained_on, "--metrics", "core"])
+    assert found.code == 2 and "held out" in found.out
+
+
+def test_the_column_of_a_text_can_be_chosen(run, texts, tmp_path, result):
+    rows = [json.loads(line) for line in Path(texts).read_text().splitlines()]
+    write_rows(tmp_path / "other.jsonl", [{"body": row["text"], "text": None} for row in rows])
+    argv = [run / "s0", "--metrics", "core", "--contexts", "9", "--text"]
+    first = result([*argv, texts])
+    other = result([*argv, tmp_path / "other.jsonl", "--text-column", "body"])
+    assert first.code == other.code == 0
+    assert first.stored["core"]["figures"] == other.stored["core"]["figures"]
+    assert "not held out" in first.out and "not held out" not in other.out  # a copy is not known
+
+
+def test_text_that_was_trained_on_is_told(run, texts, tmp_path, result):
+    """It is the file of --dataset, or one of its folder, or its split on the Hub."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copy(texts, folder / name)
+    cases = [
+        (folder, folder / "b.jsonl", {}, True),
+        (folder / "*.jsonl", tmp_path / "data/../data/a.jsonl", {}, True),
+        (folder / "a.jsonl", folder / "b.jsonl", {}, False),
+        ("some/data", "some/data", {}, True),
+        ("some/data", "some/data", {"split": "test"}, False),
+        ("some/data", "other/data", {}, False),
+        (None, texts, {}, False),
+    ]
+    for n, (dataset, text, options, expected) in enumerate(cases):
+        metadata = {"dataset_path": str(dataset)} if dataset else {}
+        subject = eval_sae.Subject(str(copy_of(run, tmp_path / str(n), **metadata)), CPU)
+        config = sgo_sae.Config(dataset=str(text), **options)
+        assert subject.is_trained_on(config) == expected, (dataset, text)
+    own, other = tmp_path / "0", tmp_path / "2"
+    argv = ["--text", folder / "b.jsonl", "--metrics", "core", "--contexts", "9"]
+    found = result([own, other, *argv])
+    words = f"core: the text is not held out: {own} trained on it"
+    assert found.code == 0 and words in found.out.splitlines()
+
+
+def test_runs_of_two_context_sizes_are_probed_together(run, probe_file, texts, tmp_path, result):
+    """Which reads no contexts; core, which does, asks for --ctx."""
+    copy_of(run, tmp_path / "longer", context_size=32)
+    argv = [run / "s0", tmp_path / "longer", "--probe", probe_file, "--train", 40, "--test", 20]
+    found = result([*argv, "--text", texts, "--metrics", "probe", "core"])
+    assert found.code == 1 and all(found.row("probe: latents 1 ↑"))
+    assert re.search(r"^core: not measured, .*--ctx, 16 \(", found.out, re.MULTILINE)
+
+
+def test_a_model_of_few_positions_says_so(model, tmp_path, texts, result):
+    """The texts of tasks have up to 128 tokens, whatever the contexts have."""
+    saved("opt", model, tmp_path / "lm")
+    cfg = sgo_sae.Config(model=str(tmp_path / "lm"), layer=1, k=4, ctx=16)
+    sgo_sae.save_sae(SAE(32, 64, 4), cfg, tmp_path / "sae")
+    rows = [{"text": f"{i} {TEXT * 2}", "label": i % 2} for i in range(400)]
+    write_rows(tmp_path / "long.jsonl", rows)
+    write_rows(tmp_path / "short.jsonl", [{**row, "text": row["text"][:40]} for row in rows])
+    sizes = ["--train", 40, "--test", 20, "--text", texts, "--contexts", 9]
+    argv = [tmp_path / "sae", *sizes, "--probe", tmp_path / "long.jsonl"]
+    found = result([*argv, "--metrics", "probe", "core"])
+    assert found.code == 1 and found.row("core: mse ↓")
+    assert re.search(r"probe: not measured, long .* the model can't read \d+ tokens", found.out)
+    # Contexts that are too long for the model are no matter of tasks, which are short.
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    config["metadata"]["context_size"] = 1024
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    argv = [tmp_path / "sae", *sizes, "--probe", tmp_path / "short.jsonl"]
+    assert result([*argv, "--metrics", "probe"]).code == 0
+    assert "--ctx 1024: " in result([*argv, "--metrics", "probe", "core"]).refusal
+
+
+def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, result):
+    argv = [run / "s0", run / "s1", "--text", texts, "--probe", probe_file, "--contexts", "40"]
+    argv += ["--train", "200", "--test", "100", "--words", "200"]
+    found = result(argv)
+    assert found.code == 1  # absorption has no words
+    assert result(argv).out == found.out
+    assert "2 seeds" in found.out.splitlines()[0]
+    for label in (
+        "core: mse ↓",
+        "behaviour: ce score ↑",
+        "competition: mean max cos ↓",
+        "probe: latents 1 ↑",
+        "probe: standardised 20 ↑",
+        "scr: scr 2 ↑",
+    ):
+        assert found.row(label)
+    assert "- probe: latents 1, 2, 5, 20 ↑: accuracy of a probe on the latents" in found.out
+    assert re.search("^absorption: not measured, ", found.out, re.MULTILINE)
+    for family, content in found.stored.items():
+        known = {figure.name for figure in eval_sae.FIGURES if figure.family == family}
+        assert {re.sub(r"_\d+$", "", name) for name in content["figures"]} <= known
+    core = found.stored["core"]
+    assert core["figures"]["l0"] == pytest.approx(4, abs=0.2)
+    assert core["settings"]["contexts"] == 40
+    assert found.stored["probe"]["sample"]["words"] == {"train": 400, "test": 200}
+    counted = 16 * core["sample"]["tokens"] / core["sample"]["contexts"]
+    expected = core["figures"]["mse"] * 16 / counted  # of 16 dimensions
+    assert core["figures"]["mse_benchmark"] == pytest.approx(expected)
+    found = result([*argv[:4], "--metrics", "core", "--contexts", "100000"])
+    assert found.code == 0 and re.search(r"has \d{2,3} contexts, not 100000", found.out)
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -5294,7 +5904,7 @@ def test_eval_json_is_json(run, tmp_path):
         lambda text: "",
     ],
 )
-def test_what_is_no_eval_json_of_ours_is_measured_again(run, texts, tmp_path, capsys, change):
+def test_what_is_no_eval_json_of_ours_is_measured_again(run, texts, tmp_path, result, change):
     """Of an earlier version, edited by hand, or cut off: all that is measured is printed."""
     folder = copy_of(run, tmp_path / "sae")
     subject = eval_sae.Subject(str(folder), CPU)
@@ -5308,13 +5918,12 @@ def test_what_is_no_eval_json_of_ours_is_measured_again(run, texts, tmp_path, ca
     assert eval_sae.file_of(subject).read_text() != before
     assert eval_sae.stored_record(eval_sae.file_of(subject), "core", {"contexts": 9}) is None
     argv = [folder, "--text", texts, "--metrics", "core", "--contexts", "9", "--resume"]
-    assert evaluated(argv) == 0
-    assert "core: mse" in capsys.readouterr().out
-    stored = json.loads(eval_sae.file_of(subject).read_text())
-    assert 0 < stored["core"]["figures"]["mse"] not in (0.5, 1.0)
+    found = result(argv)
+    assert found.code == 0 and found.row("core: mse ↓")
+    assert 0 < found.stored["core"]["figures"]["mse"] not in (0.5, 1.0)
 
 
-def test_an_eval_json_of_which_one_part_is_odd_costs_no_figure(run, texts, tmp_path, capsys):
+def test_an_eval_json_of_which_one_part_is_odd_costs_no_figure(run, texts, tmp_path, result):
     """A number that JSON can't hold, in another family: what is measured is printed. A byte order
     mark, as editors write it, costs nothing."""
     folder = copy_of(run, tmp_path / "sae")
@@ -5324,40 +5933,23 @@ def test_an_eval_json_of_which_one_part_is_odd_costs_no_figure(run, texts, tmp_p
     text = file.read_text()
     argv = [folder, "--text", texts, "--metrics", "core", "--contexts", "9"]
     file.write_text(text.replace('"mse": 1.0', '"mse": 1e999'))
-    assert evaluated(argv) == 0
-    printed = capsys.readouterr()
-    assert "core: mse" in printed.out and "its core is only printed" in printed.err
+    found = result(argv)
+    assert found.code == 0 and found.row("core: mse ↓") and "only printed" in found.err
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert evaluated(argv) == 0
+    assert result(argv).code == 0
     assert eval_sae.stored_record(file, "probe", {"contexts": 9}).figures == {"mse": 1.0}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"settings": [1]}, {"hook_name": 12}, {"context_size": "long"}, {"settings": {"seed": None}}],
-)
-def test_a_run_whose_cfg_is_odd_costs_itself(run, texts, tmp_path, capsys, change):
-    odd = copy_of(run, tmp_path / "odd", **change)
-    argv = ["--text", texts, "--metrics", "core", "--contexts", "9", "--ctx", "16"]
-    assert evaluated([run / "s0", odd, *argv]) == 1
-    printed = capsys.readouterr()
-    assert f"{odd} is left out: {odd}: its cfg.json can't be loaded" in printed.out
-    assert "core: mse" in printed.out
-
-
-def test_a_folder_that_can_not_be_written_costs_no_figure(
-    run, texts, tmp_path, monkeypatch, capsys
-):
+def test_a_folder_that_can_not_be_written_costs_no_figure(run, texts, tmp_path, result):
     folder = copy_of(run, tmp_path / "sae")
     (folder / ".eval.lock").mkdir()  # so that it can't be opened
-    assert evaluated([folder, "--text", texts, "--metrics", "core", "--contexts", "9"]) == 0
-    printed = capsys.readouterr()
-    assert "core: mse" in printed.out
-    assert "eval.json can't be written, its core is only printed" in printed.err
+    found = result([folder, "--text", texts, "--metrics", "core", "--contexts", "9"])
+    assert found.code == 0 and found.row("core: mse ↓")
+    assert "eval.json can't be written, its core is only printed" in found.err
 
 
 def test_an_eval_json_that_another_process_holds_is_waited_for_and_not_for_ever(
-    run, texts, tmp_path, monkeypatch, capsys
+    run, texts, tmp_path, monkeypatch, result
 ):
     import filelock
 
@@ -5365,34 +5957,18 @@ def test_an_eval_json_that_another_process_holds_is_waited_for_and_not_for_ever(
     monkeypatch.setattr(eval_sae, "LOCK_WAIT", 0.2)
     argv = [folder, "--text", texts, "--metrics", "core", "--contexts", "9"]
     with filelock.FileLock(folder / ".eval.lock"):
-        assert evaluated(argv) == 0
-    printed = capsys.readouterr()
-    assert "core: mse" in printed.out and "its core is only printed" in printed.err
-    assert not (folder / "eval.json").exists()
-    assert evaluated(argv) == 0
-    assert (folder / "eval.json").exists()
-
-
-def test_a_broken_run_of_several_costs_itself(run, texts, tmp_path, capsys):
-    copy_of(run, tmp_path / "runs" / "good")
-    copy_of(run, tmp_path / "runs" / "bad")
-    (tmp_path / "runs" / "bad" / "sae_weights.safetensors").write_text("half")
-    argv = ["--text", texts, "--metrics", "core", "--contexts", "9"]
-    assert evaluated([tmp_path / "runs", *argv]) == 1
-    printed = capsys.readouterr()
-    assert "core: mse" in printed.out
-    assert f"{tmp_path / 'runs' / 'bad'} is left out: " in printed.out
-    assert evaluated([tmp_path / "runs" / "bad", *argv]) == 2
-    shutil.rmtree(tmp_path / "runs" / "bad")
-    copy_of(run, tmp_path / "runs" / "bad", model_from_pretrained_kwargs=["fold_ln"])
-    assert evaluated([tmp_path / "runs", *argv]) == 1
-    assert f"{tmp_path / 'runs' / 'bad'} is left out: " in capsys.readouterr().out
+        found = result(argv)
+    assert found.code == 0 and found.row("core: mse ↓")
+    assert "its core is only printed" in found.err and not found.stored
+    assert result(argv).stored
 
 
 def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
-    run, texts, probe_file, tmp_path, monkeypatch
+    run, texts, probe_file, tmp_path, monkeypatch, result
 ):
-    """And only then; each family has its own settings."""
+    """And only then; each family has its own settings. What is to be measured is what fails where
+    every measurement does.
+    """
     folder = copy_of(run, tmp_path / "sae")
     own_texts = tmp_path / "texts.jsonl"
     own_probe = tmp_path / "task.csv"
@@ -5400,40 +5976,36 @@ def test_a_run_is_measured_again_where_weights_texts_or_settings_are_others(
     shutil.copy(probe_file, own_probe)
     argv = [folder, "--text", own_texts, "--probe", own_probe, "--train", 40, "--test", 20]
     argv += ["--contexts", 9, "--metrics", "core", "probe", "--resume"]
-    measured = []
-    for family in ("core", "probe"):
-        original = eval_sae.MEASURES[family]
-        monkeypatch.setitem(
-            eval_sae.MEASURES,
-            family,
-            lambda *data, family=family, original=original: (
-                measured.append(family) or original(*data)
-            ),
-        )
 
-    def again(*more):
-        measured.clear()
+    def failing(*data):
+        raise InputError("nothing can be measured")
+
+    def measured(*more):
+        with monkeypatch.context() as patch:
+            for family in ("core", "probe"):
+                patch.setitem(eval_sae.MEASURES, family, failing)
+            found = re.findall(r"^(\w+): not measured", result([*argv, *more]).out, re.MULTILINE)
         assert evaluated([*argv, *more]) == 0
-        return list(measured)
+        return found
 
-    assert again() == ["core", "probe"]
-    assert again() == []
-    assert again("--contexts", 8) == ["core"]
-    assert again("--contexts", 9) == ["core"]
-    assert again("--train", 30) == ["probe"]
-    assert again("--train", 40, "--words", 200) == ["probe"]
+    assert measured() == ["core", "probe"]
+    assert measured() == []
+    assert measured("--contexts", 8) == ["core"]
+    assert measured("--contexts", 9) == ["core"]
+    assert measured("--train", 30) == ["probe"]
+    assert measured("--train", 40, "--words", 200) == ["probe"]
     own_texts.write_text(own_texts.read_text() + '{"text": "more"}\n')
-    assert again() == ["core"]
+    assert measured() == ["core"]
     own_probe.write_text(own_probe.read_text().replace("warm", "cold"))
-    assert again() == ["probe"]
+    assert measured() == ["probe"]
     weights = load_file(folder / "sae_weights.safetensors")
     weights["b_enc"] += 0.01
     save_file(weights, folder / "sae_weights.safetensors")
-    assert again() == ["core", "probe"]
+    assert measured() == ["core", "probe"]
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps({**config, "k": 3}))
-    assert again() == ["core", "probe"]
-    assert again() == []
+    assert measured() == ["core", "probe"]
+    assert measured() == []
 
 
 def test_a_file_of_gemma_scope_is_known(tmp_path):
@@ -5455,88 +6027,69 @@ def test_a_file_of_gemma_scope_is_known(tmp_path):
     assert stamp() != before
 
 
-def test_the_runs_of_a_folder_are_its_own_and_those_within(run, tmp_path):
-    copy_of(run, tmp_path / "all")
-    copy_of(run, tmp_path / "all" / "old")
-    copy_of(run, tmp_path / "all" / "deep" / "grid" / "s0")
-    expected = [tmp_path / "all", tmp_path / "all/deep/grid/s0", tmp_path / "all/old"]
-    assert eval_sae.members(f"{tmp_path}/all/") == list(map(str, expected))
-    assert eval_sae.members(str(run)) == [str(run / "s0"), str(run / "s1")]
-    assert eval_sae.members(str(run / "s1") + "/") == [str(run / "s1")]
+def half_weights(folder):
+    (folder / "sae_weights.safetensors").write_text("half")
 
 
-# --------------------------------------------------------------------------------------- evaluation
-
-
-def test_a_run_a_saelens_folder_and_gemma_scope_stand_in_one_table(
-    model, run, texts, tmp_path, capsys
-):
-    """SAELens names the hook as Hugging Face's modules are called, and the model's context size."""
-    changed = {"hook_name": "model.layers.1", "context_size": 16, "model_name": "a-small-model"}
-    lens = copy_of(run, tmp_path / "lens", **changed)
-    gemma_scope(tmp_path / "layer_1" / "average_l0_4")
-    scope = tmp_path / "layer_1" / "average_l0_4" / "params.npz"
-    argv = [run / "s0", lens, scope, "--text", texts, "--metrics", "core", "--contexts", "9"]
-    assert evaluated([*argv, "--model", model[0]]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    names = [cell.strip() for cell in lines[0].split("|")[2:-1]]
-    assert names == ["arch topk, d_sae 64, k 4, alpha 0.075", "lens", "average_l0_4"]
-    mse = next(line for line in lines if "core: mse ↓" in line).split("|")
-    assert mse[2].strip() == mse[3].strip() != mse[4].strip()
-    for file in (run / "s0" / "eval.json", lens / "eval.json", scope.with_suffix(".eval.json")):
-        assert json.loads(file.read_text())["core"]["sample"]["contexts"] == 9
+def narrow(folder):
+    sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(), folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"] = {"hook_name": "blocks.1.hook_resid_post"}
+    (folder / "cfg.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_name": "a-small-model"}, "it is for a-small-model, and this call is for"),
-        (
-            {"hook_name": "blocks.2.hook_resid_post"},
-            "it is for layer 2, and this call is for layer 1",
-        ),
-        ({"hook_name": "blocks.0.hook_resid_post"}, "it is for layer 0, and this call is for"),
-        ({"hook_name": "blocks.1.hook_mlp_out"}, "it is for blocks.1.hook_mlp_out, and only"),
+        ({"model_name": "a-small-model"}, "it is for a-small-model"),
+        ({"hook_name": "blocks.2.hook_resid_post"}, "it is for layer 2"),
+        ({"hook_name": "blocks.0.hook_resid_post"}, "it is for layer 0"),
+        ({"hook_name": "blocks.1.hook_mlp_out"}, "it is for blocks.1.hook_mlp_out"),
         ({"hook_head_index": 3}, "it is for one attention head"),
+        ({"hook_name": 12}, "its cfg.json can't be loaded"),
+        ({"settings": [1]}, "its cfg.json can't be loaded"),
+        ({"settings": {"seed": None}}, "its cfg.json can't be loaded"),
+        ({"context_size": "long"}, "its cfg.json can't be loaded"),
+        ({"model_from_pretrained_kwargs": ["fold_ln"]}, ""),
+        (half_weights, "can't be loaded"),
+        (narrow, "it is for 8 dimensions"),
     ],
 )
-def test_a_run_of_another_model_or_layer_costs_itself(run, texts, tmp_path, capsys, change, words):
-    """It is said at the beginning, and the code is 1, as where a figure lacks."""
-    other = copy_of(run, tmp_path / "other", **change)
-    argv = ["--text", texts, "--metrics", "core", "--contexts", "9"]
-    assert evaluated([run / "s0", other, *argv]) == 1
-    printed = capsys.readouterr()
-    assert re.search(f"{re.escape(str(other))} is left out: {words}", printed.err)
-    assert re.search(f"core of {re.escape(str(other))}: not measured, {words}", printed.out)
-    row = next(line for line in printed.out.splitlines() if "core: mse ↓" in line).split("|")
-    assert float(row[2]) > 0 and row[3].strip() == ""
-    assert not (other / "eval.json").exists()
-
-
-def test_the_model_and_the_layer_are_those_of_runs_that_are_measured(run, texts, tmp_path, capsys):
-    """And not of one that is refused, whatever its place."""
-    head = copy_of(run, tmp_path / "a", hook_head_index=3, model_name="/nowhere/model")
-    argv = ["--text", texts, "--metrics", "core", "--contexts", "9"]
-    assert evaluated([head, run / "s0", *argv]) == 1
-    printed = capsys.readouterr()
-    assert f"{head} is left out: " in printed.err and "core: mse" in printed.out
-    layer = copy_of(run, tmp_path / "b", hook_name="blocks.2.hook_resid_post", model_name="/other")
-    assert evaluated([layer, run / "s0", *argv, "--layer", "1"]) == 1
-    assert "it is for layer 2, and this call is for layer 1" in capsys.readouterr().err
+def test_what_is_wrong_with_one_run_costs_itself(run, texts, tmp_path, result, change, words):
+    """The figures of others are printed, and the code is 1, as where a figure lacks. What can be
+    known at the beginning is said there.
+    """
+    metadata = {} if callable(change) else change
+    odd = copy_of(run, tmp_path / "odd", **metadata)
+    if callable(change):
+        change(odd)
+    argv = ["--text", texts, "--metrics", "core", "competition", "--contexts", "9", "--ctx", "16"]
+    found = result([run / "s0", odd, *argv])
+    assert found.code == 1
+    reasons = re.findall(f"{odd}(?: is left out: |: not measured, )(.*)", found.out)
+    assert reasons and all(words in reason for reason in reasons)
+    assert (f"{odd} is left out: " in found.err) == (change is not narrow)
+    for row in (found.row("core: mse ↓"), found.row("competition: rare ↓")):
+        assert float(row[0]) > 0 and row[1:] in ([], [""])
+    assert not (odd / "eval.json").exists()
 
 
 @pytest.mark.parametrize(
-    "error, words",
+    "error, words, is_foreseen",
     [
-        (TypeError("zeros_like()"), "TypeError: zeros_like()"),
-        (RuntimeError("CUDA error: an illegal access"), "RuntimeError: CUDA error"),
-        (KeyError("x"), "KeyError: 'x'"),
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
-        (MemoryError(), "out of memory, smaller --contexts"),
+        (InputError("the text is empty"), "the text is empty", True),
+        (OSError(28, "No space left on device"), "[Errno 28] No space", True),
+        (MemoryError(), "out of memory, smaller --contexts", True),
+        (RuntimeError("CPUAllocator: can't allocate memory: 9"), "out of memory, smaller", True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "out of memory, smaller", True),
+        (RuntimeError("CUDA error: out of memory"), "out of memory, smaller --contexts", True),
+        (RuntimeError("CUDA error: an illegal access"), "RuntimeError: CUDA error", False),
+        (TypeError("zeros_like()"), "TypeError: zeros_like()", False),
+        (KeyError("x"), "KeyError: 'x'", False),
     ],
 )
-def test_a_family_that_fails_costs_itself_whatever_it_raises(
-    run, texts, probe_file, tmp_path, monkeypatch, capsys, error, words
+def test_a_family_that_fails_costs_itself(
+    run, texts, tmp_path, monkeypatch, result, error, words, is_foreseen
 ):
     """What one run has is not lost where another one fails, and what nobody foresaw is shown."""
 
@@ -5545,1062 +6098,377 @@ def test_a_family_that_fails_costs_itself_whatever_it_raises(
 
     first = copy_of(run, tmp_path / "first")
     second = copy_of(run, tmp_path / "second")
-    argv = ["--text", texts, "--metrics", "core", "competition", "--contexts", "9"]
-    assert evaluated([first, *argv, "--metrics", "core"]) == 0
-    capsys.readouterr()
+    argv = ["--text", texts, "--contexts", "9", "--metrics", "core"]
+    before = result([first, *argv]).stored
     monkeypatch.setitem(eval_sae.MEASURES, "core", failing)
-    assert evaluated([first, second, *argv, "--resume"]) == 1
-    printed = capsys.readouterr()
-    assert f"core of {second}: not measured, {words}" in printed.out
-    assert f"core of {first}" not in printed.out and "competition: rare" in printed.out
-    mse = next(line for line in printed.out.splitlines() if "core: mse ↓" in line).split("|")
-    assert float(mse[2]) > 0 and mse[3].strip() == ""
-    expected = not isinstance(error, (OSError, MemoryError))
-    assert ("Traceback" in printed.err and "in failing" in printed.err) == expected
-
-
-def test_a_run_of_another_width_costs_itself(run, texts, tmp_path, capsys):
-    sgo_sae.save_sae(SAE(8, 32, 4), sgo_sae.Config(), tmp_path / "narrow")
-    config = json.loads((tmp_path / "narrow" / "cfg.json").read_text())
-    config["metadata"] = {"hook_name": "blocks.1.hook_resid_post"}
-    (tmp_path / "narrow" / "cfg.json").write_text(json.dumps(config))
-    argv = ["--text", texts, "--metrics", "core", "competition", "--contexts", "9"]
-    assert evaluated([run / "s0", tmp_path / "narrow", *argv]) == 1
-    printed = capsys.readouterr().out
-    for family in ("core", "competition"):
-        words = "not measured, it is for 8 dimensions, and the model has 16"
-        assert f"{family} of {tmp_path / 'narrow'}: {words}" in printed
-    assert "core: mse ↓" in printed
-
-
-def test_another_layer_than_a_runs_is_refused(run, texts, capsys):
-    argv = [run / "s0", "--text", texts, "--metrics", "core", "--contexts", "9"]
-    assert evaluated([*argv, "--layer", "2"]) == 2
-    assert "it is for layer 1, and this call is for layer 2" in last_line(capsys)
-    assert evaluated([*argv, "--layer", "1"]) == 0
-
-
-def test_runs_of_several_texts_are_not_measured_on_that_of_the_first(run, tmp_path):
-    """They share the text of those that name one, of whose dataset the validation split is held
-    out.
-    """
-    one = copy_of(run, tmp_path / "one", context_size=32, dataset_path="some/data")
-    two = copy_of(run, tmp_path / "two", context_size=64, dataset_path="other/data")
-    none = copy_of(run, tmp_path / "none", context_size=None)
-    config = evaluation_of([one, none]).text_config()
-    assert (config.dataset, config.split, config.ctx) == ("some/data", "validation", 32)
-    with pytest.raises(InputError, match=r"their --ctx, 32 \(.*one\) and 64 \(.*two\): give --ctx"):
-        evaluation_of([one, two]).text_config()
-    with pytest.raises(InputError, match="some/data.*other/data.*give --text"):
-        evaluation_of([one, two], "--ctx", "16").text_config()
-    config = evaluation_of([one, two], "--ctx", "16", "--text", "held.jsonl").text_config()
-    assert (config.dataset, config.split, config.ctx) == ("held.jsonl", "train", 16)
-    argv = ["--ctx", "16", "--text", "some/data", "--split", "test"]
-    assert evaluation_of([one, two], *argv).text_config().split == "test"
-    evaluation = evaluation_of([run / "s0"])
-    other = {"dataset": "some/data", "subset": "small", "text_column": "body"}
-    evaluation.subjects[0].training.update(other)
-    config = evaluation.text_config()
-    assert (config.subset, config.text_column, config.ctx) == ("small", "body", 16)
-
-
-def test_a_pattern_of_texts_is_known_by_its_contents(run, texts, tmp_path, capsys):
-    """With --resume figures are measured again where one of its files changed. A run that was
-    trained on a pattern is not measured on it."""
-    shutil.copy(texts, tmp_path / "a.jsonl")
-    shutil.copy(texts, tmp_path / "b.jsonl")
-    folder = copy_of(run, tmp_path / "sae")
-    argv = [folder, "--metrics", "core", "--text", f"{tmp_path}/?.jsonl", "--contexts", "9"]
-    stored = []
-    for change in ("", '{"text": "more"}\n'):
-        with (tmp_path / "b.jsonl").open("a") as file:
-            file.write(change)
-        assert evaluated([*argv, "--resume"]) == 0
-        content = json.loads((folder / "eval.json").read_text())
-        stored.append(content["core"]["settings"]["text"])
-    assert stored[0] != stored[1]
-    trained_on = copy_of(run, tmp_path / "other", dataset_path=f"{tmp_path}/?.jsonl")
-    capsys.readouterr()
-    assert evaluated([trained_on, "--metrics", "core"]) == 2
-    assert "is known to be held out" in capsys.readouterr().out
-
-
-def test_the_column_of_a_text_can_be_chosen(run, texts, tmp_path, capsys):
-    rows = [json.loads(line) for line in Path(texts).read_text().splitlines()]
-    write_rows(tmp_path / "other.jsonl", [{"body": row["text"], "text": None} for row in rows])
-    argv = ["--metrics", "core", "--contexts", "9"]
-    assert evaluated([run / "s0", "--text", texts, *argv]) == 0
-    first = capsys.readouterr().out
-    other = ["--text", tmp_path / "other.jsonl", "--text-column", "body"]
-    assert evaluated([run / "s0", *other, *argv]) == 0
-    held_out = "the text is not held out"  # a copy of it is not known
-    assert held_out in first and held_out not in capsys.readouterr().out.replace(first, "")
-    rows = [json.loads((run / "s0" / "eval.json").read_text())["core"]["figures"]]
-    assert evaluated([run / "s0", "--text", texts, *argv]) == 0
-    assert json.loads((run / "s0" / "eval.json").read_text())["core"]["figures"] == rows[0]
-
-
-def test_text_that_was_trained_on_is_told(run, texts, tmp_path, capsys):
-    """It is the file of --dataset, or one of its folder, or its split on the Hub."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name in ("a.jsonl", "b.jsonl"):
-        shutil.copy(texts, folder / name)
-    cases = [
-        (folder, folder / "b.jsonl", {}, True),
-        (folder / "*.jsonl", tmp_path / "data/../data/a.jsonl", {}, True),
-        (folder / "a.jsonl", folder / "b.jsonl", {}, False),
-        ("some/data", "some/data", {}, True),
-        ("some/data", "some/data", {"split": "test"}, False),
-        ("some/data", "other/data", {}, False),
-        (None, texts, {}, False),
-    ]
-    for n, (dataset, text, options, expected) in enumerate(cases):
-        metadata = {"dataset_path": str(dataset)} if dataset else {}
-        subject = eval_sae.Subject(str(copy_of(run, tmp_path / str(n), **metadata)), CPU)
-        config = sgo_sae.Config(dataset=str(text), **options)
-        assert subject.is_trained_on(config) == expected, (dataset, text)
-    capsys.readouterr()
-    own, other = tmp_path / "0", tmp_path / "2"
-    argv = ["--text", folder / "b.jsonl", "--metrics", "core", "--contexts", "9"]
-    assert evaluated([own, other, *argv]) == 0
-    words = f"core: the text is not held out: {own} trained on it"
-    assert words in capsys.readouterr().out.splitlines()
-
-
-def test_probing_takes_several_files(run, probe_file, tmp_path, capsys):
-    """Each is a task of its own, and the figure is their mean."""
-    other = tmp_path / "other.csv"
-    other.write_text(Path(probe_file).read_text().replace("fox", "dog 1").replace("warm", "lazy 2"))
-    argv = ["--metrics", "probe", "scr", "--train", "100", "--test", "50"]
-    found = []
-    for files in ([probe_file], [other], [probe_file, other]):
-        assert evaluated([run / "s0", *argv, "--probe", *files]) == 0
-        found.append(json.loads((run / "s0" / "eval.json").read_text()))
-    for family in ("probe", "scr"):
-        first, second, both = (content[family] for content in found)
-        assert [part["task"] for part in both["parts"]] == ["words", "other"]
-        assert both["parts"] == first["parts"] + second["parts"]
-        means = {
-            key: (first["figures"][key] + second["figures"][key]) / 2 for key in first["figures"]
-        }
-        assert both["figures"] == pytest.approx(means)
-    assert found[0]["probe"]["figures"] != found[1]["probe"]["figures"]
-
-
-def test_runs_of_two_context_sizes_are_probed_together(run, probe_file, texts, tmp_path, capsys):
-    """Which reads no contexts; core, which does, asks for --ctx."""
-    copy_of(run, tmp_path / "longer", context_size=32)
-    argv = [run / "s0", tmp_path / "longer", "--probe", probe_file, "--train", 40, "--test", 20]
-    assert evaluated([*argv, "--text", texts, "--metrics", "probe", "core"]) == 1
-    printed = capsys.readouterr()
-    assert "probe: latents 1" in printed.out and "probe: not measured" not in printed.out
-    assert "core: not measured, the runs differ in their --ctx, 16 (" in printed.out
-
-
-def test_a_model_of_few_positions_says_so(model, tmp_path, texts, capsys):
-    """The texts of tasks have up to 128 tokens, whatever the contexts have."""
-    saved("opt", model, tmp_path / "lm")
-    cfg = sgo_sae.Config(model=str(tmp_path / "lm"), layer=1, k=4, ctx=16)
-    sgo_sae.save_sae(SAE(32, 64, 4), cfg, tmp_path / "sae")
-    rows = [{"text": f"{i} {TEXT * 2}", "label": i % 2} for i in range(400)]
-    write_rows(tmp_path / "long.jsonl", rows)
-    argv = [tmp_path / "sae", "--probe", tmp_path / "long.jsonl", "--train", 40, "--test", 20]
-    argv += ["--text", texts, "--contexts", 9, "--metrics", "probe", "core"]
-    assert evaluated(argv) == 1
-    printed = capsys.readouterr().out
-    assert re.search(
-        r"probe: not measured, long is left out: the model can't read \d+ tokens at once",
-        printed,
-    )
-    assert "core: mse" in printed
-    # Contexts that are too long for the model are no matter of tasks, which are short.
-    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
-    config["metadata"]["context_size"] = 1024
-    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
-    write_rows(tmp_path / "short.jsonl", [{**row, "text": row["text"][:40]} for row in rows])
-    argv = [tmp_path / "sae", "--probe", tmp_path / "short.jsonl", "--train", 40, "--test", 20]
-    assert evaluated([*argv, "--metrics", "probe"]) == 0
-    assert evaluated([*argv, "--metrics", "probe", "core", "--text", texts]) == 2
-    assert "--ctx 1024: " in last_line(capsys)
-
-
-def test_two_files_of_one_name_are_two_tasks(run, probe_file, tmp_path):
-    (tmp_path / "other").mkdir()
-    same_name = tmp_path / "other" / Path(probe_file).name
-    shutil.copy(probe_file, same_name)
-    frames = eval_sae.task_frames([str(probe_file), str(same_name)], False, {})
-    assert set(frames) == {str(probe_file), str(same_name)}
-    files = ["d/x.jsonl", "x.jsonl", "x.jsonl.gz"]
-    assert list(eval_sae.task_frames(files, False, {})) == files
-
-
-def test_one_task_that_can_not_be_had_costs_itself(run, probe_file, tmp_path, capsys):
-    """With its reason; what is measured is not whole."""
-    few = tmp_path / "few.csv"
-    few.write_text("text,label\nfox,a\ndog,b\n")
-    plain = tmp_path / "plain.csv"
-    plain.write_text(re.sub(",[a-z]+$", "", Path(probe_file).read_text(), flags=re.MULTILINE))
-    argv = [run / "s0", "--probe", probe_file, few, plain, "--train", 40, "--test", 20]
-    assert evaluated([*argv, "--metrics", "probe", "scr"]) == 0
-    printed = capsys.readouterr().out
-    reason = r"probe: few is left out: .*the label \w has \d \w+ texts, and 20 are needed"
-    assert re.search(reason, printed)
-    assert "scr: plain is left out: it has no column `attribute`, which SCR needs" in printed
-    stored = json.loads((run / "s0" / "eval.json").read_text())
-    assert not stored["probe"]["is_whole"]
-    assert [part["task"] for part in stored["probe"]["parts"]] == ["words", "plain"]
-    assert [part["task"] for part in stored["scr"]["parts"]] == ["words"]
+    found = result([first, second, *argv, "competition", "--resume"])
+    assert found.code == 1
+    (reason,) = re.findall(f"^core of {second}: not measured, (.*)$", found.out, re.MULTILINE)
+    assert words in reason and f"core of {first}" not in found.out
+    mse = found.row("core: mse ↓")
+    assert float(mse[0]) > 0 and mse[1] == ""
+    assert all(float(cell) >= 0 for cell in found.row("competition: rare ↓"))
+    assert found.stored["core"] == before["core"]
+    assert list(json.loads((second / "eval.json").read_text())) == ["competition"]
+    assert ("in failing" in found.err) == (not is_foreseen)  # as a traceback has it
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "family, function, is_first",
     [
-        (["--probe", "TEXTS"], "needs the columns text and label, and has text"),
-        (["--probe", "LISTS"], "has values of the kind list"),
-        (["--probe", "SAME", "--metrics", "scr"], "two values of `attribute` are needed"),
-        (["--metrics", "core"], "give --text: no text of "),
-        (["--metrics", "core", "--text", "TEXTS", "--text-column", "body"], "--text-column body"),
+        ("probe", "read_texts", lambda *data: data[-1] == "words"),
+        ("scr", "read_texts", lambda *data: data[-1] == "words"),
+        ("absorption", "words_of", lambda *data: data[-1] == 0),
     ],
 )
-def test_what_is_wrong_with_files_is_told(run, texts, probe_file, tmp_path, capsys, argv, words):
-    write_rows(tmp_path / "lists.jsonl", [{"text": "a", "label": ["b"]}])
-    lines = Path(probe_file).read_text()
-    (tmp_path / "same.csv").write_text(lines.replace("lazy\n", "warm\n"))
-    names = {
-        "TEXTS": texts,
-        "LISTS": tmp_path / "lists.jsonl",
-        "SAME": tmp_path / "same.csv",
-    }
-    argv = [names.get(word, word) for word in argv]
-    assert evaluated([run / "s0", "--metrics", "probe", *argv]) == 2
-    assert words in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("family", ["probe", "scr"])
-def test_one_task_that_can_not_be_measured_costs_itself(
-    run, probe_file, tmp_path, monkeypatch, capsys, family
+def test_one_part_that_can_not_be_measured_costs_itself(
+    run, probe_file, speller, tmp_path, monkeypatch, result, family, function, is_first
 ):
-    """With its reason. Where none can be, the family has no figures. What fails later takes no
-    figures from eval.json, and what failed is measured by --resume."""
-    second = shutil.copy(probe_file, tmp_path / "second.csv")
-    folder = copy_of(run, tmp_path / "sae")
-    argv = [folder, "--metrics", family, "--probe", probe_file, second]
-    argv += ["--train", "40", "--test", "20", "--resume"]
-    real = eval_sae.read_texts
+    """A task, or a sample of words, with its reason. Where none can be, the family has no figures.
+    What fails later takes no figures from eval.json, and --resume measures what failed.
+    """
+    if family == "absorption":
+        monkeypatch.setattr(eval_sae, "FEWEST_LETTERS", speller.n_spelled)
+        argv = [speller.sae(tmp_path / "sae", "letters"), "--words", "1040", "--seed", "0", "1"]
+        both = [("words", 0), ("words", 1)]
+    else:
+        second = shutil.copy(probe_file, tmp_path / "second.csv")
+        argv = [copy_of(run, tmp_path / "sae"), "--probe", probe_file, second]
+        argv += ["--train", "40", "--test", "20"]
+        both = [("words", 0), ("second", 0)]
+    argv += ["--metrics", family, "--resume"]
+    real = getattr(eval_sae, function)
 
-    def failing(*tasks):
-        def read_texts(model, saes, texts, folder, task):
-            if task in tasks:
-                raise InputError("activations are not finite")
-            return real(model, saes, texts, folder, task)
+    def failing(fails):
+        def measured(*data):
+            if fails(*data):
+                raise InputError("this one fails")
+            return real(*data)
 
-        return read_texts
+        return measured
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_sae, "read_texts", failing("words"))
-        assert evaluated(argv) == 0
-        out = capsys.readouterr().out
-        assert f"{family}: words is left out: activations are not finite" in out
-        stored = json.loads((folder / "eval.json").read_text())[family]
-        assert [part["task"] for part in stored["parts"]] == ["second"]
-        assert not stored["is_whole"]
-        patch.setattr(eval_sae, "read_texts", failing("words", "second"))
-        assert evaluated(argv) == 2
-        assert f"{family}: not measured, words is left out" in capsys.readouterr().out
-        assert json.loads((folder / "eval.json").read_text())[family] == stored
-    assert evaluated(argv) == 0
-    content = json.loads((folder / "eval.json").read_text())[family]
-    assert [part["task"] for part in content["parts"]] == ["words", "second"]
-    assert content["is_whole"]
+        patch.setattr(eval_sae, function, failing(is_first))
+        found = result(argv)
+        assert found.code == 0
+        assert re.search(f"^{family}: words .*left out.*: this one fails", found.out, re.MULTILINE)
+        kept = found.stored[family]
+        assert [(part["task"], part["seed"]) for part in kept["parts"]] == both[1:]
+        assert not kept["is_whole"]
+        patch.setattr(eval_sae, function, failing(lambda *data: True))
+        found = result(argv)
+        assert found.code == 2 and found.stored[family] == kept
+        assert re.search(f"^{family}: not measured, .*this one fails", found.out, re.MULTILINE)
+    found = result(argv)
+    assert found.code == 0 and found.stored[family]["is_whole"]
+    assert [(part["task"], part["seed"]) for part in found.stored[family]["parts"]] == both
 
 
-def test_scr_says_which_labels_it_takes():
-    """The first two; odd numbers of texts are no lack, and what is one is told with its cell."""
-    cells = {(label, attribute): 120 for label in range(3) for attribute in range(2)}
-    sample = eval_sae.scr_sample(frame_of(cells), 41, 21, 0)
-    assert sample.notes == ["0 and 1 alone are used of 3 values of `label`"]
-    assert len(sample.frame) == 2 * (41 + 20) + 2 * (21 + 10)
-    cells = {(0, 0): 60, (0, 1): 30, (1, 0): 60, (1, 1): 60}
-    sample = eval_sae.scr_sample(frame_of(cells), 80, 60, 0)
-    cell = "the label {} with the attribute {} has {} training texts, and {} are needed"
-    short = [(0, 0, 60, 80), (0, 1, 30, 40), (1, 1, 60, 80)]
-    assert sample.notes == [cell.format(*values) for values in short]
-
-
-def test_probing_says_which_label_lacks_texts():
-    cells = {("x", 0): 80, ("y", 0): 50, ("z", 0): 70}
-    sample = eval_sae.probing_sample(frame_of(cells), 60, 50, 0)
-    lack = "the label y has 50 training texts, and 60 are needed: no other gives more"
-    assert sample.notes == [lack]
-
-
-def test_the_benchmarks_tasks_that_can_not_be_had_are_told(run, monkeypatch, capsys):
-    """Each with its reason, and github-code always."""
-
-    def frame(source, classes):
-        if source == eval_sae.NEWS:
-            cells = {(label, 0): 60 for label in classes}
-            return frame_of(cells)
-        raise InputError(f"{source[0]} can't be loaded: no network")
-
-    monkeypatch.setattr(eval_sae, "hub_frame", frame)
-    argv = [run / "s0", "--metrics", "probe", "--train", "40", "--test", "20"]
-    assert evaluated(argv) == 0
-    stored = json.loads((run / "s0" / "eval.json").read_text())["probe"]
-    assert [(part["task"], part["seed"]) for part in stored["parts"]] == [("ag_news", 0)]
-    assert stored["sample"] == {"ag_news": {"train": 160, "test": 80}}
-    assert stored["notes"][0].startswith("github-code is left out")
-    assert len(stored["notes"]) == 7 and not stored["is_whole"]
-    bios = "bias_in_bios 1 is left out: LabHC/bias_in_bios can't be loaded: no network"
-    assert bios in stored["notes"] and f"probe: {bios}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("family", ["probe", "scr"])
-def test_a_text_is_read_once_for_all_samples_and_autoencoders(run, probe_file, monkeypatch, family):
-    """And memory holds the latents of one autoencoder at a time; no file is left."""
-    read = []
-    real = eval_sae.read_texts
-
-    def read_texts(model, saes, texts, folder, task):
-        found = real(model, saes, texts, folder, task)
-        read.append((texts, found))
-        return found
-
-    monkeypatch.setattr(eval_sae, "read_texts", read_texts)
-    held = []
-    fromfile = numpy.fromfile
-    monkeypatch.setattr(
-        numpy, "fromfile", lambda file, **kind: held.append(file.name) or fromfile(file, **kind)
-    )
-    argv = [run, "--metrics", family, "--probe", probe_file, "--seed", "0", "1", "2"]
-    assert evaluated([*argv, "--train", "40", "--test", "20"]) == 0
-    ((texts, found),) = read
-    assert len(set(texts)) == len(texts)
-    assert held == ["0", "1"] * 3 and not any(file.exists() for file in found.files)
-
-
-def test_figures_are_meaned_over_seeds(run, probe_file):
-    """Those of several seeds are the mean of those of each alone, which stand beside it."""
-    argv = [run / "s0", "--metrics", "probe", "scr", "--probe", probe_file, "--train", "40"]
-    found = []
-    for seeds in (["0"], ["1"], ["0", "1", "0"]):
-        assert evaluated([*argv, "--seed", *seeds]) == 0
-        found.append(
-            eval_sae.stored_families(eval_sae.file_of(eval_sae.Subject(str(run / "s0"), CPU)))
-        )
-    for family in ("probe", "scr"):
-        first, second, both = [results[family] for results in found]
-        assert first["figures"] != second["figures"]
-        assert [part["seed"] for part in both["parts"]] == [0, 1]
-        assert both["parts"] == first["parts"] + second["parts"]
-        means = {
-            key: (first["figures"][key] + second["figures"][key]) / 2 for key in first["figures"]
-        }
-        assert both["figures"] == pytest.approx(means)
-
-
-def test_an_evaluation_that_is_stopped_prints_what_it_has_and_goes_on(
-    run, texts, probe_file, tmp_path, monkeypatch, capsys
+def test_an_evaluation_that_is_stopped_anywhere_prints_what_it_has_and_goes_on(
+    run, texts, probe_file, tmp_path, monkeypatch, result
 ):
-    """At whatever call it is stopped, --resume gives what one that never stopped gives."""
+    """Wherever a signal may end it, it keeps the families that are whole, and --resume gives what
+    one that never stopped gives.
+    """
     folder = copy_of(run, tmp_path / "sae")
-    argv = [folder, "--text", texts, "--contexts", "9", "--probe", probe_file]
-    argv += ["--train", "40", "--test", "20", "--metrics", "core", "probe", "scr"]
-    assert evaluated(argv) == 0
-    whole = json.loads((folder / "eval.json").read_text())
-    printed = capsys.readouterr().out
-    (folder / "eval.json").unlink()
+    families = ["core", "behaviour", "competition", "probe", "scr"]
+    argv = [folder, "--text", texts, "--contexts", "9", "--probe", probe_file, "--resume"]
+    argv += ["--train", "20", "--test", "20", "--metrics", *families]
+    whole = result(argv)
+    assert whole.code == 0 and list(whole.stored) == families
+    kept = []
+    for n in count(1):
+        (folder / "eval.json").unlink(missing_ok=True)
+        asked = count(1)
 
-    def stopped(*data, **options):
-        raise sgo_sae.Stopped(signal.SIGINT)
+        def stop_at_the_nth(n=n, asked=asked):
+            if next(asked) == n:
+                raise sgo_sae.Stopped(signal.SIGINT)
 
-    done = []
-    for name in ("reconstruction", "full_probing", "scr"):
         with monkeypatch.context() as patch:
-            patch.setattr(eval_sae, name, stopped)
-            assert evaluated([*argv, "--resume"]) == 130
-        out = capsys.readouterr().out
-        assert [family for family in ("core", "probe", "scr") if f"| {family}: " in out] == done
-        if done:
-            assert list(json.loads((folder / "eval.json").read_text())) == done
-        done.append({"reconstruction": "core", "full_probing": "probe", "scr": "scr"}[name])
-    monkeypatch.setattr(eval_sae, "reconstruction", stopped)  # is not called
-    monkeypatch.setattr(eval_sae, "full_probing", stopped)
-    assert evaluated([*argv, "--resume"]) == 0
-    assert json.loads((folder / "eval.json").read_text()) == whole
-    assert capsys.readouterr().out == printed
+            patch.setattr(sgo_sae, "stop_if_asked", stop_at_the_nth)
+            found = result(argv)
+        if found.code == 0:
+            break
+        assert found.code == 130
+        done = list(found.stored)
+        assert done == families[: len(done)] and found.stored == {f: whole.stored[f] for f in done}
+        printed = dict.fromkeys(row[0].split(":")[0] for row in cells_in(found.out)[2:])
+        assert list(printed) == done
+        if done not in kept:
+            kept.append(done)
+            again = result(argv)
+            assert again.stored == whole.stored and again.out == whole.out
+    assert kept == [families[:n] for n in range(len(families))]
+    (folder / "eval.json").write_text(json.dumps(whole.stored))
+
+    def not_called(*data):
+        raise AssertionError("nothing is to be measured")
+
+    for family in families:
+        monkeypatch.setitem(eval_sae.MEASURES, family, not_called)
+    assert result(argv).out == whole.out
 
 
-def test_evaluation_prints_a_table_and_is_repeatable(run, texts, probe_file, capsys):
-    argv = small_evaluation(run, texts, probe_file)
-    assert evaluated(argv) == 1  # absorption has no words
-    first = capsys.readouterr().out
-    assert evaluated(argv) == 1
-    assert capsys.readouterr().out == first
-    lines = first.splitlines()
-    assert "2 seeds" in lines[0]
-    for label in (
-        "core: mse ↓",
-        "behaviour: ce score ↑",
-        "competition: mean max cos ↓",
-        "probe: latents 1 ↑",
-        "probe: standardised 20 ↑",
-        "scr: scr 2 ↑",
-    ):
-        assert any(line.startswith(f"| {label} ") for line in lines), label
-    assert "- probe: latents 1, 2, 5, 20 ↑: accuracy of a probe on the latents" in first
-    assert any(line.startswith("absorption: not measured, ") for line in lines)
-    content = json.loads((run / "s0" / "eval.json").read_text())
-    for family, found in content.items():
-        known = {figure.name for figure in eval_sae.FIGURES if figure.family == family}
-        assert {re.sub(r"_\d+$", "", name) for name in found["figures"]} <= known
-    assert content["core"]["figures"]["l0"] == pytest.approx(4, abs=0.2)
-    assert content["core"]["settings"]["contexts"] == 40
-    assert content["probe"]["sample"]["words"] == {"train": 400, "test": 200}
-    core, sample = content["core"]["figures"], content["core"]["sample"]
-    counted = 16 * sample["tokens"] / sample["contexts"]
-    assert core["mse_benchmark"] == pytest.approx(core["mse"] * 16 / counted)  # of 16 dimensions
-    assert evaluated([*argv[:4], "--metrics", "core", "--contexts", "100000"]) == 0
-    assert re.search(r"the text has \d{2,3} contexts, not 100000", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    "words_of_the_error",
-    [
-        "DefaultCPUAllocator: can't allocate memory: 9 bytes",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "CUDA error: out of memory",
-    ],
-)
-def test_a_family_that_takes_too_much_memory_costs_itself(
-    run, texts, probe_file, capsys, monkeypatch, words_of_the_error
-):
-    """And what was measured is not measured again with --resume."""
-    argv = small_evaluation(run, texts, probe_file)
-    for seed in (0, 1):
-        (run / f"s{seed}" / "eval.json").unlink(missing_ok=True)
-
-    def full(*data):
-        raise RuntimeError(words_of_the_error)
-
-    with monkeypatch.context() as patch:
-        patch.setitem(eval_sae.MEASURES, "behaviour", full)
-        assert evaluated(argv) == 1
-    printed = capsys.readouterr().out
-    words = "behaviour: not measured, out of memory, smaller --contexts, --train, --test and"
-    assert words in printed and "probe: latents 1" in printed
-    stored = json.loads((run / "s0" / "eval.json").read_text())
-    assert set(stored) == set(eval_sae.FAMILIES) - {"absorption", "behaviour"}
-    monkeypatch.setattr(eval_sae, "reconstruction", full)  # it is not called
-    assert evaluated([*argv, "--metrics", "core", "--resume"]) == 0
-    assert "core: mse" in capsys.readouterr().out
-
-
-def test_a_model_that_can_not_be_loaded_ends_the_call(run, texts, capsys):
-    """Nothing can be measured without it, and eval.json keeps what it has."""
-    argv = [run / "s0", "--text", texts, "--metrics", "core", "--contexts", "9"]
-    assert evaluated(argv) == 0
-    before = (run / "s0" / "eval.json").read_bytes()
-    assert evaluated([*argv, "--model", "/nowhere"]) == 2
-    assert (run / "s0" / "eval.json").read_bytes() == before
-    later = run / "later.jsonl"
+def test_what_fails_takes_no_figures_from_eval_json(run, texts, tmp_path, result):
+    """A model that can't be loaded, or a text that is none. --resume measures what failed."""
+    folder = copy_of(run, tmp_path / "sae")
+    argv = [folder, "--text", texts, "--metrics", "core", "--contexts", "9"]
+    before = result(argv).stored
+    found = result([*argv, "--model", "/nowhere"])
+    assert found.code == 2 and found.stored == before
+    later = tmp_path / "later.jsonl"
     later.write_text("no text\n")
-    assert evaluated([*argv, "--text", later]) == 2
-    assert "core: not measured" in capsys.readouterr().out
-    assert (run / "s0" / "eval.json").read_bytes() == before
+    found = result([*argv, "--text", later])
+    assert found.code == 2 and found.stored == before
+    assert "core: not measured" in found.out
     shutil.copy(texts, later)
-    assert evaluated([*argv, "--text", later, "--resume"]) == 0  # what failed is measured
-    assert json.loads((run / "s0" / "eval.json").read_text())["core"]["settings"]["dataset"] == str(
-        later
-    )
+    found = result([*argv, "--text", later, "--resume"])
+    assert found.code == 0 and found.stored["core"]["settings"]["dataset"] == str(later)
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+ODD_FILES = {
+    "empty.jsonl": b"",
+    "empty.txt": b"",
+    "broken.jsonl": b'{"text": "a',
+    "broken.jsonl.gz": b"this is not gzip",
+    "broken.parquet": b"PAR1 but not really",
+    "blank.jsonl": b'{"text": ""}\n{"text": null}\n',
+    "numbers.jsonl": b'{"text": 1}\n{"text": 2}\n',
+    "chats.jsonl": b'{"text": [{"role": "user"}]}\n',
+    "lines.json": b'[{"text": "a"},\n{"text": "b"}]',
+    "two.jsonl.zip": b"PK",
+    "picture.png": b"\x89PNG",
+    "lists.jsonl": b'{"text": "a", "label": ["b"]}\n',
+}
+
+
+# What is done to the two files of an autoencoder.
+DAMAGES = {
+    "half a cfg": lambda cfg, weights: cfg.write_bytes(cfg.read_bytes()[:100]),
+    "a list as cfg": lambda cfg, weights: cfg.write_text("[]"),
+    "no weights beside it": lambda cfg, weights: weights.unlink(),
+    "a misspelled cfg": lambda cfg, weights: cfg.write_text('{"architecture": "topkk"}'),
+    "k over N": lambda cfg, weights: cfg.write_text(cfg.read_text().replace('"k": 4', '"k": 65')),
+    "k in words": lambda cfg, weights: cfg.write_text(
+        cfg.read_text().replace('"k": 4', '"k": "4"')
+    ),
+    "half of the weights": lambda cfg, weights: weights.write_bytes(weights.read_bytes()[:300]),
+    "noise as weights": lambda cfg, weights: weights.write_bytes(b"\xff" * 500),
+    "one tensor": lambda cfg, weights: save_file({"W_enc": torch.zeros(16, 64)}, weights),
+    "a short tensor": lambda cfg, weights: save_file(
+        {**load_file(weights), "b_dec": torch.ones(3)}, weights
+    ),
+    "a tensor too many": lambda cfg, weights: save_file(
+        {**load_file(weights), "W_skip": torch.ones(3)}, weights
+    ),
+}
+
+
+# What cfg.json of an autoencoder may say, so that it can't be measured.
+ODD_METADATA = {
+    "without a layer": {"hook_name": None},
+    "of an MLP": {"hook_name": "blocks.1.hook_mlp_out"},
+    "changed": {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+}
+
+
+@pytest.fixture(scope="session")
+def odd(model, run, tmp_path_factory):
+    """A folder of what is refused, by name: texts, language models and autoencoders."""
+    folder = tmp_path_factory.mktemp("odd")
+    for name, content in ODD_FILES.items():
+        (folder / name).write_bytes(content)
+    for kind in ("t5", "albert", "xlm", "roberta"):
+        saved(kind, model, folder / kind)
+    make_model(folder / "one layer", layers=1)
+    shutil.copy(Path(model[0], "config.json"), folder / "one layer")
+    parts = {
+        "no files": [],
+        "no tokenizer": ["config.json", "model.safetensors"],
+        "no weights": ["config.json", "tokenizer.json", "tokenizer_config.json"],
+    }
+    for name, files in parts.items():
+        (folder / name).mkdir()
+        for file in files:
+            shutil.copy(Path(model[0], file), folder / name)
+    for name, change in DAMAGES.items():
+        copy_of(run, folder / name)
+        change(folder / name / "cfg.json", folder / name / "sae_weights.safetensors")
+    for name, metadata in ODD_METADATA.items():
+        copy_of(run, folder / name, **metadata)
+    copy_of(run, folder / "normalized")
+    cfg = json.loads((folder / "normalized" / "cfg.json").read_text())
+    cfg["normalize_activations"] = "layer_norm"
+    (folder / "normalized" / "cfg.json").write_text(json.dumps(cfg))
+    (folder / "under way").mkdir()
+    (folder / "under way" / "metrics.jsonl").write_text("")
+    cfg = sgo_sae.Config(model=str(folder / "roberta"), layer=1, k=4, ctx=16)
+    sgo_sae.save_sae(SAE(32, 64, 4), cfg, folder / "not causal")
+    return folder
+
+
+def argv_of(line, **places):
+    """The words of a command line. Names in capitals stand for places; after ODD _ is a space."""
+    argv = []
+    for word in line.split():
+        if word.startswith("ODD"):
+            word = word.replace("_", " ")
+        for name, place in places.items():
+            word = word.replace(name, str(place))
+        argv.append(word)
+    return argv
+
+
+REFUSED = [
+    ("--k 65", "64 latents"),
+    ("--k 0", "--k must be from 1"),
+    ("--dict 0", "--dict must be from 1"),
+    ("--alpha -0.1", "--alpha must be from 0"),
+    ("--alpha nan", "--alpha must be from 0"),
+    ("--alpha inf", "--alpha must be from 0"),
+    ("--alpha x", "invalid float value: 'x'"),
+    ("--alpha 1 1", "twice"),
+    ("--lr -1", "--lr must be from 0"),
+    ("--sparsity nan", "--sparsity must be from 0"),
+    ("--max-norm 0.5", "--max-norm"),
+    ("--decay-start 2", "--decay-start must be from 0 to 1,"),
+    ("--alpha-warmup 1000", "--alpha-warmup must be from 0 to 1,"),
+    (f"--seed {2**64}", "--seed must be from 0 to"),
+    (f"--data-seed {2**60}", "--data-seed must be from 0 to"),
+    ("--ctx 1", "--ctx"),
+    ("--tokens 10", "one batch"),
+    ("--log-every 0", "--log-every must be from 1"),
+    ("--arch mean", "invalid choice"),
+    ("--demo", "--demo makes its own model and text"),
+    ("--arch relu --sparsity 0", "--sparsity 0"),
+    ("--nonsense 1", "unrecognized arguments"),
+    ("--device cuda:7", "--device cuda:7"),
+    ("--device toaster", "--device toaster"),
+    ("--layer 4", "0 to 3"),
+    ("--layer -1", "--layer must be from 0"),
+    ("--text-column body", "its columns: text"),
+    ("--split test", "name the files"),
+    ("--subset en", "name the files"),
+    ("--model /nowhere/at/all", "/nowhere/at/all"),
+    ("--model ./misspelled", "./misspelled: there is no such file"),
+    ("--dataset /nowhere/at/all.jsonl", "/nowhere/at/all.jsonl: there is no such file"),
+    ("--dataset misspelled.csv", "misspelled.csv: there is no such file"),
+    ("--dataset ODD/empty.jsonl", "empty.jsonl"),
+    ("--dataset ODD/empty.txt", "empty.txt has no text"),
+    ("--dataset ODD/broken.jsonl", "broken.jsonl has no text"),
+    ("--dataset ODD/broken.jsonl.gz", "broken.jsonl.gz can't be loaded"),
+    ("--dataset ODD/broken.parquet", "broken.parquet can't be loaded"),
+    ("--dataset ODD/blank.jsonl", "no text in --text-column text"),
+    ("--dataset ODD/numbers.jsonl", "no text in --text-column text"),
+    ("--dataset ODD/chats.jsonl", "no text in --text-column text"),
+    ("--dataset ODD/lines.json", "jsonl"),
+    ("--dataset ODD/two.jsonl.zip", "two.jsonl.zip"),
+    ("--dataset ODD/picture.png", "picture.png"),
+    ("--model ODD/no_files", "no files"),
+    ("--model ODD/no_tokenizer", "no tokenizer"),
+    ("--model ODD/no_weights", "no weights"),
+    ("--model ODD/one_layer", "lack"),
+    ("--model ODD/t5", "an encoder alone"),
+    ("--model ODD/albert", "its 4 layers are not in one list"),
+    ("--model ODD/xlm", "its 4 layers are not in one list"),
+    ("/nowhere", "/nowhere: there is no such file or folder"),
+    ("RUN --metrics core beauty", "invalid choice"),
+    ("RUN --metrics core --text TEXTS --model /nowhere", "/nowhere"),
+    ("RUN --metrics core --text TEXTS --layer 2", "it is for layer 1"),
+    ("RUN --contexts 0", "--contexts must be from 1 to 4294967295, but is 0"),
+    ("RUN --contexts many", "--contexts: invalid int value: 'many'"),
+    ("RUN --ctx 1", "--ctx must be from 2 "),
+    ("RUN --train 1", "--train must be from 20 "),
+    ("RUN --test 1", "--test must be from 20 "),
+    ("RUN --words 9", "--words must be from 100 "),
+    ("RUN --seed 0 -1", "--seed must be from 0 to 4294967295, but is -1"),
+    ("RUN --seed 4294967296", "--seed must be from 0 to 4294967295"),
+    ("RUN --layer -1", "--layer must be from 0 "),
+    ("RUN --text ./none.jsonl", "./none.jsonl: there is no such file"),
+    ("RUN --probe ./none.csv", "./none.csv: there is no such file"),
+    ("RUN --html nowhere/page.html", "no folder"),
+    ("RUN --html ODD", "is a folder"),
+    ("RUN --split test", "--text, which is not given"),
+    ("RUN --against beauty", "the settings are arch topk, d_sae 64"),
+    ("ODD/under_way", "its run is under way"),
+    ("ODD/without_a_layer", "give --layer"),
+    ("ODD/without_a_layer --metrics core --text TEXTS --layer 9", "are 0 to 3"),
+    ("ODD/of_an_MLP", "blocks.1.hook_mlp_out"),
+    ("ODD/changed", "center_writing_weights"),
+    ("ODD/normalized", "normalize_activations"),
+    *[(f"ODD/{name.replace(' ', '_')}", name) for name in DAMAGES],
+]
+
+
+@pytest.mark.parametrize("line, words", REFUSED)
+def test_what_can_not_work_is_refused_in_one_line(
+    train_argv, run, texts, odd, tmp_path, monkeypatch, result, line, words
+):
+    """With what a user needs to mend it, and before anything is written."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    argv = argv_of(line, RUN=run / "s0", TEXTS=texts, ODD=odd)
+    program = "eval_sae.py"
+    if line.startswith("--"):
+        program = "sgo_sae.py"
+        argv = [*train_argv(), *argv]
+    found = result(argv)
+    assert found.code == 2 and found.out == ""
+    assert found.last.startswith(f"{program}: error: ") and words in found.last
+    assert len(found.err.splitlines()) == 1 or "ODD" in line or "--layer 2" in line
+    assert not (tmp_path / "run").exists() and not list(odd.glob("*/eval.json"))
 
 
 @pytest.mark.parametrize(
-    "argv, words",
+    "line, words",
     [
-        (["/nowhere"], "/nowhere: there is no such file or folder"),
-        (["RUN", "--metrics", "core", "beauty"], "invalid choice"),
-        (["RUN", "--metrics", "core", "--text", "TEXTS", "--model", "/nowhere"], "/nowhere"),
-        (["LAYERLESS", "--metrics", "core", "--text", "TEXTS", "--layer", "9"], "are 0 to 3"),
-        (["RUN", "--contexts", "0"], "--contexts must be from 1 to 4294967295, but is 0"),
-        (["RUN", "--contexts", "many"], "--contexts: invalid int value: 'many'"),
-        (["RUN", "--ctx", "1"], "--ctx must be from 2 "),
-        (["RUN", "--train", "1"], "--train must be from 20 "),
-        (["RUN", "--test", "1"], "--test must be from 20 "),
-        (["RUN", "--words", "9"], "--words must be from 100 "),
-        (["RUN", "--seed", "0", "-1"], "--seed must be from 0 to 4294967295, but is -1"),
-        (["RUN", "--seed", "4294967296"], "--seed must be from 0 to 4294967295"),
-        (["RUN", "--layer", "-1"], "--layer must be from 0 "),
-        (["RUN", "--text", "./none.jsonl"], "./none.jsonl: there is no such file"),
-        (["RUN", "--probe", "./none.csv"], "./none.csv: there is no such file"),
-        (["UNDERWAY"], "underway: its run is under way"),
-        (["RUN", "--html", "nowhere/page.html"], "--html nowhere/page.html: there is no folder"),
-        (["RUN", "--html", "FOLDER"], "is a folder, and a file is needed"),
-        (["RUN", "--split", "test"], "--split and --text-column are of --text, which is not given"),
-        (["RUN", "--against", "beauty"], "--against beauty: the settings are arch topk, d_sae 64"),
-        (["NARROW", "--metrics", "core"], "cfg.json"),
+        ("RUN --metrics probe --probe TEXTS", "needs the columns text and label, and has text"),
+        ("RUN --metrics probe --probe ODD/lists.jsonl", "kind list"),
+        ("RUN --metrics scr --probe SAME", "two values of `attribute` are needed"),
+        ("RUN --metrics core", "give --text"),
+        ("RUN --metrics core --html PAGE", "give --text"),
+        ("RUN --metrics core --text TEXTS --text-column body", "--text-column body"),
+        ("ODD/not_causal --metrics absorption", "not causal"),
     ],
 )
-def test_bad_evaluations_are_refused_in_one_line(model, run, texts, tmp_path, capsys, argv, words):
-    copy_of(run, tmp_path / "layerless", hook_name=None)
-    (tmp_path / "narrow").mkdir()
-    (tmp_path / "narrow" / "cfg.json").write_text("{}")
-    (tmp_path / "underway").mkdir()
-    (tmp_path / "underway" / "metrics.jsonl").write_text("")
-    names = {
-        "RUN": run / "s0",
-        "TEXTS": texts,
-        "LAYERLESS": tmp_path / "layerless",
-        "NARROW": tmp_path / "narrow",
-        "UNDERWAY": tmp_path / "underway",
-        "FOLDER": tmp_path,
-    }
-    assert evaluated([str(names.get(a, a)) for a in argv]) == 2
-    last = last_line(capsys)
-    assert words in last and last.startswith("eval_sae.py: error: "), last
-
-
-# --------------------------------------------------------------------------- absorption, end to end
-
-
-def test_absorption_of_a_planted_speller(speller, tmp_path, monkeypatch, capsys):
-    """From the command line, of a model whose activations spell, on two samples of words.
-
-    With a latent for each letter nothing is absorbed. Where one word in eight has a latent of its
-    own that stands for the letter, it is, on the words of that latent.
-    """
-    monkeypatch.setattr(eval_sae, "FEWEST_LETTERS", speller.n_spelled)  # so many are enough
-    found = {}
-    for kind in ("letters", "absorbing"):
-        folder = speller.sae(tmp_path / kind, kind)
-        argv = [folder, "--metrics", "absorption", "--words", "1040", "--seed", "0", "1"]
-        assert evaluated(argv) == 0
-        found[kind] = json.loads((folder / "eval.json").read_text())["absorption"]
-        assert [part["seed"] for part in found[kind]["parts"]] == [0, 1]
-        assert found[kind]["sample"] == {"words": 1040}
-    letters = found["letters"]["figures"]
-    assert letters["letters"] == speller.n_spelled
-    assert letters["split_latents"] == 1
-    assert letters["full"] == letters["absorption"] == 0
-    absorbing = found["absorbing"]["figures"]
-    # One word in eight has its own latent, of the letter's direction.
-    assert absorbing["full"] == pytest.approx(1 / 8, abs=0.04)
-    assert absorbing["absorption"] == pytest.approx(1 / 8, abs=0.04)
-    printed = capsys.readouterr().out
-    assert "absorption: full ↓" in printed
-    # Each sample has its own words.
-    first, second = (part["figures"] for part in found["absorbing"]["parts"])
-    assert first != second
-    # Letters that the model does not spell are left out, and too few are no measurement.
-    argv = [tmp_path / "letters", "--metrics", "absorption", "--words", "104", "--seed", "0"]
-    assert evaluated(argv) == 2
-    out = capsys.readouterr().out
-    assert re.search(r"the model spells \d+ of 26 letters with 104 of its 1,066 words", out)
-    assert "and 22 are needed; more --words spell more" in out
-    # eval.json keeps what it had.
-    stored = json.loads((tmp_path / "letters" / "eval.json").read_text())
-    assert stored["absorption"]["figures"] == letters
-
-
-def test_one_seed_whose_words_do_not_do_costs_itself(speller, tmp_path, monkeypatch, capsys):
-    folder = speller.sae(tmp_path / "sae", "letters")
-    original = eval_sae.words_of
-
-    def words_of(model, n_words, seed):
-        if seed == 1:
-            raise InputError("the model spells 19 of 26 letters")
-        return original(model, n_words, seed)
-
-    monkeypatch.setattr(eval_sae, "words_of", words_of)
-    argv = [folder, "--metrics", "absorption", "--words", "1040", "--seed", "0", "1"]
-    assert evaluated(argv) == 0
-    assert "words are left out, seed 1: the model spells 19 of 26" in capsys.readouterr().out
-    stored = json.loads((folder / "eval.json").read_text())["absorption"]
-    assert [part["seed"] for part in stored["parts"]] == [0] and not stored["is_whole"]
-
-
-def test_scored_are_the_words_that_the_probe_recognises_of_letters_that_the_model_spells(
-    speller, tmp_path, monkeypatch
+def test_what_can_not_be_measured_is_told_under_the_table(
+    run, texts, probe_file, odd, tmp_path, result, line, words
 ):
-    """On new prompts, of the last fifth of the words."""
-    folder = speller.sae(tmp_path / "sae", "letters")
-    evaluation = evaluation_of([folder])
-    prompts = []
-    original = eval_sae.spelled_activations
-
-    def spelled(model, words, *rest):
-        prompts.append(words)
-        return original(model, words, *rest)
-
-    monkeypatch.setattr(eval_sae, "spelled_activations", spelled)
-    calls = []
-    probe = eval_sae.letter_probe
-
-    def letter_probe(*data, **options):
-        calls.append((data, options))
-        weight_AD, b_A = probe(*data, **options)
-        b_A = b_A.clone()
-        b_A[4] = -1e6  # the probe finds no word with E
-        b_A[7] = 1e6  # and takes all for H, those with E among them
-        return weight_AD, b_A
-
-    monkeypatch.setattr(eval_sae, "letter_probe", letter_probe)
-    # It counts as spelled all the same, so that only the probe leaves it out.
-    spelled = eval_sae.spelled_letters
-    monkeypatch.setattr(
-        eval_sae, "spelled_letters", lambda *data: spelled(*data) | (torch.arange(26) == 4)
-    )
-    words = eval_sae.words_of(evaluation.model, 1040, 3)
-    (x_TD, _), options = calls[0]
-    assert options == {"batch": 64, "l2": 1e-4, "seed": 3}
-    assert len(x_TD) == words.n_train == 832
-    first, again = prompts
-    assert len(first) == 1040 and set(again) < set(first[832:])
-    letters = {letter for _, letter in again}
-    assert not {4, 7} & letters and len(letters) >= 20
-    assert words.new_letter_P.tolist() == [letter for _, letter in again]
-    # They are other prompts of the same words.
-    old = words.x_TD[[first.index(word) for word in again]]
-    assert old.shape == words.new_x_PD.shape and not torch.allclose(old, words.new_x_PD)
-
-
-# -------------------------------------------------------------------------------------------- table
-
-
-def test_table_has_means_and_deviations_over_seeds():
-    values = {(0.0, 0): 1.0, (0.0, 1): 3.0, (0.1, 1): 9.0, (0.1, 0): 8.0, (0.2, 0): 2.5}
-    subjects = [
-        Measured(f"{alpha}{seed}", {"alpha": alpha, "dict": 8}, seed, {"mse": value})
-        for (alpha, seed), value in values.items()
-    ]
-    head, _, row = cells_of(subjects)
-    assert head == ["", "alpha 0.0, 2 seeds", "alpha 0.1, 2 seeds", "alpha 0.2"]
-    assert row == ["core: mse ↓", "2.0 ± 1.4", "8.50 ± 0.71", "2.500"]
-    again = [subjects[0], Measured("copies/a", subjects[0].settings, 0, {"mse": 1.5})]
-    head, _, row = cells_of(again)
-    assert (head[2], row[1:]) == ("copies/a", ["1.000", "1.500"])
-
-
-def test_a_column_is_named_by_what_differs_or_by_what_matters():
-    base = {"arch": "topk", "d_sae": 64, "k": 4, "alpha": 0.0, "lr": 0.1, "lm_batch": 32}
-    alone = [Measured("runs/a-s0", base, 0, {"mse": 1}), Measured("runs/a-s1", base, 1, {"mse": 2})]
-    assert cells_of(alone)[0] == ["", "arch topk, d_sae 64, k 4, alpha 0.0, 2 seeds"]
-    other = Measured("runs/b", {**base, "lr": 0.2}, 0, {"mse": 1})
-    assert cells_of([*alone, other])[0] == ["", "lr 0.1, 2 seeds", "lr 0.2"]
-    # A setting that one of them lacks, or has as None, is another one.
-    for value in (None, 0.5):
-        other = Measured("runs/b", {**base, "alpha_start": value}, 1, {"mse": 1})
-        missing = Measured("runs/a", {**base, "alpha_start": 0.1}, 0, {"mse": 1})
-        names = cells_of([missing, other])[0][1:]
-        assert names == ["alpha_start 0.1", f"alpha_start {value}"]
-    later = Measured("runs/b", {**base, "max_norm": 5.0}, 1, {"mse": 1})
-    assert cells_of([alone[0], later])[0][1:] == ["a-s0", "max_norm 5.0"]
-    foreign = Measured("some/where/params.npz", {}, 0, {"mse": 1})
-    assert cells_of([alone[0], foreign])[0][2] == "where"
-
-
-def test_a_mean_over_tasks_lacks_what_one_of_them_lacks():
-    subjects = []
-    for seed, second in enumerate((0.5, None)):
-        made = Measured(f"{seed}", {"alpha": 0}, seed, {}, "scr")
-        parts = [eval_sae.Part(task, 0, {"scr_2": x}) for task, x in (("a", 0.1), ("b", second))]
-        made.records["scr"] = record_of(parts)
-        subjects.append(made)
-    assert cells_of(subjects, ("scr",))[2][1] == "0.3000 (1 seeds)"
-    assert cells_of(subjects[1:], ("scr",))[2][1] == ""
-
-
-def test_a_figure_that_some_seeds_lack_says_how_many_count():
-    subjects = [
-        Measured(f"{alpha}{seed}", {"alpha": alpha}, seed, {"mse": 1.0 + seed, "bias": 2.0})
-        for alpha, seed in product((0, 1), range(3))
-    ]
-    subjects[1].records["core"].parts[0]["figures"]["bias"] = None
-    subjects[0].records["core"].parts[0]["figures"]["mse"] = None
-    subjects[1].records["core"].parts[0]["figures"]["mse"] = None
-    subjects[2].records["core"].parts[0]["figures"]["mse"] = None
-    _, _, mse, bias = cells_of(subjects)
-    assert mse == ["core: mse ↓", "", "2.0 ± 1.0"]
-    assert bias == ["core: bias", "2.000 (2 seeds)", "2.000"]
-
-
-def test_intervals_pool_the_variance_over_the_settings():
-    """A two-way analysis by hand; the differences are marked where they are better or worse.
-
-    There are two settings more than seeds.
-    """
-    subjects, values_SR = paired_subjects(n_settings=5, n_seeds=3)
-    eval_sae.name_subjects(subjects)
-    baseline = eval_sae.baseline_of(subjects)
-    assert baseline == "alpha 0"  # the unpenalised topk, and not the first
-    head, _, mse, score, l0 = cells_of(subjects, baseline=baseline)
-    names = ["alpha 20", "alpha 2.5", "alpha 3", "alpha 4"]
-    assert head == ["", "alpha 0, 3 seeds", *(f"{name}, 3 seeds" for name in names), "±"]
-    residual_SR = values_SR - values_SR.mean(1, keepdim=True) - values_SR.mean(0)
-    residual_SR += values_SR.mean()
-    deviation = (residual_SR.square().sum() / 8).sqrt().item()
-    half = 2.30600 * deviation * math.sqrt(2 / 3)  # Student's t with 8 degrees of freedom
-    assert eval_sae.student_t(4) == pytest.approx(2.77645, rel=1e-5)
-    assert eval_sae.student_t(8) == pytest.approx(2.30600, rel=1e-5)
-    assert float(mse[-1]) == pytest.approx(half, rel=0.05)
-    means = values_SR.mean(0)
-    for cell, setting in zip(mse[2:-1], (0, 2, 3, 4)):
-        change = (means[setting] - means[1]).item()
-        assert float(cell.strip("*_")) == pytest.approx(change, abs=1e-3)
-        assert cell[0] == ("*" if change < 0 else "_")  # a smaller error is better
-        assert score[mse.index(cell)][0] == ("_" if change < 0 else "*")  # and a larger cosine
-    assert l0[1:] == ["0.7000", *["+0.0000"] * 4, "0.0000"]
-    assert cells_of(subjects)[4][1:] == ["0.7000"] * 5  # though their mean is not exact
-
-
-def test_a_difference_within_the_interval_is_not_marked():
-    """Nor is one without an interval."""
-    values = {0: (1.0, 1.1, 0.95), 1: (1.02, 1.05, 1.0)}
-    subjects = []
-    for alpha, of_seeds in values.items():
-        for seed, value in enumerate(of_seeds):
-            settings = {"arch": "topk", "alpha": alpha}
-            subjects.append(Measured(f"{alpha}-{seed}", settings, seed, {"mse": value}))
-    row = cells_of(subjects, baseline="alpha 0")[2]
-    assert float(row[2]) == pytest.approx(0.0067, abs=5e-3) and float(row[3]) > 0.05
-    first = [subject for subject in subjects if subject.seed == 0]
-    assert cells_of(first, baseline="alpha 0")[2][1:] == ["1.000", "+0.020", ""]
-
-
-def test_a_setting_without_a_figure_takes_none_from_the_others():
-    subjects, _ = paired_subjects(n_settings=3, n_seeds=3)
-    whole = cells_of(subjects, baseline="alpha 0")
-    lacking = paired_subjects(n_settings=3, n_seeds=3)[0]
-    for subject in lacking:
-        if subject.settings["alpha"] == 20:
-            subject.records["core"] = subject.records["core"]._replace(parts=[], notes=["no text"])
-    text = table_of(lacking, baseline="alpha 0")
-    mse = cells_in(text)[2]
-    assert mse[2] == "" and mse[3].strip("*_") == whole[2][3].strip("*_")
-    assert "core of 20-0, 20-1, 20-2: no text" in text
-    # And where the baseline lacks it, that is said.
-    for subject in lacking:
-        if subject.settings["alpha"] == 0:
-            subject.records["core"] = subject.records["core"]._replace(parts=[])
-    text = table_of(lacking, baseline="alpha 0")
-    assert "core: mse: alpha 0 has no figure, and there is no difference" in text
-    assert cells_in(text)[2][1:] == ["", "", "", ""]
-
-
-def test_differences_are_over_the_seeds_that_all_settings_have():
-    """As if the others had not been trained; that is said."""
-    subjects, _ = paired_subjects(n_settings=3, n_seeds=4)
-    fewer = [s for s in subjects if (s.settings["alpha"], s.seed) != (2.5, 1)]
-    text = table_of(fewer, baseline="alpha 0")
-    assert "core: of 4 seeds, only 0, 2, 3 count, which all settings have" in text
-    without = [s for s in subjects if s.seed != 1]
-    assert cells_in(text)[1:] == cells_of(without, baseline="alpha 0")[1:]
-    # With one that all have there is no interval, and with none no difference.
-    lonely = [s for s in subjects if s.settings["alpha"] != 2.5 or s.seed == 0]
-    mse = cells_of(lonely, baseline="alpha 0")[2]
-    assert all(mse[1:4]) and mse[4] == ""
-    for subject in subjects:
-        if subject.settings["alpha"] == 2.5:
-            subject.seed += 10
-    text = table_of(subjects, baseline="alpha 0")
-    assert "core: mse: the settings share no seed, and there is no difference" in text
-    assert cells_in(text)[2][1:] == ["", "", "", ""]
-
-
-def test_samples_enter_the_interval():
-    """Each run has two samples of words: ± over seeds and ± over samples are added in squares."""
-    values_RSA = torch.tensor(  # samples, seeds, settings
-        [[[0.50, 0.60], [0.52, 0.66], [0.51, 0.58]], [[0.54, 0.68], [0.55, 0.70], [0.58, 0.69]]]
-    ).double()
-    subjects = []
-    for setting, alpha in enumerate((0, 2)):
-        for seed in range(3):
-            figures = [{"full": values_RSA[sample, seed, setting].item()} for sample in range(2)]
-            settings = {"arch": "topk", "alpha": alpha}
-            made = Measured(f"{alpha}-{seed}", settings, seed, figures[0], "absorption")
-            parts = [eval_sae.Part("words", n, own)._asdict() for n, own in enumerate(figures)]
-            made.records["absorption"] = made.records["absorption"]._replace(parts=parts)
-            subjects.append(made)
-
-    def half(values, quantile):
-        residual = values - values.mean(1, keepdim=True) - values.mean(0) + values.mean()
-        freedom = (values.shape[0] - 1) * (values.shape[1] - 1)
-        deviation = (residual.square().sum() / freedom).sqrt().item()
-        return quantile * deviation * math.sqrt(2 / values.shape[0])
-
-    over_seeds = half(values_RSA.mean(0), 4.30265)
-    over_samples = half(values_RSA.mean(1), 12.7062)
-    row = cells_of(subjects, ("absorption",), baseline="alpha 0")[2]
-    assert float(row[-1]) == pytest.approx(math.hypot(over_seeds, over_samples), rel=0.05)
-    # With one seed, the samples alone give an interval, and it is said.
-    first = [subject for subject in subjects if subject.seed == 0]
-    eval_sae.name_subjects(first)
-    found = eval_sae.table(first, ("absorption",), "alpha 0")
-    assert "With one seed a setting ± is over samples alone" in found
-    row = cells_in(found)[2]
-    assert float(row[-1]) == pytest.approx(half(values_RSA[:, 0], 12.7062), rel=0.05)
-    # Another family's sample is none of this one's.
-    for subject in first:
-        parts = subject.records["absorption"].parts[1:]
-        subject.records["absorption"] = subject.records["absorption"]._replace(parts=parts)
-        subject.records["core"] = record_of([eval_sae.Part("text", 0, {"mse": 1.0})])
-    found = eval_sae.table(first, ("core", "absorption"), "alpha 0")
-    assert "With one seed a setting there is no ±" in found
-    first = [subject for subject in subjects if subject.seed == 0]
-    # The seed of a run that lacks a sample does not count in any.
-    parts = subjects[0].records["absorption"].parts
-    subjects[0].records["absorption"] = subjects[0].records["absorption"]._replace(parts=parts[1:])
-    text = table_of(subjects, ("absorption",), baseline="alpha 0")
-    assert "absorption: of 3 seeds, only 1, 2 count" in text
-    row = cells_in(text)[2]
-    assert float(row[1]) == pytest.approx(values_RSA[:, 1:, 0].mean().item(), abs=1e-3)
-
-
-def test_one_seed_gives_no_interval_and_says_so():
-    subjects, _ = paired_subjects(n_settings=3, n_seeds=1)
-    eval_sae.name_subjects(subjects)
-    found = eval_sae.table(subjects, ("core",), "alpha 0")
-    assert "With one seed a setting there is no ±: train several" in found
-    assert all(row[-1] == "" for row in cells_in(found)[2:])
-    several, _ = paired_subjects(n_settings=3, n_seeds=2)
-    eval_sae.name_subjects(several)
-    assert "train several" not in eval_sae.table(several, ("core",), "alpha 0")
-
-
-def test_what_the_user_names_is_compared_with(run, tmp_path, texts, capsys):
-    """--paired takes the first unpenalised topk of the first RUN, --against what it names."""
-    subjects, _ = paired_subjects(n_settings=3, n_seeds=1)
-    eval_sae.name_subjects(subjects)
-    assert eval_sae.baseline_of(subjects[:1]) == "alpha 20"
-    relu = Measured("r", {"arch": "relu", "alpha": 0}, 0, {"mse": 1})
-    relu.name = "arch relu"
-    assert eval_sae.baseline_of([relu, *subjects]) == "alpha 0"
-    other = copy_of(run, tmp_path / "other")
-    argv = [run / "s0", other, "--text", texts, "--contexts", "9", "--metrics", "core"]
-    assert evaluated([*argv, "--against", "other"]) == 0
-    assert "are differences to other." in capsys.readouterr().out
-    assert evaluated([*argv, "--paired"]) == 0
-    assert "are differences to arch topk, d_sae 64" in capsys.readouterr().out
-
-
-def test_a_run_that_is_left_out_is_no_baseline(run, tmp_path, texts, capsys):
-    other = copy_of(run, tmp_path / "runs" / "a", hook_name="blocks.2.hook_resid_post")
-    trained_copy(run, other, alpha=0.0)
-    copy_of(run, tmp_path / "runs" / "b")
-    argv = [tmp_path / "runs", "--layer", "1", "--text", texts, "--contexts", "9"]
-    assert evaluated([*argv, "--metrics", "core", "--paired"]) == 1
-    out = capsys.readouterr().out
-    assert "are differences to b." in out
-    assert float(cells_in(out)[2][1]) > 0
-
-
-def test_a_sample_that_one_setting_lacks_altogether_leaves_no_difference():
-    subjects, _ = paired_subjects(n_settings=3, n_seeds=3)
-    for subject in subjects:
-        figures = subject.records["core"].parts[0]["figures"]
-        n_samples = 1 if subject.settings["alpha"] == 2.5 else 2
-        parts = [eval_sae.Part("text", n, figures) for n in range(n_samples)]
-        subject.records["core"] = record_of(parts)
-    text = table_of(subjects, baseline="alpha 0")
-    assert "core: mse: the settings share no seed, and there is no difference" in text
-
-
-def test_a_difference_that_is_the_same_in_each_seed_is_marked():
-    """Its interval has no width, which is not to have none."""
-    subjects = []
-    for alpha, value in ((0, 0.0), (1, 0.1)):
-        for seed in range(3):
-            settings = {"arch": "topk", "alpha": alpha}
-            subjects.append(Measured(f"{alpha}-{seed}", settings, seed, {"mse": value}))
-    row = cells_of(subjects, baseline="alpha 0")[2]
-    assert row[2].startswith("_+0.10") and float(row[3]) == 0
-
-
-def test_settings_are_compared_over_the_tasks_that_all_runs_have():
-    """Each in a table of its own would have the mean over other tasks."""
-    subjects = []
-    for alpha in (0, 1):
-        for seed in range(2):
-            settings = {"arch": "topk", "alpha": alpha}
-            parts = []
-            for task, value in {"bios": 0.7, "hard": 0.1}.items():
-                if (alpha, seed, task) != (1, 1, "hard"):
-                    figures = {"latents_all": value + 0.01 * alpha + 0.02 * seed}
-                    parts.append(eval_sae.Part(task, 0, figures))
-            made = Measured(f"{alpha}-{seed}", settings, seed, {}, "probe")
-            made.records["probe"] = record_of(parts)
-            subjects.append(made)
-    for options in ({}, {"baseline": "alpha 0"}):
-        text = table_of(subjects, ("probe",), **options)
-        assert "probe: left out of the means is what not all runs have: hard" in text
-        row = cells_in(text)[2]
-        assert float(row[1].split()[0]) == pytest.approx(0.71)
-    assert float(row[2].strip("*_")) == pytest.approx(0.01)
-    assert "With one sample a task ± is over the seeds of training alone" in text
-
-
-def test_a_difference_to_nothing_has_its_digits():
-    """With one seed there is no ±."""
-    subjects = [
-        Measured("a", {"arch": "topk", "alpha": alpha}, 0, {"dense": share})
-        for alpha, share in ((0, 0.0), (1, 0.07594))
-    ]
-    row = cells_of(subjects, baseline="alpha 0")[2]
-    assert row[1:] == ["0.00000", "+0.07594", ""]
-
-
-def test_cells_of_odd_names_and_numbers():
-    assert eval_sae.markdown([["", "a|b"], ["x", "1"]]).splitlines()[0] == r"|   | a\|b |"
-    assert eval_sae.mean_cell(0.0, 0.0) == "0"
-    assert eval_sae.mean_cell(123456.0, 0.0) == "123,456"
-    assert eval_sae.mean_cell(968.0, 0.0) == "968" and eval_sae.mean_cell(23.5, 0.0) == "23.50"
-    assert eval_sae.mean_cell(1.0, 0.0) == "1.000"
-    assert eval_sae.mean_cell(0.00012346, 0.0) == "0.0001235"
-    assert eval_sae.mean_cell(2.0, 0.0123) == "2.000 ± 0.012"
-
-
-def test_the_legend_has_the_figures_that_are_shown():
-    subjects = [Measured("a", {}, 0, {"mse": 1.0, "l0": 3.0})]
-    text = table_of(subjects)
-    assert "- core: mse ↓: squared error per element, in the model's units" in text
-    assert "- core: l0: active latents of a token" in text
-    assert "cosine" not in text
-
-
-# --------------------------------------------------------------------------------------------- page
-
-
-def test_closest_pairs_are_those_of_the_definition():
-    f_TN = independent_latents(2000, 1100)
-    rate_N = f_TN.mean(0)
-    i, j, k = ((rate_N > 0.04) & (rate_N < 0.09)).nonzero()[2:5, 0].tolist()
-    f_TN[:, j] = f_TN[:, i]
-    f_TN[:, k] = f_TN[:, i] * (torch.rand(2000) < 0.9)
-    # A rare pair shares all of its 25 tokens: it is furthest over chance, and shares fewest.
-    f_TN[:, :2] = (torch.arange(2000) < 25).float()[:, None]
-    sae = argparse.Namespace(encode=torch.clone, b_enc=rate_N)
-    activity = eval_sae.activity_of(sae, f_TN)
-    assert torch.equal(torch.stack([activity.tokens, activity.latents], 1), f_TN.nonzero())
-    assert torch.equal(activity.fired_N, (f_TN > 0).sum(0))
-    first = eval_sae.closest_pairs(activity, 3)
-    pairs = eval_sae.closest_pairs(activity, 5)
-    assert first == pairs[:3]
-    assert pairs[0][:2] == (i, j)
-    assert {pair[:2] for pair in pairs[1:3]} == {(i, k), (j, k)}
-    assert len(pairs) == 5
-    shared_NN = f_TN.T @ f_TN
-    fired_N = shared_NN.diagonal()
-    for pair in pairs:
-        shared = shared_NN[pair.i, pair.j].item()
-        sizes = sorted(fired_N[[pair.i, pair.j]].tolist())
-        assert (pair.shared, pair.chance) == pytest.approx((shared, sizes[1] / 2000))
-        assert pair.w == pytest.approx(shared / sizes[0])
-    score = [(pair.w - pair.chance) * pair.shared for pair in pairs]
-    assert score == sorted(score, reverse=True)
-
-
-def test_page_shows_pairs_and_contexts_of_a_planted_dictionary(planted_page):
-    sae = planted_sae(torch.linalg.qr(torch.randn(6, 6))[0])
-    sae.encode = lambda x: x
-    views = eval_sae.portrait(planted_page, sae)
-    f_RLN = planted_page.activations * planted_page.contexts.kept_RL[..., None]
-    active = f_RLN > 0
-    sizes = active.sum((0, 1)).tolist()
-    both = int((active[..., 0] & active[..., 1]).sum())
-    first = views[0]
-    pair = (both, both / min(sizes[:2]), max(sizes[:2]) / (40 * 31))
-    assert (first["both"], first["w"], first["chance"]) == pytest.approx(pair)
-    assert first["cosine"] == pytest.approx((sae.W_dec[0] @ sae.W_dec[1]).item(), abs=1e-6)
-    W_unembed = planted_page.model.lm.get_output_embeddings().weight
-    for i, view in enumerate(first["latents"]):
-        assert (view["number"], view["n_tokens"]) == (i, sizes[i])
-        order = (W_unembed @ sae.W_dec[i]).argsort(descending=True).tolist()
-        assert [word for word, _ in view["effects"]] == ["raises", "lowers"]
-        for (_, tokens), best in zip(view["effects"], (order[:8], order[:-9:-1])):
-            assert tokens == [f"'<{n}>'" for n in best]
-        peaks = f_RLN[..., i].amax(1).topk(3)
-        assert view["peak"] == peaks.values[0]
-        for context, r in zip(view["contexts"], peaks.indices.tolist(), strict=True):
-            peak = max(piece.own for piece in context)
-            assert peak == f_RLN[r, :, i].max()
-            for piece in context[:-1]:
-                number = int(piece.text[1:-1])
-                own = slice(number - 32 * r, number - 32 * r + (2 if number % 5 == 0 else 1))
-                assert 0 <= own.start < own.stop <= 32
-                expected = (f_RLN[r, own, i].max(), f_RLN[r, own, 1 - i].max())
-                assert (piece.own, piece.other) == expected
-
-
-def test_page_shows_no_context_in_which_a_latent_is_silent(planted_page):
-    """Nor what it is on tokens that do not count, such as BOS."""
-    f_RLN = planted_page.activations
-    f_RLN[..., :2] = 0
-    f_RLN[:2, 1:16, :2] = 1 + torch.rand(2, 15, 2)
-    f_RLN[:, 0, :2] = 9
-    sae = planted_sae(torch.eye(6))
-    sae.encode = lambda x: x
-    first = eval_sae.portrait(planted_page, sae)[0]
-    assert [view["number"] for view in first["latents"]] == [0, 1]
-    for view in first["latents"]:
-        assert view["n_tokens"] == 30 and 1 < view["peak"] < 2 and len(view["contexts"]) == 2
-
-
-def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
-    """Documents with HTML and scripts; nothing is loaded from elsewhere, and nothing runs."""
-    attack = '</p></script><script>alert("x")</script><img src=x onerror=alert(1)> & <!--'
-    texts = tmp_path / "texts.jsonl"
-    rows = [f"{attack} {TEXT[i * 40 : i * 40 + 300]} {attack}" for i in range(60)]
-    write_rows(texts, [{"text": row} for row in rows])
-    out = tmp_path / "<b>run" / "<i>s0"
-    out.parent.mkdir()
-    assert trained(train_argv(dataset=texts, out=out)) == 0
-    other = tmp_path / "other"
-    shutil.copytree(out, other)
-    argv = [out, other, "--text", texts, "--metrics", "core", "--html", tmp_path / "page.html"]
-    capsys.readouterr()
-    assert evaluated(argv) == 0  # competition, which the page needs, is measured too
-    page = (tmp_path / "page.html").read_text()
-    printed = capsys.readouterr()
-    assert f"wrote {tmp_path / 'page.html'}" in printed.err
-    tags = []
-    words = []
-
-    class Reader(html.parser.HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            tags.append(tag)
-            forbidden = {"src", "href", "action", "srcdoc", "data"}
-            for name, _ in attributes:
-                assert name not in forbidden and not name.startswith("on"), name
-
-        def handle_data(self, data):
-            words.append(data)
-
-    Reader().feed(page)
-    assert not {"script", "img", "iframe", "object", "embed", "link", "base", "form"} & set(tags)
-    assert not re.search(r"@import|url\(", page)
-    text = " ".join("".join(words).split())
-    assert f"{other}, seed 0" in text and "alert" in text
-    # The pairs come first, then the table as it was printed.
-    heads = ["The pairs that compete most", "All figures"]
-    places = [text.index(head) for head in heads]
-    assert places == sorted(places)
-    n_tokens = json.loads((out / "eval.json").read_text())["core"]["sample"]["tokens"]
-    assert f"measured on {n_tokens:,} tokens" in text
-    assert printed.out.strip() in html.unescape(page)
-
-
-def test_a_page_that_can_not_be_made_is_told(run, capsys, tmp_path):
-    argv = [run / "s0", "--metrics", "core", "--html", tmp_path / "page.html"]
-    assert evaluated(argv) == 2
+    (tmp_path / "same.csv").write_text(Path(probe_file).read_text().replace("lazy\n", "warm\n"))
+    places = {"RUN": run / "s0", "TEXTS": texts, "ODD": odd, "SAME": tmp_path / "same.csv"}
+    found = result(argv_of(line, PAGE=tmp_path / "page.html", **places))
+    assert found.code == 2
+    (family,) = re.findall(r"--metrics (\w+)", line)
+    (reason,) = re.findall(f"^{family}: not measured, (.*)$", found.out, re.MULTILINE)
+    assert words in reason
     assert not (tmp_path / "page.html").exists()
 
 
 # ---------------------------------------------------------------------- SAEBench's recorded outputs
+
+
 # What SAEBench 0.6.0 itself gave on the inputs below, which are planted and the same everywhere, as
 # `study/saebench.py` prints it. Where SAEBench is installed, a test compares the two. What it does
 # without chance has to agree to the digit. What it trains from random weights is given for its
-# seeds 0 to 4.
+# seeds 0 to 4. Absorption is given letter by letter, from A to Z.
+ABSORPTION = """
+0.0125 0.0475995 0.0982548 0.0299327 0.430068 0.0396975 0.0396726 0.0639139 0.0503619 0.025
+0.0710532 0.288178 0.0732662 0.0823523 0.0217686 0.00317506 0.0475413 0.0410107 0.0482494
+0.210841 0.0168198 0.0132552 0.0871769 0.0509006 0.038271 0.384854
+"""
+FULL_ABSORPTION = """
+0.0125 0.025 0.0875 0.025 0.4125 0.0125 0.05 0.0375 0.0375 0.0125 0.075 0.2625 0.0375 0.0625
+0.0125 0 0.0375 0.025 0.025 0.2125 0.0125 0 0.025 0.0375 0.025 0.375
+"""
+
+
+def numbers_in(text):
+    return [float(word) for word in text.split()]
+
+
 SAEBENCH = {
     "core": {
         "bias": 1.90497,
@@ -6639,62 +6507,8 @@ SAEBENCH = {
         [0.13941, 0.227882, 0.19571, 0.155496, -0.0884717],
         [0.0833333, 0.111979, 0.346354, 0.234375, 0.166667],
     ],
-    "absorption": [
-        0.0125,
-        0.0475995,
-        0.0982548,
-        0.0299327,
-        0.430068,
-        0.0396975,
-        0.0396726,
-        0.0639139,
-        0.0503619,
-        0.025,
-        0.0710532,
-        0.288178,
-        0.0732662,
-        0.0823523,
-        0.0217686,
-        0.00317506,
-        0.0475413,
-        0.0410107,
-        0.0482494,
-        0.210841,
-        0.0168198,
-        0.0132552,
-        0.0871769,
-        0.0509006,
-        0.038271,
-        0.384854,
-    ],
-    "full absorption": [
-        0.0125,
-        0.025,
-        0.0875,
-        0.025,
-        0.4125,
-        0.0125,
-        0.05,
-        0.0375,
-        0.0375,
-        0.0125,
-        0.075,
-        0.2625,
-        0.0375,
-        0.0625,
-        0.0125,
-        0,
-        0.0375,
-        0.025,
-        0.025,
-        0.2125,
-        0.0125,
-        0,
-        0.025,
-        0.0375,
-        0.025,
-        0.375,
-    ],
+    "absorption": numbers_in(ABSORPTION),
+    "full absorption": numbers_in(FULL_ABSORPTION),
     "split latents": [1.46154, 1.65385, 1.61538, 1.73077, 1.57692],
 }
 
@@ -6881,8 +6695,10 @@ def test_absorption_gives_saebenchs_figures():
 
 
 # -------------------------------------------------------------------------- other people's trainers
+
+
 # What makes the trainers of dictionary_learning and sparsify train with the penalty; SAELens's is
-# in the README. Each is run here, where the library is installed, by the library's own training
+# in README.md. Each is run here, where the library is installed, by the library's own training
 # function.
 DICTIONARY_LEARNING = """
 from dictionary_learning.trainers.top_k import TopKTrainer
@@ -7102,23 +6918,16 @@ def test_other_trainers_sparsify(model, run, texts, probe_file, tmp_path, capsys
 # ------------------------------------------------------------------------- what stands in for a GPU
 
 
-@pytest.mark.parametrize(
-    "archs, sizes, most",
-    [
-        (["topk"], [18432], 6.5),
-        (["topk"], [32768], 8.0),
-        (["topk"] * 3, [18432] * 3, 8.6),
-        (["topk"] * 4, [2304] * 4, 5.2),
-        (["topk"] * 4, [18432, 18432, 32768, 32768], 11.9),
-        (["topk", "relu", "jumprelu"], [18432] * 3, 9.3),
-    ],
-)
-def test_memory_of_the_papers_runs_on_a_gpu(archs, sizes, most, monkeypatch):
+@pytest.mark.parametrize("archs, sizes, most", benchmark.PAPERS_RUNS)
+def test_memory_of_the_papers_runs_on_a_gpu(archs, sizes, most):
     """By account, in GB, of run 5 and of the commands in the README's table."""
-    cfgs = [config_of(arch, d_sae) for arch, d_sae in zip(archs, sizes)]
-    gb = (gemma_bytes() + held_bytes(cfgs, monkeypatch)) / 1e9
-    print(f"{', '.join(archs)}, N {sizes}: {gb:.2f} GB")
-    assert gb <= most
+    assert benchmark.counted_gb(archs, sizes) <= most
+
+
+@pytest.fixture
+def pretended_gpu(patch_gpu):
+    with patch_gpu() as mode:
+        yield mode
 
 
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "relu"])
@@ -7183,7 +6992,18 @@ def test_training_and_evaluation_on_a_pretended_gpu(
 
 
 # ----------------------------------------------------------------------------- where there is a GPU
+
+
 on_a_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
+
+
+@pytest.fixture
+def real_gpu(seeded, monkeypatch):
+    """The GPU, which other tests hide, with float32 products in TF32, as in training."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False  # PyTorch's default
 
 
 @on_a_gpu
@@ -7239,7 +7059,7 @@ def test_gpu_trains_as_a_cpu_does(arch, real_gpu):
 
 @on_a_gpu
 def test_gpu_run_is_stopped_resumed_and_evaluated(
-    train_argv, texts, probe_file, speller, tmp_path, monkeypatch, capsys, real_gpu
+    train_argv, texts, probe_file, speller, tmp_path, monkeypatch, real_gpu
 ):
     """By all families; on the CPU the figures of the text are the same."""
     argv = train_argv(device="cuda", **LONG)
@@ -7264,13 +7084,13 @@ def test_gpu_run_is_stopped_resumed_and_evaluated(
 
 
 @on_a_gpu
-def test_gpu_memory_of_run_4_is_that_of_the_account(monkeypatch, real_gpu):
+def test_gpu_memory_of_run_4_is_that_of_the_account(real_gpu):
     """Of the autoencoder alone: what is allocated at the peak of three steps."""
-    with monkeypatch.context() as patch:
-        counted = held_bytes([config_of("topk", 18432)], patch)
+    cfg = sgo_sae.Config(d_sae=18432)
+    counted = benchmark.held_bytes([cfg])
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run = sgo_sae.Run(config_of("topk", 18432), 2304, torch.device("cuda"), mixed_precision=True)
+    run = sgo_sae.Run(cfg, 2304, torch.device("cuda"), mixed_precision=True)
     for step in range(3):
         run.step(torch.randn(2048, 2304, device="cuda") * 3, step, 4882)
     measured = torch.cuda.max_memory_allocated() - before
@@ -7278,7 +7098,9 @@ def test_gpu_memory_of_run_4_is_that_of_the_account(monkeypatch, real_gpu):
     assert measured < 1.1 * counted
 
 
-# ------------------------------------------------------------------------------------------- study
+# -------------------------------------------------------------------------------------------- study
+
+
 def planted_of(kind, T=200_000):
     """Which features are active on T tokens, and their rates."""
     generator = torch.Generator().manual_seed(0)
@@ -7374,16 +7196,12 @@ def test_a_planted_trial_starts_far_from_the_features_and_moves_towards_them(mon
     pytest.importorskip("scipy")
     arms = {"α 0": {"k": 8, "alpha": 0.0}, "SGO": {"k": 8, "alpha": planted.PAPER_STRENGTH}}
     monkeypatch.setattr(planted, "arms_of", lambda kind, k: arms)
-    monkeypatch.setattr(planted, "BATCH", 512)
-    found = []
-    for steps in (1, 25):
-        monkeypatch.setattr(planted, "STEPS", steps)
-        found.append(planted.trial("independent", 0))
-    first, then = found
+    first, then = (planted.trial("independent", 0, steps, batch=512) for steps in (1, 25))
     assert first["α 0"]["MCC"] < 0.5
     assert then["α 0"]["MCC"] > first["α 0"]["MCC"] + 0.05
     assert then["α 0"]["αΩ/rec"] == 0 < then["SGO"]["αΩ/rec"]
-    assert then == planted.trial("independent", 0)  # a seed fixes everything
+    again = planted.trial("independent", 0, 25, batch=512)
+    assert then == again  # a seed fixes everything
 
 
 def test_the_table_of_planted_features_by_hand():
@@ -7405,6 +7223,84 @@ def test_the_table_of_planted_features_by_hand():
     assert less.split() == ["SGO,", "1", "less", "it", "0.750", "(+0.050", "±", "0.329)"]
 
 
+def test_the_tasks_are_made_of_what_is_downloaded(tmp_path, monkeypatch):
+    """Of two packages that were downloaded before, and of what the Hub has."""
+    import datasets
+
+    def put(archive, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for n, source in enumerate(tasks.SOURCES):
+            lines = [f"{i}\t{i - 2}\t{source} {i // 2} {'x' * 20}" for i in range(5)]
+            content = "\n".join([*lines, f"9\t2.5\tshort {n}"]).encode()
+            put(archive, f"hutto_ICWSM_2014/{source}_GroundTruth.txt", content)
+    for (requirement, name), content in (
+        (tasks.SNIPPETS, inner.getvalue()),
+        (tasks.SENTENCES, "\ufeff-1,This is a fact of biology.\n1,It may well be one.\n".encode()),
+    ):
+        with tarfile.open(
+            downloads / f"{requirement.replace('==', '-')}.tar.gz", "w:gz"
+        ) as archive:
+            put(archive, name, content)
+    news = datasets.Dataset.from_list([{"text": "Some news of today.", "label": 3}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: news)
+    tasks.main(["tasks", str(tmp_path)])
+    found = {}
+    for name in ("topics", "sources", "sentiment", "hedging"):
+        found[name] = pandas.read_json(tmp_path / f"{name}.jsonl", lines=True)
+    assert found["topics"].to_dict("records") == [{"text": "Some news of today.", "label": 3}]
+    # Of five lines two have the text of the one before, and one text is short.
+    assert found["sources"]["label"].value_counts().to_dict() == dict.fromkeys(tasks.SOURCES, 3)
+    # Of the reviews alone; the second text has the rating 0, and is left out.
+    rated = {
+        (row["text"].split()[1], row["label"]) for row in found["sentiment"].to_dict("records")
+    }
+    assert rated == {("0", False), ("2", True)} and len(found["sentiment"]) == 4
+    assert found["hedging"]["label"].tolist() == [-1]  # the other one has no 20 characters
+
+
+def test_the_text_of_the_comparison_is_of_several_sources(tmp_path, monkeypatch):
+    import datasets
+
+    small_library(monkeypatch, tmp_path / "library", {"a.py": "code\n\n" * 400, "b.py": "short"})
+    articles = [
+        " = One = ",
+        "first " * 100,
+        " = = Section = = ",
+        "more",
+        " = Two = ",
+        "second " * 90,
+    ]
+    rows = datasets.Dataset.from_dict({"text": [f"{line}\n" for line in articles]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: rows)
+    page = tmp_path / "downloads" / "debian-handbook" / "html" / "de-DE" / "a.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<head>no</head><p>Ein &amp; Satz.</p>\n \n\n<p>" + "Wort " * 90)
+    tasks.main(["text", str(tmp_path), "--packages"])
+    found = []
+    for name in ("train", "heldout"):
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        found += [(row["source"], row["text"]) for row in map(json.loads, lines)]
+    assert sorted(source for source, _ in found) == ["code", "languages", "wikitext", "wikitext"]
+    texts = dict(found)
+    assert texts["languages"].startswith("Ein & Satz.\n\nWort") and "<" not in texts["languages"]
+    one = next(text for _, text in found if "first" in text)
+    assert "Section" in one and "second" not in one
+
+
+def test_a_long_document_is_cut_at_empty_lines():
+    text = "\n\n".join([*["line " * 10] * 5, "x" * 250])
+    parts = list(tasks.parts_of(text, 100))
+    assert "".join(parts).split() == [*["line"] * 50, "x" * 100, "x" * 100, "x" * 50]
+    assert max(len(part.strip()) for part in parts) <= 100
+
+
 def test_the_studies_run_as_their_first_lines_say():
     """At a small size; what one needs beyond requirements.txt is said where it lacks."""
     sizes = ["--dict", "256", "--k", "8", "--batch", "128", "--width", "32"]
@@ -7416,6 +7312,11 @@ def test_the_studies_run_as_their_first_lines_say():
         milliseconds[name.strip()] = float(number.replace(",", ""))
     assert {"without the penalty", "with the penalty", "with w = 1"} <= set(milliseconds)
     assert min(milliseconds.values()) > 0
+    planted_at = [HERE / "study" / "planted.py", "--seeds", "2", "--steps", "2", "--batch", "256"]
+    if importlib.util.find_spec("scipy"):
+        result = python(*planted_at)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("SGO, 1 less it") == 3
     code = "import importlib.util; importlib.util.find_spec = lambda name: None; import sys; "
     code += "sys.path.insert(0, 'study'); import planted; planted.main()"
     result = python("-c", code, cwd=HERE)

@@ -1,12 +1,14 @@
 """Do autoencoders find features that are known, and what does Eq. 3 add to that?
 
     python study/planted.py        a table for each kind of features; 40 minutes on two CPU cores
+    python study/planted.py --seeds 2 --steps 2 --batch 256        whether it runs; ten seconds
 
 F = 256 features lie in D = 64 dimensions. All of this is ours: that their rates lie evenly, by
 their logarithms, from 1 in 250 tokens to 1 in 10, that their sizes are 1 ± 0.25, and how it is
 trained. It needs scipy beside requirements.txt.
 """
 
+import argparse
 import importlib.util
 import math
 import os
@@ -104,7 +106,7 @@ def figures_of(sae, direction_FD, active_TF, x_TD, kind):
     return {name: figure.item() for name, figure in figures.items()}
 
 
-def trial(kind, seed):
+def trial(kind, seed, steps=STEPS, batch=BATCH):
     """The figures of each arm, trained on the same batches."""
     torch.set_num_threads(1)
     # `Run` draws the first weights from the same seed; from it alone, these would be the same, too.
@@ -119,13 +121,13 @@ def trial(kind, seed):
     k = round(active_TF.sum(1).float().mean().item())
     runs = {}
     for name, settings in arms_of(kind, k).items():
-        cfg = sgo_sae.Config(**TRAINING, **settings, batch=BATCH, seed=seed)
+        cfg = sgo_sae.Config(**TRAINING, **settings, batch=batch, seed=seed)
         runs[name] = sgo_sae.Run(cfg, 64, torch.device("cpu"))
-    data = (tokens(B=BATCH)[1] for _ in range(STEPS))
-    scale, data = sgo_sae.begin(list(runs.values()), data, STEPS)
+    data = (tokens(B=batch)[1] for _ in range(steps))
+    scale, data = sgo_sae.begin(list(runs.values()), data, steps)
     for step, x_BD in enumerate(data):
         for run in runs.values():
-            run.step(x_BD * scale, step, STEPS)
+            run.step(x_BD * scale, step, steps)
     found = {}
     for name, run in runs.items():
         assert run.failure is None, run.failure
@@ -166,13 +168,18 @@ def lines_of(trials):
             yield line("    SGO, 1 less it", "SGO, 1", arm)
 
 
-def main(n_seeds=10):
+def main(argv=None):
     """Prints a table for each kind of features."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    for name, value in {"seeds": 10, "steps": STEPS, "batch": BATCH}.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{value} by default")
+    args = parser.parse_args(argv)
     if importlib.util.find_spec("scipy") is None:
         sys.exit("study/planted.py needs scipy beside requirements.txt: pip install scipy==1.17.1")
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for kind, what in KINDS.items():
-            trials = list(pool.map(partial(trial, kind), range(n_seeds)))
+            one = partial(trial, kind, steps=args.steps, batch=args.batch)
+            trials = list(pool.map(one, range(args.seeds)))
             print(f"\n{kind}: {what}", *lines_of(trials), sep="\n", flush=True)
 
 
