@@ -1509,8 +1509,8 @@ def measure_absorption(evaluation, subjects):
 # TransformerLens's settings by which the residual stream is no longer the model's own.
 CHANGES_ACTIVATIONS = ("center_writing_weights", "refactor_factored_attn_matrices")
 
-# A RUN of ours that is opened by `open_sae` can be given to SAEBench's own run_eval, as README
-# shows. It asks an autoencoder for these, wherever it has moved it, and for `cfg`.
+# A RUN of ours that is opened by `open_sae` can be given to SAEBench's own run_eval, as
+# study/README.md shows. It asks an autoencoder for these, wherever it has moved it, and for `cfg`.
 sgo_sae.SAE.device = property(lambda sae: sae.W_dec.device)
 sgo_sae.SAE.dtype = property(lambda sae: sae.W_dec.dtype)
 

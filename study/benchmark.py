@@ -94,6 +94,7 @@ PEERS = {  # by the name of the package
 # Architectures and numbers of latents that are trained together, and the GB that they take at most.
 PAPERS_RUNS = [
     (["topk"], [18432], 6.5),
+    (["topk"] * 2, [18432] * 2, 7.6),
     (["topk"], [32768], 8.0),
     (["topk"] * 3, [18432] * 3, 8.6),
     (["topk"] * 4, [2304] * 4, 5.2),
