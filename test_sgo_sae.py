@@ -24,6 +24,7 @@ The test of a line stands in the section of the same name as the line's:
 
 import argparse
 import dataclasses
+import gzip
 import html
 import html.parser
 import http.server
@@ -7354,13 +7355,18 @@ def test_the_text_of_the_comparison_is_of_several_sources(tmp_path, monkeypatch)
     page = tmp_path / "downloads" / "debian-handbook" / "html" / "de-DE" / "a.html"
     page.parent.mkdir(parents=True)
     page.write_text("<head>no</head><p>Ein &amp; Satz.</p>\n \n\n<p>" + "Wort " * 90)
+    entries = tmp_path / "downloads" / "dict-gcide" / "gcide.dict.dz"
+    entries.parent.mkdir()
+    entries.write_bytes(gzip.compress(b"entry " * 90))
     tasks.main(["text", str(tmp_path), "--packages"])
     found = []
     for name in ("train", "heldout"):
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         found += [(row["source"], row["text"]) for row in map(json.loads, lines)]
-    assert sorted(source for source, _ in found) == ["code", "languages", "wikitext", "wikitext"]
+    sources = ["code", "dictionary", "languages", "wikitext", "wikitext"]
+    assert sorted(source for source, _ in found) == sources
     texts = dict(found)
+    assert texts["dictionary"].startswith("entry entry")
     assert texts["languages"].startswith("Ein & Satz.\n\nWort") and "<" not in texts["languages"]
     one = next(text for _, text in found if "first" in text)
     assert "Section" in one and "second" not in one

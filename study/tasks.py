@@ -57,6 +57,7 @@ MILLIONS = {
 LANGUAGES = "/(de-DE|fr-FR|es-ES|it-IT|nl-NL|pt-BR)/"  # of the handbook
 LONGEST_PART = 6000  # characters of a document; longer ones are cut at empty lines
 SHORTEST_PART = 300
+GZIP = b"\x1f\x8b"  # the first bytes of a compressed file
 HELD_OUT = 40  # one document of so many is
 
 
@@ -104,7 +105,7 @@ def tasks_of(folder):
 
 def read(path):
     data = path.read_bytes()
-    if path.suffix == ".gz":
+    if data.startswith(GZIP):  # whatever the name: a dictionary's ends in .dz
         data = gzip.decompress(data)
     return data.decode("utf-8", "ignore")
 
