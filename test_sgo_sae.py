@@ -104,17 +104,9 @@ HAS_GPU = torch.cuda.is_available()
 
 
 TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps near a stone by the river . "
-
-
 CUDA = torch.device("cuda", 0)
-
-
 SHAPES = [(7, 5, 1), (16, 12, 12), (40, 30, 6), (1, 9, 3), (33, 64, 2), (64, 100, 8), (3, 200, 200)]
-
-
 WAYS = ["tiles", "pairs", "blocks"]
-
-
 ARCHS = ("topk", "batchtopk", "relu", "jumprelu")
 
 
@@ -511,7 +503,7 @@ class Result(NamedTuple):
 
     def row(self, label):
         """The cells of a row of the printed table."""
-        rows = [row for row in cells_in(self.out) if row[0].startswith(label)]
+        rows = [row for row in cells_in(self.out) if row[0] == label]
         assert len(rows) == 1, self.out
         return rows[0][1:]
 
@@ -1858,14 +1850,13 @@ def test_dead_is_one_thing(batch, tmp_path):
     assert (found[many], found[50 + many], found[51 + many], found[300]) == (1, 1, 2, 2)
 
 
-def test_run_is_complete_and_repeatable(train_argv, tmp_path, capsys):
+def test_run_is_complete_and_repeatable(train_argv, tmp_path, result):
     for name in ("a", "b"):
-        assert trained(train_argv(out=tmp_path / name)) == 0
+        found = result(train_argv(out=tmp_path / name))
+        assert found.code == 0 and "steps 0 to 12" in found.err
+        for word in ("EV 0.", "MSE", "L0 4.0", "dead", "Ω ", "αΩ/rec", "saved in"):
+            assert word in found.out
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
-    captured = capsys.readouterr()
-    assert "steps 0 to 12" in captured.err
-    for word in ("EV 0.", "MSE", "L0 4.0", "dead", "Ω ", "αΩ/rec", "saved in"):
-        assert word in captured.out
     rows = metrics_of(tmp_path / "a")
     assert [row["step"] for row in rows] == [5, 10, 12]
     assert rows[0].pop("dead") is None  # as none can be before 200 steps
@@ -3285,7 +3276,7 @@ def test_killed_at_any_moment_resumes_to_the_same_weights(train_argv, tmp_path):
 
 
 def test_a_read_that_fails_ends_the_run_at_once_and_keeps_what_it_trained(
-    train_argv, texts, tmp_path, monkeypatch, capsys, whole
+    train_argv, texts, tmp_path, monkeypatch, result, whole
 ):
     """The run that ends so is continued, when reading works again, to the same weights."""
     real = sgo_sae.json_rows
@@ -3301,8 +3292,9 @@ def test_a_read_that_fails_ends_the_run_at_once_and_keeps_what_it_trained(
     argv = train_argv(**LONG)
     with monkeypatch.context() as patch:
         patch.setattr(sgo_sae, "json_rows", breaks)
-        assert trained(argv) == 2
-    *_, kept, told = capsys.readouterr().err.splitlines()
+        found = result(argv)
+    assert found.code == 2
+    *_, kept, told = found.err.splitlines()
     assert texts in told and "can't be loaded: OSError connection reset" in told
     done = re.search(r"after step (\d+)", kept)
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -3332,7 +3324,7 @@ def test_whatever_a_pass_of_the_language_model_raises_keeps_what_was_trained(
 
 
 def test_a_disk_that_is_full_at_a_log_line_costs_no_line_and_no_run(
-    train_argv, tmp_path, monkeypatch, capsys, whole
+    train_argv, tmp_path, monkeypatch, result, whole
 ):
     """Half of the line may have been written; the file is whole again when there is room."""
     real = Path.open
@@ -3349,8 +3341,8 @@ def test_a_disk_that_is_full_at_a_log_line_costs_no_line_and_no_run(
         return file
 
     monkeypatch.setattr(Path, "open", full)
-    assert trained(train_argv(**LONG)) == 0
-    assert capsys.readouterr().err.count("metrics.jsonl can't be written") == 2
+    found = result(train_argv(**LONG))
+    assert found.code == 0 and found.err.count("metrics.jsonl can't be written") == 2
     assert metrics_of(tmp_path / "run") == metrics_of(whole)
     assert weights_of(tmp_path / "run") == weights_of(whole)
 
@@ -5680,7 +5672,7 @@ def test_page_shows_no_context_in_which_a_latent_is_silent(planted_page):
         assert view["n_tokens"] == 30 and 1 < view["peak"] < 2 and len(view["contexts"]) == 2
 
 
-def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
+def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, result):
     """Documents with HTML and scripts; nothing is loaded from elsewhere, and nothing runs."""
     attack = '</p></script><script>alert("x")</script><img src=x onerror=alert(1)> & <!--'
     texts = tmp_path / "texts.jsonl"
@@ -5692,10 +5684,9 @@ def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(out, other)
     argv = [out, other, "--text", texts, "--metrics", "core", "--html", tmp_path / "page.html"]
-    capsys.readouterr()
-    assert evaluated(argv) == 0  # competition, which the page needs, is measured too
+    printed = result(argv)
+    assert printed.code == 0  # competition, which the page needs, is measured too
     page = (tmp_path / "page.html").read_text()
-    printed = capsys.readouterr()
     assert f"wrote {tmp_path / 'page.html'}" in printed.err
     tags = []
     words = []
@@ -5719,7 +5710,7 @@ def test_page_is_one_file_in_which_text_is_text(train_argv, tmp_path, capsys):
     heads = ["The pairs that compete most", "All figures"]
     places = [text.index(head) for head in heads]
     assert places == sorted(places)
-    n_tokens = json.loads((out / "eval.json").read_text())["core"]["sample"]["tokens"]
+    n_tokens = printed.stored["core"]["sample"]["tokens"]
     assert f"measured on {n_tokens:,} tokens" in text
     assert printed.out.strip() in html.unescape(page)
 
@@ -6857,15 +6848,13 @@ def in_our_format(folder, model, W_enc_DN, b_enc_N, W_dec_ND, b_dec_D):
     return sae
 
 
-def assert_evaluated_beside_ours(run, folder, texts, probe_file, capsys, *others):
+def assert_evaluated_beside_ours(run, folder, texts, probe_file, result, *others):
     """It stands in one table with an autoencoder that was trained here on the same text."""
     settings = "--metrics core competition probe --contexts 40 --ctx 16 --train 100 --test 50"
     argv = [run / "s0", folder, *others, "--text", texts, "--probe", probe_file, *settings.split()]
-    assert evaluated(argv) == 0
-    lines = capsys.readouterr().out.splitlines()
-    variance = next(line for line in lines if "explained variance" in line).split("|")
-    assert all(0.1 < float(cell) < 1 for cell in variance[2:4])
-    assert not any("not measured" in line for line in lines)
+    found = result(argv)
+    assert found.code == 0 and "not measured" not in found.out
+    assert all(0.1 < float(cell) < 1 for cell in found.row("core: explained variance ↑")[:2])
 
 
 def test_the_readmes_definition_is_the_penalty(tmp_path):
@@ -6878,7 +6867,7 @@ def test_the_readmes_definition_is_the_penalty(tmp_path):
     assert_is_the_penalty(sgo_penalty_dense(f_BN), 1.0, f_BN, pre_BN)
 
 
-def test_other_trainers_saelens(model, run, texts, probe_file, tmp_path, capsys):
+def test_other_trainers_saelens(model, run, texts, probe_file, tmp_path, result):
     """By its own runner."""
     sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed")
     names = run_of(SAELENS, tmp_path)
@@ -6902,10 +6891,10 @@ def test_other_trainers_saelens(model, run, texts, probe_file, tmp_path, capsys)
     )
     gemma_scope(tmp_path / "layer_1" / "average_l0_4")
     scope = tmp_path / "layer_1" / "average_l0_4" / "params.npz"
-    assert_evaluated_beside_ours(run, tmp_path / "out", texts, probe_file, capsys, scope)
+    assert_evaluated_beside_ours(run, tmp_path / "out", texts, probe_file, result, scope)
 
 
-def test_other_trainers_dictionary_learning(model, run, texts, probe_file, tmp_path, capsys):
+def test_other_trainers_dictionary_learning(model, run, texts, probe_file, tmp_path, result):
     """Its own loop on activations of ours, since its buffer needs an older nnsight."""
     reason = "dictionary_learning is not installed"
     training = pytest.importorskip("dictionary_learning.training", reason=reason)
@@ -6942,10 +6931,10 @@ def test_other_trainers_dictionary_learning(model, run, texts, probe_file, tmp_p
     extra = trainer.loss(x_BD, step=500) - plain
     alpha = sgo_sae.alpha_at(500, 0.075 * 21_000, 0.01 * 21_000)
     assert_is_the_penalty(extra, alpha, trainer.ae.encode(x_BD), trainer.ae.encoder.weight)
-    assert_evaluated_beside_ours(run, tmp_path / "sae", texts, probe_file, capsys)
+    assert_evaluated_beside_ours(run, tmp_path / "sae", texts, probe_file, result)
 
 
-def test_other_trainers_sparsify(model, run, texts, probe_file, tmp_path, capsys):
+def test_other_trainers_sparsify(model, run, texts, probe_file, tmp_path, result):
     """Its own Trainer; BOS, an outlier in norm, is left out as we leave it out."""
     sparsify = pytest.importorskip("sparsify", reason="sparsify is not installed")
     import datasets
@@ -6985,7 +6974,7 @@ def test_other_trainers_sparsify(model, run, texts, probe_file, tmp_path, capsys
     extra = (out.fvu - plain.fvu) * variance / 256
     f_BN = torch.zeros(256, 64).scatter(1, out.latent_indices, out.latent_acts)
     assert_is_the_penalty(extra, 0.01, f_BN, coder.encoder.weight)
-    assert_evaluated_beside_ours(run, tmp_path / "sae", texts, probe_file, capsys)
+    assert_evaluated_beside_ours(run, tmp_path / "sae", texts, probe_file, result)
 
 
 # ------------------------------------------------------------------------- what stands in for a GPU
@@ -7033,7 +7022,7 @@ def test_a_log_on_a_pretended_gpu_takes_pairs_where_training_does(
 
 
 def test_training_and_evaluation_on_a_pretended_gpu(
-    train_argv, texts, probe_file, speller, tmp_path, capsys, pretended_gpu
+    train_argv, texts, probe_file, speller, tmp_path, result, pretended_gpu
 ):
     argv = train_argv(device="cuda", dtype="bfloat16") + ["--arch", "topk", "relu"]
     with pytest.MonkeyPatch.context() as patch:
@@ -7042,12 +7031,11 @@ def test_training_and_evaluation_on_a_pretended_gpu(
         assert trained(argv) == 0
     file = next((tmp_path / "run").glob("*/metrics.jsonl"))
     assert json.loads(file.read_text().splitlines()[-1])["peak_memory_gb"] == 3.0
-    capsys.readouterr()
     settings = ["--device", "cuda", "--contexts", "8", "--train", "40", "--test", "20"]
     argv = [tmp_path / "run", *settings, "--text", texts, "--probe", probe_file]
     families = ["core", "behaviour", "competition", "probe", "scr"]
-    assert evaluated([*argv, "--metrics", *families, "--html", tmp_path / "page.html"]) == 0
-    table = capsys.readouterr().out
+    found = result([*argv, "--metrics", *families, "--html", tmp_path / "page.html"])
+    assert found.code == 0 and "not measured" not in found.out
     for figure in (
         "core: explained variance ↑",
         "behaviour: ce score ↑",
@@ -7055,13 +7043,12 @@ def test_training_and_evaluation_on_a_pretended_gpu(
         "probe: standardised 5 ↑",
         "scr: scr 10 ↑",
     ):
-        assert f"| {figure} " in table
-    assert "not measured" not in table
+        assert found.row(figure)
     assert "The pairs that compete most" in (tmp_path / "page.html").read_text()
     folder = speller.sae(tmp_path / "speller", "letters")
     argv = [folder, "--device", "cuda", "--metrics", "absorption", "--words", "1040"]
-    assert evaluated(argv) == 0
-    assert "| absorption: full ↓ " in capsys.readouterr().out
+    found = result(argv)
+    assert found.code == 0 and found.row("absorption: full ↓")
 
 
 # ----------------------------------------------------------------------------- where there is a GPU
